@@ -1,0 +1,38 @@
+# make repro: the whole pipeline · make test: lint, unit tests, the tiny pipeline · make lab: the notebooks
+PYTHON ?= python3.11
+PYTHON := $(if $(shell command -v $(PYTHON)),$(PYTHON),python3)
+STAMP := .venv/.ready
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: repro test lab strip pins readme
+repro: $(STAMP) strip
+	python -m bonelib.repro
+
+test: $(STAMP)
+	python -m pytest
+
+lab: $(STAMP)
+	jupyter lab --ip=127.0.0.1 --LabApp.news_url= --LabApp.extension_manager=readonly notebooks/01_preprocess.ipynb
+
+# DVC hashes the notebooks as they lie, so saved outputs and run marks would make it run them again.
+strip: $(STAMP)
+	nbstripout --keep-id --extra-keys "metadata.language_info metadata.papermill cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
+
+readme: $(STAMP)
+	python -m bonelib.views.readme
+
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	python -m pip install -qq -r requirements.txt
+	python -m pip install -qq --no-deps -e .
+	touch $@
+
+# Rebuild the pin list from requirements.in; the local suffix of a CPU build of torch must not enter it.
+pins:
+	$(PYTHON) -m venv .venv-pins
+	.venv-pins/bin/pip install -qq -r requirements.in
+	.venv-pins/bin/pip freeze | sed 's/+cpu$$//' | sort -f > requirements.txt
+	rm -rf .venv-pins

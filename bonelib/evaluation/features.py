@@ -1,0 +1,116 @@
+"""Feature families that need no downloaded weights: a frozen random 3D network and power spectra.
+
+Volumes are intensities in [0, 1], shape (n, z, y, x), as array or tensor; every family returns (n, d)
+float64. A distance on these features is named for the family (FD_random3d, KID_spectrum), never for
+Inception.
+"""
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from bonelib import InputError
+from bonelib.randomness import torch_rng
+
+CHANNELS = (16, 24, 32, 32, 24)
+STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))  # the long axis has the fewest voxels
+SLOPE = 0.2
+VOXELS_AT_ONCE = 1 << 22
+SPECTRUM_BINS = 16
+POWER_FLOOR = 1e-12  # below the rounding of single precision, so that an empty volume has a finite logarithm
+
+
+def random3d(volumes, seed: int = 0) -> np.ndarray:
+    """Mean and standard deviation of five layers of a frozen random 3D convolutional network, (n, 256).
+
+    Strided 3x3x3 convolutions with leaky rectifiers, He-scaled Gaussian weights and biases drawn from `seed`;
+    every other filter is made to sum to zero, so that texture is not drowned by brightness. Each layer is
+    pooled over all positions. Random features of this kind: Saxe et al. 2011. Raises `InputError` for a shape
+    that is not (n, z, y, x), NaN, or intensities outside [0, 1].
+    """
+    volumes = _checked(volumes)
+    layers = [(w.to(volumes.device), b.to(volumes.device)) for w, b in _random_layers(seed)]
+    return _by_batch(volumes, lambda batch: _pooled_layers(batch, layers))
+
+
+def spectrum(volumes) -> np.ndarray:
+    """Log10 power in radial bins of in-plane frequency, then in bins along z, of each volume: (n, d).
+
+    Slices and columns are freed of their mean and windowed (Hann); bins are equal in width from zero to the
+    Nyquist frequency in cycles per voxel, 16 of each kind or half of the shortest edge where that is less, so
+    only volumes of one grid can be compared. Raises `InputError` as `random3d`, and for fewer than 4 voxels
+    in-plane or 2 along z.
+    """
+    volumes = _checked(volumes)
+    _, depth, height, width = volumes.shape
+    if min(height, width) < 4 or depth < 2:
+        raise InputError(f"volumes has the grid {(depth, height, width)}; accepted is at least (2, 4, 4)")
+    rows, columns = torch.fft.fftfreq(height).abs(), torch.fft.rfftfreq(width)
+    radius = torch.hypot(rows[:, None], columns[None, :])
+    in_plane = _bin_weights(radius.flatten(), min(SPECTRUM_BINS, min(height, width) // 2), volumes.device)
+    along = _bin_weights(torch.fft.rfftfreq(depth), min(SPECTRUM_BINS, depth // 2), volumes.device)
+    return _by_batch(volumes, lambda batch: _log_power(batch, in_plane, along))
+
+
+def _random_layers(seed):
+    rng = torch_rng(seed, "random3d features")
+    layers, before = [], 1
+    for channels in CHANNELS:
+        weight = torch.randn((channels, before, 3, 3, 3), generator=rng)
+        weight[::2] -= weight[::2].mean(dim=(1, 2, 3, 4), keepdim=True)
+        weight *= (2 / (1 + SLOPE**2) / weight[0].numel()) ** 0.5
+        layers.append((weight, 0.2 * torch.randn(channels, generator=rng)))
+        before = channels
+    return layers
+
+
+def _pooled_layers(batch, layers):
+    x, pooled = 2 * batch[:, None] - 1, []
+    for (weight, bias), stride in zip(layers, STRIDES, strict=True):
+        # the nearest voxel continues the volume: padding by zeros would draw an edge around it
+        x = functional.pad(x, (1,) * 6, mode="replicate")
+        x = functional.leaky_relu(functional.conv3d(x, weight, bias, stride), SLOPE)
+        pooled += [x.mean(dim=(2, 3, 4)), x.std(dim=(2, 3, 4), correction=0)]
+    return torch.cat(pooled, dim=1)
+
+
+def _log_power(batch, in_plane, along):
+    _, depth, height, width = batch.shape
+    slices = batch - batch.mean(dim=(2, 3), keepdim=True)
+    slices = slices * _hann(height, batch.device)[:, None] * _hann(width, batch.device)
+    power = torch.fft.rfft2(slices).abs().square().mean(dim=1).flatten(1) / (height * width)
+    columns = (batch - batch.mean(dim=1, keepdim=True)) * _hann(depth, batch.device)[:, None, None]
+    power_z = torch.fft.rfft(columns, dim=1).abs().square().mean(dim=(2, 3)) / depth
+    return torch.cat([power @ in_plane, power_z @ along], dim=1).add(POWER_FLOOR).log10()
+
+
+def _hann(n, device):
+    return torch.hann_window(n + 2, periodic=False, device=device)[1:-1]
+
+
+def _bin_weights(frequency, bins, device):
+    """Matrix (frequencies, bins) that averages the power of each bin; frequency zero is in none."""
+    edges = torch.linspace(0, 0.5, bins + 1)
+    index = torch.bucketize(frequency, edges) - 1  # bin i holds edges[i] < frequency <= edges[i + 1]
+    member = (index[:, None] == torch.arange(bins)).float()
+    return (member / member.sum(dim=0).clamp(min=1)).to(device)
+
+
+def _by_batch(volumes, compute):
+    size = max(1, VOXELS_AT_ONCE // volumes[0].numel())
+    with torch.inference_mode():
+        parts = [compute(batch.float()).double().cpu() for batch in volumes.split(size)]
+    return torch.cat(parts).numpy()
+
+
+def _checked(volumes):
+    if not isinstance(volumes, torch.Tensor):
+        volumes = torch.from_numpy(np.ascontiguousarray(volumes))
+    if volumes.ndim != 4 or not volumes.numel():
+        raise InputError(f"volumes has shape {tuple(volumes.shape)}; accepted is (n, z, y, x)")
+    if not volumes.is_floating_point():
+        raise InputError(f"volumes has the type {volumes.dtype}; accepted are floats in [0, 1]")
+    low, high = float(volumes.min()), float(volumes.max())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # false for NaN as well
+        raise InputError(f"volumes reach from {low:.3g} to {high:.3g}; accepted is [0, 1], without NaN")
+    return volumes

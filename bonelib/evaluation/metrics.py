@@ -1,0 +1,252 @@
+"""Distances between a real and a generated set of feature vectors, and the stamp between generated interiors.
+
+Feature arrays have shape (n, d), one row per sample. Distances are computed block by block in double
+precision, so that memory follows the input and not its square.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+from bonelib import InputError
+from bonelib.randomness import numpy_rng
+
+ROWS, COLUMNS = 1024, 4096  # of a block: 32 MB of distances, 64 MB of 2048-d features
+LEAST_SHARED = 50  # voxels; a correlation over fewer is mostly its own noise
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared 2-Wasserstein distance of the Gaussians fitted to `a` (n, d) and `b` (m, d).
+
+    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), Heusel et al. 2017, with covariances over n -
+    1. With C = F' F from symmetric eigenvalues, the last trace is the sum of the singular values of F_a F_b'.
+    Its estimate grows as d / n even between equal distributions: print n, d and the real-against-real value
+    beside it. Raises `InputError` for a bad shape, NaN, or fewer than 2 samples.
+    """
+    a, b = _pair(a, b, "a", "b", least=2)
+    mean_a, factor_a = _moments(a)
+    mean_b, factor_b = _moments(b)
+    cross = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+    spread = np.sum(factor_a**2) + np.sum(factor_b**2) - 2 * cross
+    return float(np.sum((mean_a - mean_b) ** 2) + max(spread, 0.0))
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy of `a` (n, d) and `b` (m, d) under k(x, y) = (x.y / d + 1)^3.
+
+    Binkowski et al. 2018, section 4: mean of k over pairs within a, plus within b (i != j), minus twice the
+    mean of k across; it may be slightly negative. Raises `InputError` for a bad shape, NaN, or fewer than 2
+    samples.
+    """
+    a, b = _pair(a, b, "a", "b", least=2)
+    return _kernel_mean(a) + _kernel_mean(b) - 2 * _kernel_mean(a, b)
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Share of `fake` (m, d) inside the real manifold, and share of `real` (n, d) inside the generated one.
+
+    A manifold is the union of balls around its samples that reach to their k-th neighbour: Kynkaanniemi et
+    al. 2019. Raises `InputError` for a bad shape, NaN, or a set with no more than k
+    samples.
+    """
+    real, fake = _pair(real, fake, "real", "fake", least=_neighbours(k) + 1)
+    real_reach, fake_reach = _squared_radii(real, k), _squared_radii(fake, k)
+    fake_hit, real_hit = np.zeros(len(fake), bool), np.zeros(len(real), bool)
+    for i, j, squared in _squared_distances(fake, real):
+        fake_hit[i] |= (squared <= real_reach[j]).any(axis=1)
+        real_hit[j] |= (squared <= fake_reach[i, None]).any(axis=0)
+    return float(fake_hit.mean()), float(real_hit.mean())
+
+
+def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
+    """Real balls per generated sample over k, and share of real balls that hold a generated sample.
+
+    `real` is (n, d), `fake` (m, d); Naeem et al. 2020. Density is not bounded by one.
+    Raises `InputError` for a bad shape, NaN, or a set with no more than k samples.
+    """
+    real, fake = _pair(real, fake, "real", "fake", least=_neighbours(k) + 1)
+    reach = _squared_radii(real, k)
+    held, covered = 0, np.zeros(len(real), bool)
+    for _, j, squared in _squared_distances(fake, real):
+        inside = squared <= reach[j]
+        held += int(inside.sum())
+        covered[j] |= inside.any(axis=0)
+    return held / (k * len(fake)), float(covered.mean())
+
+
+def realism(real: np.ndarray, fake: np.ndarray, k: int = 3) -> np.ndarray:
+    """Realism of every row of `fake` (m, d) -> (m,); at least 1 inside the pruned manifold of `real` (n, d).
+
+    Largest ratio, over the real samples, of the distance to their k-th real neighbour to the distance to the
+    generated sample: Kynkaanniemi et al. 2019, section 5, whose pruning drops the real balls larger than the
+    median. Infinite for an exact copy. Raises `InputError` for a bad shape, NaN, or no more than k samples.
+    """
+    real, fake = _pair(real, fake, "real", "fake", least=_neighbours(k) + 1, least_fake=1)
+    reach = _squared_radii(real, k)
+    kept = reach <= np.median(reach)
+    real, reach = real[kept], reach[kept]
+    best = np.zeros(len(fake))
+    for i, j, squared in _squared_distances(fake, real):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(squared > 0, reach[j] / squared, np.inf)
+        best[i] = np.maximum(best[i], ratio.max(axis=1))
+    return np.sqrt(best)
+
+
+def bootstrap_interval(
+    statistic,
+    real: np.ndarray,
+    fake: np.ndarray,
+    real_groups,
+    *,
+    rng: np.random.Generator,
+    draws: int = 200,
+    level: float = 0.95,
+):
+    """Interval (low, high) of `statistic(real, fake)` by random halves of patients and of fake samples.
+
+    Halves without replacement are used for every statistic, because the duplicates of a draw with replacement
+    collapse k-NN radii to zero and lift FD and KID; the deviations of the draws from their own mean are laid
+    about the full-sample value, scaled by sqrt(m / (n - m)) for m of n patients, which is one for halves
+    (Shao and Wu 1989). An interval of a share may therefore end beyond 0 or 1. `real` is (n, d), `fake` (m,
+    d), `real_groups` n patient names; the ends have the shape of the statistic. Raises `InputError` for fewer
+    than 4 patients or fake samples, names that do not fit, NaN, draws < 2 or a level outside (0, 1).
+    """
+    real, fake = _pair(real, fake, "real", "fake", least=4)
+    names, patient = np.unique(np.asarray(real_groups), return_inverse=True)
+    if np.shape(real_groups) != (len(real),):
+        raise InputError(f"real_groups has shape {np.shape(real_groups)}, but real needs ({len(real)},)")
+    if len(names) < 4:
+        raise InputError(f"real_groups names {len(names)} patients, but an interval needs at least 4")
+    if draws < 2 or not 0 < level < 1:
+        raise InputError(f"draws is {draws} and level {level}; accepted are draws >= 2 and 0 < level < 1")
+    half, half_fake = len(names) // 2, len(fake) // 2
+    values = []
+    for _ in range(draws):
+        chosen = np.isin(patient, rng.choice(len(names), half, replace=False))
+        values.append(statistic(real[chosen], fake[np.sort(rng.choice(len(fake), half_fake, replace=False))]))
+    values = np.asarray(values, float)
+    point = np.asarray(statistic(real, fake), float)
+    scale = np.sqrt(half / (len(names) - half))
+    tail = (1 - level) / 2
+    low, high = point + scale * np.quantile(values - values.mean(axis=0), [tail, 1 - tail], axis=0)
+    return (float(low), float(high)) if point.ndim == 0 else (low, high)
+
+
+def stamp(volumes: np.ndarray, inside: np.ndarray, *, sigma: float = 3.0, pairs: int = 500, seed: int = 0) -> float:
+    """Mean correlation of two samples' high-passed interiors at the same voxels, over at most `pairs` pairs.
+
+    0 means independent interiors, 1 one pattern stamped into every bone. `volumes` is (n, z, y, x), `inside`
+    the boolean mask of each eroded trabecular interior, same shape; a sample twice freed of its Gaussian mean
+    (`sigma` voxels) within its own mask is its texture, and a pair is compared where both masks hold. Own
+    measure: Frechet distance and precision do not see a stamp. Raises `InputError` for a bad shape, NaN, or
+    no pair sharing 50 voxels.
+    """
+    volumes, inside = np.asarray(volumes), np.asarray(inside)
+    if volumes.ndim != 4 or len(volumes) < 2:
+        raise InputError(f"volumes has shape {volumes.shape}; accepted is (n, z, y, x) with n >= 2")
+    if inside.shape != volumes.shape or inside.dtype != bool:
+        raise InputError(f"inside is {inside.dtype} {inside.shape}; accepted is bool {volumes.shape}")
+    if not np.isfinite(volumes).all():
+        raise InputError("volumes holds NaN or infinite voxels; every voxel must be a number")
+    texture = np.stack([_texture(v, m, sigma) for v, m in zip(volumes, inside, strict=True)])
+    first, second = np.triu_indices(len(volumes), 1)
+    order = numpy_rng(seed, "stamp").permutation(len(first))[:pairs]
+    values = [
+        _correlation(texture[i], texture[j], inside[i] & inside[j])
+        for i, j in zip(first[order], second[order], strict=True)
+    ]
+    if np.isnan(values).all():
+        raise InputError(f"no two interiors share {LEAST_SHARED} voxels with texture; more overlap is needed")
+    return float(np.nanmean(values))
+
+
+def _texture(volume, mask, sigma):
+    weight = ndimage.gaussian_filter(mask.astype(np.float32), sigma)
+    texture = np.where(mask, volume, 0).astype(np.float32)
+    for _ in range(2):  # once leaves the slope of a density gradient along the border of the mask
+        smooth = ndimage.gaussian_filter(texture, sigma) / np.maximum(weight, 1e-6)
+        texture = np.where(mask, texture - smooth, 0)
+    return texture
+
+
+def _correlation(a, b, where):
+    if where.sum() < LEAST_SHARED:
+        return np.nan
+    a, b = a[where] - a[where].mean(), b[where] - b[where].mean()
+    size = np.sqrt(np.sum(a**2) * np.sum(b**2))
+    return np.sum(a * b) / size if size > 0 else np.nan
+
+
+def _neighbours(k):
+    if k != int(k) or k < 1:
+        raise InputError(f"k is {k}; accepted is a whole number of neighbours from 1")
+    return int(k)
+
+
+def _pair(a, b, name_a, name_b, *, least, least_fake=None):
+    a, b = _checked(a, name_a, least), _checked(b, name_b, least if least_fake is None else least_fake)
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"{name_a} has {a.shape[1]} features and {name_b} {b.shape[1]}; both need the same")
+    return a, b
+
+
+def _checked(features, name, least):
+    features = np.asarray(features)
+    if features.ndim != 2 or features.shape[1] < 1 or features.dtype.kind not in "fiu":
+        raise InputError(f"{name} is {features.dtype} of shape {features.shape}; accepted are numbers (n, d)")
+    if len(features) < least:
+        raise InputError(f"{name} has {len(features)} samples, but at least {least} are needed")
+    if not np.isfinite(features).all():
+        raise InputError(f"{name} holds NaN or infinite features; every feature must be a number")
+    return features
+
+
+def _moments(x):
+    """Mean (d,) and a factor F (r, d) with F' F the covariance, r = min(n, d)."""
+    mean = x.mean(axis=0, dtype=np.float64)
+    n, d = x.shape
+    if n <= d:
+        return mean, (x - mean) / np.sqrt(n - 1)
+    covariance = np.zeros((d, d))
+    for i in range(0, n, COLUMNS):
+        centred = x[i : i + COLUMNS] - mean
+        covariance += centred.T @ centred
+    values, vectors = np.linalg.eigh(covariance / (n - 1))
+    return mean, np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+
+
+def _kernel_mean(a, b=None):
+    """Mean of the cubic kernel over a x b, or over the pairs i != j within a."""
+    total, other = 0.0, a if b is None else b
+    for i in range(0, len(a), ROWS):
+        rows = a[i : i + ROWS].astype(np.float64)
+        if b is None:
+            total -= np.sum((np.einsum("nd,nd->n", rows, rows) / a.shape[1] + 1) ** 3)
+        for j in range(0, len(other), COLUMNS):
+            total += np.sum((rows @ other[j : j + COLUMNS].astype(np.float64).T / a.shape[1] + 1) ** 3)
+    return float(total / (len(a) * (len(a) - 1) if b is None else len(a) * len(b)))
+
+
+def _squared_distances(a, b):
+    """Blocks (rows, columns, squared distances) that together cover a x b."""
+    centre = b.mean(axis=0, dtype=np.float64)
+    for i in range(0, len(a), ROWS):
+        rows = a[i : i + ROWS] - centre
+        row_norms = np.einsum("nd,nd->n", rows, rows)[:, None]
+        for j in range(0, len(b), COLUMNS):
+            columns = b[j : j + COLUMNS] - centre
+            norms = row_norms + np.einsum("nd,nd->n", columns, columns)
+            squared = norms - 2 * (rows @ columns.T)
+            squared[squared < 1e-13 * norms] = 0  # rounding of the expanded square; these are copies
+            yield slice(i, i + len(rows)), slice(j, j + len(columns)), squared
+
+
+def _squared_radii(x, k):
+    """Squared distance of every sample to its k-th nearest other sample."""
+    nearest = np.full((len(x), k), np.inf)
+    for i, j, squared in _squared_distances(x, x):
+        index = np.arange(i.start, i.stop)
+        own = (index >= j.start) & (index < j.stop)
+        squared[own, index[own] - j.start] = np.inf
+        nearest[i] = np.partition(np.hstack([nearest[i], squared]), k - 1, axis=1)[:, :k]
+    return nearest.max(axis=1)

@@ -1,0 +1,79 @@
+"""Run one notebook as one stage: `python -m bonelib.nb STAGE SOURCE TARGET [-p NAME VALUE]...`
+
+The notebook sees the parameters that dvc.yaml declares for the stage and no others, so that a forgotten declaration
+fails loudly instead of leaving a stale result.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from bonelib.processes import die_with_parent
+
+
+def stage_params(stage: str) -> dict[str, Any]:
+    """The parameters declared for `stage` as {name: value}; those of the active profile stand at the top level."""
+    import dvc.api
+
+    values = dvc.api.params_show(stages=stage)
+    for profile in values.pop("profiles", {}).values():
+        values |= profile
+    return values
+
+
+def root() -> Path:
+    """Change into the repository's root, from wherever a notebook was opened, and return it."""
+    import os
+
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file():
+            os.chdir(folder)
+            return folder
+    raise FileNotFoundError(f"no dvc.yaml in {here} or above it: open the notebook inside the repository")
+
+
+def main() -> int:
+    die_with_parent()
+    cli = argparse.ArgumentParser(description=__doc__)
+    for name in ("stage", "source", "target"):
+        cli.add_argument(name)
+    cli.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    args = cli.parse_args()
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of defaults that span lines, and of dictionaries
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    Path(args.target).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            args.source,
+            args.target,
+            parameters=stage_params(args.stage) | dict(args.p),
+            cwd=".",
+            log_output=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            progress_bar=False,
+            autosave_cell_every=30,
+            extra_arguments=["--IPKernelApp.log_level=40"],  # else it warns that loopback is not encrypted
+        )
+    except PapermillExecutionError as error:
+        if error.ename == "InputError":
+            print(error.evalue, file=sys.stderr)
+            return 2
+        print(
+            f"{args.source} failed with {error.ename}: {error.evalue}; the failing cell is marked in {args.target}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

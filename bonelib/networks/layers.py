@@ -1,0 +1,95 @@
+"""The layers that generators and critics are made of. Tensors are (batch, channel, z, y, x)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS_LAST = torch.channels_last_3d
+
+
+def working_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The precision to convolve `x` in: `dtype`, but float32 where a grid is at most two voxels deep on a CPU.
+
+    The bfloat16 weight gradient of a 3x3x3 convolution at depth 2 is silently wrong in torch 2.13 on CPU;
+    `tests/test_layers.py` holds the check. Layers that shallow cost nothing, so none of them is worth the risk.
+    """
+    return torch.float32 if x.device.type == "cpu" and x.shape[2] <= 2 else dtype
+
+
+def fold_upsampling(weight: Tensor) -> Tensor:
+    """The kernel (in, out, 4, 4, 4) whose stride-2 transposed convolution equals nearest upsampling by two
+    followed by convolution with `weight` (out, in, 3, 3, 3): 8 instead of 27 products per voxel, and no
+    upsampled tensor."""
+    folded = weight.flip(2, 3, 4).transpose(0, 1)
+    for axis in (2, 3, 4):
+        before, after = [0] * 6, [0] * 6
+        before[2 * (4 - axis)] = after[2 * (4 - axis) + 1] = 1
+        folded = F.pad(folded, before) + F.pad(folded, after)
+    return folded
+
+
+class Conv(nn.Module):
+    """A 3D convolution with equalised learning rate: weights drawn from N(0, 1), scaled by 1/sqrt(fan in) when used
+    (Karras et al. 2017, section 4.1; Angermann et al. 2023, Appendix B).
+
+    `kernel` is (z, y, x). `stride` 2 halves the grid, `upsample` doubles it first (nearest; kernel 3 only).
+    `padding` is "zeros", "replicate" or "none".
+    """
+
+    def __init__(
+        self,
+        inputs,
+        outputs,
+        kernel=(3, 3, 3),
+        *,
+        stride=1,
+        upsample=False,
+        padding="zeros",
+        gain=2**0.5,
+        dtype=torch.float32,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, *kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.scale = gain / math.sqrt(inputs * math.prod(kernel))
+        self.pad = tuple(0 if padding == "none" else k // 2 for k in kernel)
+        self.stride, self.upsample, self.replicate, self.dtype = stride, upsample, padding == "replicate", dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = working_dtype(x, self.dtype)
+        weight, bias = (self.weight * self.scale).to(dtype), self.bias.to(dtype)
+        x, pad = x.to(dtype), self.pad
+        if self.replicate and any(pad):
+            x = F.pad(x, [p for p in reversed(pad) for _ in range(2)], mode="replicate")
+            pad = (0, 0, 0)
+        if self.upsample:  # the padded border, doubled, is cut off again
+            return F.conv_transpose3d(x, fold_upsampling(weight), bias, stride=2, padding=3 if self.replicate else 1)
+        return F.conv3d(x, weight, bias, stride=self.stride, padding=pad)
+
+    def transposed(self, gradient: Tensor) -> Tensor:
+        """The gradient with respect to the input, given the one with respect to the output: the adjoint map."""
+        dtype = working_dtype(gradient, self.dtype)
+        weight = (self.weight * self.scale).to(dtype)
+        return F.conv_transpose3d(
+            gradient.to(dtype), weight, stride=self.stride, padding=self.pad, output_padding=self.stride - 1
+        )
+
+
+class Dense(nn.Module):
+    """A fully connected layer with equalised learning rate."""
+
+    def __init__(self, inputs, outputs, *, gain=1.0, bias=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.bias = nn.Parameter(torch.full((outputs,), bias))
+        self.scale = gain / math.sqrt(inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+def pixel_norm(x: Tensor) -> Tensor:
+    """Every voxel's feature vector at unit mean square (Karras et al. 2017, section 4.2)."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)

@@ -1,0 +1,90 @@
+"""3D-ProGAN: the progressively grown generator (Angermann et al. 2023, section 3.2 and Table A.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense, pixel_norm
+from bonelib.pyramid import unhaar, upsample
+
+
+class ProGAN(nn.Module):
+    """Maps latents z ~ N(0, I) to volumes in (0, 1) of shape `base` x 2^stage (twice that with `haar`).
+
+    `widths` has one entry for the reshaped dense layer and one per stage; the published network is
+    `base` (1, 9, 7), `latent` 512 and `widths` (128, 128, 128, 64, 32, 16). Where Table A.2 lists 128 channels for
+    the upsampling layers u4 and u5, their inputs have 64 and 32, and upsampling keeps the number of channels: the
+    table is read so.
+
+    Not in the paper, all off by default: `noise` adds noise inputs behind every convolution, scaled per channel by
+    weights drawn with this SD (without them all bones carry the same trabecular pattern); `haar` lets each stage draw
+    the eight Haar bands of a volume twice as fine, which saves the finest stage.
+    """
+
+    def __init__(
+        self,
+        base=(1, 9, 7),
+        widths=(128, 128, 128, 64, 32, 16),
+        latent=512,
+        noise=0.0,
+        haar=False,
+        padding="zeros",
+        dtype=torch.float32,
+    ):
+        super().__init__()
+        self.base, self.latent, self.stages = tuple(base), latent, len(widths) - 1
+        self.haar = haar
+        self.dense = Dense(latent, widths[0] * base[0] * base[1] * base[2])
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.first = nn.ModuleList(Conv(i, o, upsample=True, padding=padding, dtype=dtype) for i, o in pairs)
+        self.second = nn.ModuleList(Conv(o, o, padding=padding, dtype=dtype) for _, o in pairs)
+        self.to_image = nn.ModuleList(
+            Conv(o, 8 if haar else 1, gain=1.0, padding=padding, dtype=dtype) for o in widths[1:]
+        )
+        scales = [nn.Parameter(noise * torch.randn(2, o)) for _, o in pairs]
+        self.noise_scale = nn.ParameterList(scales) if noise else None
+
+    def sample_latent(self, n: int, rng: torch.Generator) -> Tensor:
+        """`n` latents from N(0, I), shape (n, latent)."""
+        return torch.randn(n, self.latent, generator=rng)
+
+    def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
+        """The latents, redrawn beyond +-`truncation` by folding the normal distribution's quantiles onto those of
+        the truncated one (the truncation trick of section 4.1; None leaves them)."""
+        if truncation is None:
+            return latent
+        normal = torch.distributions.Normal(0.0, 1.0)
+        low, high = normal.cdf(torch.tensor(-truncation)), normal.cdf(torch.tensor(truncation))
+        return normal.icdf(low + (high - low) * normal.cdf(latent)).clamp(-truncation, truncation)
+
+    def synthesize(
+        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | None = None
+    ) -> Tensor:
+        """Volumes (n, 1, z, y, x) at `stage`; `fade` < 1 blends the new stage with the upsampled one before it.
+
+        `noise` draws the noise inputs; without it they are left out.
+        """
+        stage = self.stages if stage is None else stage
+        x = self.dense(styles).reshape(len(styles), -1, *self.base).contiguous(memory_format=CHANNELS_LAST)
+        for s in range(stage):
+            before = x
+            x = self._behind(self.first[s](x), s, 0, noise)
+            x = self._behind(self.second[s](x), s, 1, noise)
+        image = self._image(x, stage)
+        if fade < 1 and stage > 1:
+            image = fade * image + (1 - fade) * upsample(self._image(before, stage - 1))
+        return image
+
+    def _image(self, x: Tensor, stage: int) -> Tensor:
+        image = self.to_image[stage - 1](x).float()
+        return torch.sigmoid(unhaar(image) if self.haar else image)
+
+    def _behind(self, x: Tensor, stage: int, layer: int, noise: torch.Generator | None) -> Tensor:
+        if self.noise_scale is not None and noise is not None:
+            field = torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
+            x = torch.addcmul(x, field, self.noise_scale[stage][layer].to(x.dtype).reshape(1, -1, 1, 1, 1))
+        return pixel_norm(F.silu(x))
+
+    def factorized_weight(self) -> Tensor:
+        """The matrix A of eq. (11): the first linear layer, (outputs, latent)."""
+        return self.dense.weight.detach()

@@ -1,0 +1,233 @@
+"""The sections of params.yaml, typed and frozen; an unknown key is refused with the nearest known one."""
+
+import difflib
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bonelib import InputError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Shape = tuple[Count, Count, Count]
+
+
+class Section(BaseModel):
+    """A section of params.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Cohort(Section):
+    """Where scans come from: the phantom generator, or a folder of one's own scans with the unit they are in."""
+
+    source: str
+    unit: Literal["mgHA"] = "mgHA"
+    participants: str | None = None
+
+
+class Phantom(Section):
+    """Size of the phantom cohort."""
+
+    patients: Annotated[int, Field(ge=3)]
+    visits: Count
+
+
+class Preprocess(Section):
+    """From scans to slice stacks (section 3.1). Shapes are (z, y, x) in voxels of the cohort's grid."""
+
+    shape: Shape
+    subsample: Count
+    dct_clip: Positive
+    stack_slices: Count
+    stacks_per_scan: Count
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    intensity: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _fits(self):
+        z, y, x = (n // self.subsample for n in self.shape)
+        if any(n % self.subsample for n in self.shape):
+            raise ValueError(f"shape {self.shape} must be divisible by subsample {self.subsample}")
+        if y % 9 or x % 7 or y // 9 != x // 7 or (y // 9) & (y // 9 - 1) or self.stack_slices != y // 9:
+            raise ValueError(
+                f"after subsampling, a stack is {(self.stack_slices, y, x)}, but must be (1, 9, 7) times a power of two"
+            )
+        if self.stack_slices > z:
+            raise ValueError(f"stack_slices {self.stack_slices} is more than the {z} slices of a subsampled scan")
+        if self.intensity[0] >= self.intensity[1]:
+            raise ValueError(f"intensity {self.intensity} must rise")
+        return self
+
+
+class Generator(Section):
+    """`widths`: channels behind the dense layer and behind each stage. `noise` is not in the paper."""
+
+    kind: Literal["progan"]
+    widths: tuple[Count, ...]
+    latent: Count = 512
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    padding: Literal["zeros", "replicate"] = "zeros"
+
+
+class CriticNet(Section):
+    """`convs` 2, `whole` and `standardise` are not in the paper (see `networks.critic.Critic`)."""
+
+    widths: tuple[Count, ...]
+    convs: Annotated[int, Field(ge=1, le=3)] = 1
+    whole: bool = False
+    standardise: bool = False
+
+
+class Schedule(Section):
+    """Appendix B. Lists have one entry a stage, in samples the critic has seen."""
+
+    samples: tuple[Count, ...]
+    fade: tuple[Annotated[int, Field(ge=0)], ...]
+    batch: tuple[Count, ...]
+    rate_decay: Share = 0.85
+    final_decay: Share = 0.0
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if not len(self.samples) == len(self.fade) == len(self.batch):
+            raise ValueError("samples, fade and batch must have one entry a stage each")
+        return self
+
+
+class Augment(Section):
+    """In-plane rotation in degrees and zoom, both uniform (section 3.1)."""
+
+    rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
+    zoom: Annotated[float, Field(ge=1)] = 1.15
+
+
+class Train(Section):
+    """One model and how it is trained.
+
+    Not in the paper: `ema`, the half-life of the generator's running average in updates (0 is none), and `haar`,
+    which lets both networks work on the Haar bands of volumes twice as fine as their grids.
+    """
+
+    generator: Generator
+    critic: CriticNet
+    schedule: Schedule
+    augment: Augment | None = Augment()
+    n_critic: Count
+    rate: Positive
+    penalty: Annotated[float, Field(ge=0)] = 10.0
+    drift: Annotated[float, Field(ge=0)] = 1e-3
+    clip: Positive = 2.0
+    ema: Annotated[float, Field(ge=0)] = 0.0
+    haar: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _stages(self):
+        n = len(self.schedule.samples)
+        if not len(self.generator.widths) == len(self.critic.widths) == n + 1:
+            raise ValueError(f"{n} stages need {n + 1} widths in generator and critic")
+        return self
+
+
+class Quality(Section):
+    """How image quality is measured: `truncation` of the samples, and the levels of Figure C.9 in `sweep`."""
+
+    samples: Count
+    truncation: Positive | None = None
+    sweep: tuple[Positive, ...] = (2.6, 1.8, 1.0, 0.2)
+    draws: Count = 200
+
+
+class Grid(Section):
+    """The voxel size that all scans of a profile must have, in mm."""
+
+    voxel_mm: Annotated[float, Field(ge=0.03, le=0.5)]
+
+
+PROFILE = {"phantom": Phantom, "preprocess": Preprocess, "train": dict[str, Train], "quality": Quality}
+
+
+def section(kind: type[Section], values: dict[str, Any], name: str) -> Any:
+    """`values` checked as the section `kind`; `name` stands before the key in an error.
+
+    Raises `InputError` naming the key, what was found and what is accepted (the nearest known key, if unknown).
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([name, *(str(part) for part in first["loc"])])
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(kind, first["loc"][:-1])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0)
+            raise InputError(f"params.yaml: unknown key {key}; did you mean {near[0]!r}?") from None
+        raise InputError(f"params.yaml: {key}: {first['msg']} (found {first['input']!r:.80})") from None
+
+
+def _known_keys(kind: type[Section], path: tuple) -> list[str]:
+    for part in path:
+        kind = kind.model_fields[part].annotation
+        kind = next((k for k in getattr(kind, "__args__", ()) if isinstance(k, type)), kind)
+    return list(kind.model_fields)
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of plain values and sections: equal if and only if they are equal."""
+    plain = [part.model_dump(mode="json") if isinstance(part, Section) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
+    """Read params.yaml and check all of it, also the profiles that are not in use; returns it as plain values."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    for key in values:
+        if key not in (known := ["seed", "profile", "cohort", "models", "profiles"]):
+            near = difflib.get_close_matches(key, known, 1, 0)
+            raise InputError(f"{path}: unknown key {key}; did you mean {near[0]!r}?")
+    if values["profile"] not in values["profiles"]:
+        raise InputError(
+            f"{path}: profile {values['profile']!r} does not exist; accepted are {', '.join(values['profiles'])}"
+        )
+    source = section(Cohort, values["cohort"], "cohort").source
+    if not Path(source).exists():
+        raise InputError(
+            f"{path}: cohort.source: {source} does not exist; give a folder of scans or bonelib/scans/phantom.py"
+        )
+    for name, profile in values["profiles"].items():
+        for key, content in profile.items():
+            where = f"profiles.{name}.{key}"
+            if key == "voxel_mm":
+                section(Grid, {key: content}, f"profiles.{name}")
+                continue
+            if key not in PROFILE:
+                raise InputError(
+                    f"{path}: unknown key {where}; did you mean {difflib.get_close_matches(key, PROFILE, 1, 0)[0]!r}?"
+                )
+            if key != "train":
+                section(PROFILE[key], content, where)
+                continue
+            for model, values_of_model in content.items():
+                how = section(Train, values_of_model, f"{where}.{model}")
+                slices, reached = profile["preprocess"]["stack_slices"], 2 ** (len(how.schedule.samples) + how.haar)
+                if slices != reached:
+                    says = f"its stages end at {reached} slices, but preprocess.stack_slices is {slices}"
+                    raise InputError(f"{path}: {where}.{model}: {says}")
+    return values
+
+
+if __name__ == "__main__":
+    try:
+        check_file()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,36 @@
+"""Halving, doubling and Haar bands of grids, shared by data and networks. Tensors are (batch, channel, z, y, x)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Nearest upsampling by two along all axes."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def downsample(x: Tensor) -> Tensor:
+    """Mean over blocks of 2x2x2 voxels (written as a reshape: deterministic on every device)."""
+    n, c, z, y, w = x.shape
+    return x.reshape(n, c, z // 2, 2, y // 2, 2, w // 2, 2).mean(dim=(3, 5, 7))
+
+
+def haar(x: Tensor) -> Tensor:
+    """One level of the orthonormal Haar transform: (n, 1, z, y, x) to the 8 bands (n, 8, z/2, y/2, x/2), mean first."""
+    n, _, z, y, w = x.shape
+    x = x.reshape(n, z // 2, 2, y // 2, 2, w // 2, 2).permute(0, 2, 4, 6, 1, 3, 5)
+    for axis in (1, 2, 3):
+        even, odd = x.select(axis, 0), x.select(axis, 1)
+        x = torch.stack([even + odd, even - odd], dim=axis) * 0.5**0.5
+    return x.reshape(n, 8, z // 2, y // 2, w // 2)
+
+
+def unhaar(bands: Tensor) -> Tensor:
+    """The inverse and adjoint of `haar`."""
+    n, _, z, y, w = bands.shape
+    x = bands.reshape(n, 2, 2, 2, z, y, w)
+    for axis in (1, 2, 3):
+        mean, difference = x.select(axis, 0), x.select(axis, 1)
+        x = torch.stack([mean + difference, mean - difference], dim=axis) * 0.5**0.5
+    return x.permute(0, 4, 1, 5, 2, 6, 3).reshape(n, 1, 2 * z, 2 * y, 2 * w)

@@ -1,0 +1,51 @@
+"""`make repro`: check params.yaml, reproduce what is stale, and on failure put the earlier outputs back.
+
+DVC deletes a stage's outputs before it runs the stage; a mistake in the input must not cost them.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from bonelib import InputError
+from bonelib.params import check_file
+from bonelib.processes import die_with_parent
+
+
+def closing_lines(profile: str) -> str:
+    """What a run ends with: the measures of the samples beside those of real bones, and where everything lies."""
+    out = Path("out") / profile
+    found = json.loads((out / "metrics/04_image_quality.json").read_text())
+
+    def number(value: float | None) -> str:
+        return "none" if value is None else f"{value + 0:.2f}".replace("-0.00", "0.00")
+
+    n, truncation = found["random3d.density.n_fake"], found["truncation"]
+    lines = [f"{n} samples of profile {profile}, truncated at {truncation}, beside real bones:"]
+    for name in ("density", "coverage", "precision", "recall"):
+        key = f"random3d.{name}"
+        low, high, real = (number(found[f"{key}.{end}"]) for end in ("low", "high", "real_against_real"))
+        lines.append(f"  {name:14} {number(found[f'{key}.value'])} ({low} to {high}), real bones {real}")
+    for name in ("contours found", "closed slices", "stamp"):
+        ours, theirs = (number(found[f"measured.{group}.{name}"]) for group in ("generated", "held-out patients"))
+        lines.append(f"  {name:14} {ours}, real bones {theirs}")
+    return "\n".join([*lines, f"pictures in {out}/figures, numbers in {out}/metrics, notebooks in {out}/notebooks"])
+
+
+def main() -> int:
+    die_with_parent()
+    try:
+        profile = check_file()["profile"]
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if subprocess.run(["dvc", "repro", *sys.argv[1:]], preexec_fn=die_with_parent).returncode:
+        subprocess.run(["dvc", "checkout", "--quiet", "--force"], preexec_fn=die_with_parent, stderr=subprocess.DEVNULL)
+        return 2
+    print(closing_lines(profile))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Slice stacks of the preprocessed scans; order and augmentation are functions of the sample's number."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bonelib import InputError
+from bonelib.params import Augment
+from bonelib.pyramid import downsample, haar
+from bonelib.randomness import numpy_rng, torch_rng
+from bonelib.scans.tables import read_table
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Preprocessed scans in [0, 1], and the overlapping slice stacks they are cut into.
+
+    `volumes` (scan, z, y, x) float16 on disk; `rows` one dictionary a stack (scan, patient, volume, start, split);
+    `meta` what `01_preprocess` wrote: spacing in mm, intensity map, slices of a stack, hash of the data.
+    """
+
+    volumes: np.ndarray
+    rows: list[dict]
+    meta: dict
+
+    def of(self, split: str) -> list[dict]:
+        """The rows of "train" or "held-out"."""
+        rows = [row for row in self.rows if row["split"] == split]
+        if not rows:
+            raise InputError(f"stacks.csv holds no stacks with split {split!r}")
+        return rows
+
+    def pooled(self, rows: list[dict], halvings: int) -> Tensor:
+        """The stacks of `rows` (n, 1, z, y, x) as float16, averaged over blocks of 2^halvings voxels a side."""
+        depth = self.meta["stack_slices"]
+        parts = []
+        for row in rows:
+            stack = torch.from_numpy(
+                self.volumes[row["volume"], row["start"] : row["start"] + depth].astype(np.float32)
+            )
+            stack = stack[None, None]
+            for _ in range(halvings):
+                stack = downsample(stack)
+            parts.append(stack.half())
+        return torch.cat(parts)
+
+
+def load_stacks(folder: str | Path) -> Stacks:
+    """Open what `01_preprocess` wrote. Raises `InputError` naming the missing file."""
+    folder = Path(folder)
+    for name in ("volumes.npy", "stacks.csv", "stacks.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file; run `make repro` first, or give another folder of stacks")
+    rows = [
+        {**row, "volume": int(row["volume"]), "start": int(row["start"])} for row in read_table(folder / "stacks.csv")
+    ]
+    meta = json.loads((folder / "stacks.json").read_text())
+    return Stacks(np.load(folder / "volumes.npy", mmap_mode="r"), rows, meta)
+
+
+def band_statistics(stacks: Tensor, bands: bool) -> Tensor:
+    """Mean and SD (2, bands) of stacks (n, 1, z, y, x), or of each of their eight Haar bands."""
+    values = haar(stacks.float()) if bands else stacks.float()
+    # The floor keeps bands that are nearly empty on smooth coarse grids from being blown up to pure noise.
+    return torch.stack([values.mean(dim=(0, 2, 3, 4)), values.std(dim=(0, 2, 3, 4)).clamp(min=0.02)])
+
+
+def order(n: int, first: int, count: int, seed: int) -> list[int]:
+    """Which of `n` stacks the samples number `first` to `first + count` are: a new permutation every epoch."""
+    wanted = range(first, first + count)
+    epochs = {k // n: numpy_rng(seed, "order", k // n).permutation(n) for k in wanted}
+    return [int(epochs[k // n][k % n]) for k in wanted]
+
+
+def augmented(stacks: Tensor, first: int, seed: int, how: Augment | None) -> Tensor:
+    """Rotate and zoom each stack (n, 1, z, y, x) in plane, sample number `first` onwards (section 3.1).
+
+    Bicubic, with the mirrored image beyond the edge; the slices along z stay as they are.
+    """
+    if how is None:
+        return stacks
+    n, _, _, height, width = stacks.shape
+    draws = torch.cat([torch.rand(1, 2, generator=torch_rng(seed, "augment", first + i)) for i in range(n)])
+    angle = (2 * draws[:, 0] - 1) * math.radians(how.rotation)
+    zoom = 1 + draws[:, 1] * (how.zoom - 1)
+    cos, sin, none = torch.cos(angle) / zoom, torch.sin(angle) / zoom, torch.zeros(n)
+    # affine_grid counts in half widths and half heights, so that the off-diagonal terms carry the aspect ratio
+    theta = torch.stack(
+        [torch.stack([cos, -sin * height / width, none], 1), torch.stack([sin * width / height, cos, none], 1)], 1
+    )
+    grid = F.affine_grid(theta, [n, 1, height, width], align_corners=False).to(stacks)
+    moved = F.grid_sample(stacks[:, 0], grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return moved[:, None].clamp(0, 1)

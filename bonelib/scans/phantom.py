@@ -1,0 +1,105 @@
+"""A phantom cohort of HR-pQCT scans of the distal radius whose truth is known."""
+
+import os
+import shutil
+import time
+from concurrent.futures import as_completed
+from pathlib import Path
+
+from bonelib import InputError
+from bonelib.processes import workers
+from bonelib.randomness import numpy_rng
+from bonelib.scans import population
+from bonelib.scans.population import sample_patient
+from bonelib.scans.rendering import check_voxel, draw_visit
+from bonelib.scans.scanner import NATIVE_MM, scan
+from bonelib.scans.tables import write_table
+from bonelib.scans.volumes import Volume, write_volume
+
+__all__ = ["make_cohort", "make_radius", "sample_patient"]
+
+STILL = 1  # visual grading score of a scan without motion
+PROGRESS_S = 10.0
+
+
+def make_radius(
+    seed: int, *, voxel_mm: float = NATIVE_MM, patient: int = 1, visit: int = 1, **traits
+) -> tuple[Volume, dict]:
+    """True density of one distal radius in mg HA/cm3, before the scanner, and its truth.
+
+    About 10.2 mm of bone (168 slices of .0607 mm) with part of the ulna and soft tissue; the field of view varies.
+    `traits` override what is drawn for the patient: names as in `population.TRAITS`, `tb_bmd=105` for Tb.BMD.
+    The truth holds the traits asked for (Tt.Ar mm2, Ct.Th, Tb.Th mm, densities mg HA/cm3 as a scan's contour would
+    read them) and, under `true_...`, what was drawn. Raises `InputError` for an unknown trait.
+    """
+    drawn = draw_visit(seed, patient, visit, voxel_mm, **traits)
+    return drawn.volume, drawn.truth
+
+
+def make_cohort(params, folder: str | Path) -> Path:
+    """Write a cohort: `scans/sub-001_ses-1.nii.gz` ..., `participants.tsv` and `scans.tsv` under `folder`.
+
+    `params` has `seed`, `patients`, `visits` (the most; nobody has fewer than 2 unless it is 1) and `voxel_mm`, and
+    may have `workers` (processes; else one a core). Every scan depends on (seed, patient, visit) alone. The folder
+    appears whole or not at all; an earlier cohort in its place is replaced, any other folder is refused with an
+    `InputError`.
+    """
+    folder = Path(folder)
+    _check(params, folder)
+    part = folder.with_name(f".part-{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "scans").mkdir(parents=True)
+    counts = {p: population.visit_count(params.seed, p, params.visits) for p in range(1, params.patients + 1)}
+    jobs = [(params.seed, p, n, params.voxel_mm, part / "scans") for p, n in counts.items()]
+    try:
+        rows = list(_rendered(jobs, getattr(params, "workers", None)))
+        rows.sort(key=lambda row: row["scan"])
+        people = [row for row in rows if row["visit"] == 1]
+        own = ("patient", "sex", "age", *population.REFERENCE["F"], "marrow")
+        table = [{k: row[k] for k in own} | {"visits": n} for row, n in zip(people, counts.values(), strict=True)]
+        write_table(part / "participants.tsv", table)
+        write_table(part / "scans.tsv", rows)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _rendered(jobs: list, count: int | None):
+    """Rows of `scans.tsv` as the scans are done, with a line of progress about every ten seconds."""
+    began = last = time.monotonic()
+    total, done = sum(visits for _, _, visits, *_ in jobs), 0
+    with workers(count) as pool:
+        for future in as_completed([pool.submit(_make_visits, *job) for job in jobs]):
+            yield from (rows := future.result())
+            done, now = done + len(rows), time.monotonic()
+            if now - last >= PROGRESS_S or done == total:
+                last, rate = now, done / (now - began)
+                left = (total - done) / rate
+                print(f"cohort: {done}/{total} scans, {rate:.2f} scans/s, {left:.0f} s left", flush=True)
+
+
+def _make_visits(seed: int, patient: int, visits: int, voxel_mm: float, folder: Path) -> list[dict]:
+    """Draw, scan and write the visits of one patient; their rows of `scans.tsv`."""
+    rows = []
+    for visit in range(1, visits + 1):
+        drawn = draw_visit(seed, patient, visit, voxel_mm)
+        rng = numpy_rng(seed, "noise", patient, visit)
+        subject = f"sub-{patient:03d}"
+        name = f"{subject}_ses-{visit}"
+        path = write_volume(scan(drawn.volume, rng, noise_sd=drawn.truth["noise_sd"]), folder / f"{name}.nii.gz")
+        row = {"scan": name, "patient": subject, "visit": visit, "file": f"scans/{path.name}", "grade": STILL}
+        rows.append(row | {"seed": seed} | drawn.truth)
+    return rows
+
+
+def _check(params, folder: Path) -> None:
+    for name in ("patients", "visits", "workers"):
+        value = getattr(params, name, 1)
+        if not (isinstance(value, int) and value >= 1):
+            raise InputError(f"{name} is {value!r}; accepted are whole numbers from 1")
+    check_voxel(params.voxel_mm)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "scans.tsv").is_file())):
+        raise InputError(f"{folder}: holds something other than a cohort; remove it or name another folder")

@@ -1,0 +1,172 @@
+"""From scans of varying field of view to constant slice stacks (Angermann et al. 2023, section 3.1 and Figure 2)."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from scipy.fft import dctn, idctn
+
+from bonelib import InputError
+from bonelib.params import Preprocess
+from bonelib.processes import workers
+from bonelib.randomness import numpy_rng
+from bonelib.scans.tables import read_table, write_table
+from bonelib.scans.volumes import Volume, read_volume, regrid
+
+NATIVE_MM = 0.0607  # voxel size of the published scans, for which the DCT threshold is stated
+EXCLUDED_GRADES = (4, 5)  # motion grades left out of training (section 3.3)
+SPACING_TOLERANCE = 0.02  # of the voxel size, between a scan's header and params.yaml
+SMALLEST = 0.25  # a scan may miss at most three quarters of the constant shape along an axis
+
+
+def crop_or_mirror_pad(volume: Volume, shape: tuple[int, int, int]) -> tuple[Volume, np.ndarray]:
+    """The central part of `shape` (z, y, x) voxels, mirrored at the edges where the scan is smaller.
+
+    Returns the volume, whose affine follows, and the mask of padded voxels. Raises `InputError` for a scan with
+    less than a quarter of `shape` along an axis, which mirroring would only repeat.
+    """
+    if any(have < SMALLEST * want for have, want in zip(volume.shape, shape, strict=True)):
+        raise InputError(
+            f"a scan of {volume.shape} voxels is too small; at least a quarter of {tuple(shape)} is needed"
+        )
+    starts = [(have - want) // 2 for have, want in zip(volume.shape, shape, strict=True)]
+    crop = tuple(
+        slice(max(0, s), max(0, s) + min(want, have)) for s, want, have in zip(starts, shape, volume.shape, strict=True)
+    )
+    inner = volume.voxels[crop]
+    pad = [(max(0, -s), want - n - max(0, -s)) for s, want, n in zip(starts, shape, inner.shape, strict=True)]
+    padded = np.ones(shape, bool)
+    padded[tuple(slice(before, before + n) for (before, _), n in zip(pad, inner.shape, strict=True))] = False
+    return regrid(volume, np.pad(inner, pad, mode="symmetric"), starts), padded
+
+
+def dct_noise(voxels: np.ndarray, clip: float) -> np.ndarray:
+    """The noise volume: `voxels` rebuilt from its orthonormal DCT coefficients clipped to +-`clip`."""
+    return idctn(dctn(voxels, norm="ortho").clip(-clip, clip), norm="ortho").astype(np.float32)
+
+
+def clip_for(spacing_mm: float, clip: float) -> float:
+    """The DCT threshold on a grid of `spacing_mm`, when `clip` is the one for the native grid of 0.0607 mm.
+
+    An orthonormal DCT spreads noise of a given density over as many coefficients as there are voxels, so that its
+    coefficients shrink with the square root of the voxel's volume, and the threshold has to follow.
+    """
+    return clip * (NATIVE_MM / spacing_mm) ** 1.5
+
+
+def subsample(volume: Volume, step: int) -> Volume:
+    """Means over blocks of `step` voxels a side: densities are kept, and the affine follows."""
+    if any(n % step for n in volume.shape):
+        raise InputError(f"a volume of {volume.shape} voxels cannot be subsampled by {step}")
+    z, y, x = (n // step for n in volume.shape)
+    blocks = volume.voxels.reshape(z, step, y, step, x, step)
+    return regrid(volume, blocks.mean(axis=(1, 3, 5), dtype=np.float32), (0, 0, 0), step)
+
+
+def slice_stacks(slices: int, depth: int, count: int) -> list[int]:
+    """First slices of `count` equally spaced, overlapping stacks of `depth` that cover all of `slices`."""
+    if count * depth < slices or depth > slices:
+        raise InputError(f"{count} stacks of {depth} slices cannot cover {slices} slices")
+    return [round(i * (slices - depth) / max(1, count - 1)) for i in range(count)]
+
+
+def to_unit(density: np.ndarray, intensity: tuple[float, float]) -> np.ndarray:
+    """Densities (mg HA/cm3) to [0, 1]; `intensity` are the densities of 0 and 1. Values beyond are clipped."""
+    low, high = intensity
+    return ((density - low) / (high - low)).clip(0, 1)
+
+
+def to_density(values: np.ndarray, intensity: tuple[float, float]) -> np.ndarray:
+    """The inverse of `to_unit`."""
+    low, high = intensity
+    return values * (high - low) + low
+
+
+def steps(volume: Volume, how: Preprocess) -> Iterator[tuple[str, Volume]]:
+    """The preprocessing of one scan, step by step: (name, volume) for Figure 2; the last one is the result."""
+    padded, mask = crop_or_mirror_pad(volume, how.shape)
+    yield "cropped or mirror-padded", padded
+    noise = dct_noise(padded.voxels, clip_for(float(np.prod(volume.spacing)) ** (1 / 3), how.dct_clip))
+    yield "DCT noise volume", padded.with_voxels(noise)
+    filled = padded.with_voxels(np.where(mask, noise, padded.voxels))
+    yield "padding replaced by noise", filled
+    yield f"subsampled by {how.subsample}", subsample(filled, how.subsample)
+
+
+def preprocess(volume: Volume, how: Preprocess) -> Volume:
+    """The last of `steps`."""
+    *_, (_, result) = steps(volume, how)
+    return result
+
+
+def split_patients(patients: list[str], held_out: float, seed: int) -> dict[str, str]:
+    """ "train" or "held-out" for every patient, at least two of them held out."""
+    known = sorted(set(patients))
+    count = max(2, round(held_out * len(known)))
+    if count > len(known) - 1:
+        raise InputError(f"{len(known)} patients are too few to hold {count} of them out; at least 3 are needed")
+    away = set(numpy_rng(seed, "split").permutation(known)[:count])
+    return {patient: "held-out" if patient in away else "train" for patient in known}
+
+
+def preprocess_cohort(
+    cohort: str | Path, folder: str | Path, how: Preprocess, voxel_mm: float, seed: int, say=print
+) -> dict:
+    """Preprocess every scan of `cohort` graded 1-3 or not graded, split the patients, and write `folder`.
+
+    Writes volumes.npy (scan, z, y, x) float16 in [0, 1], stacks.csv and stacks.json; returns the last one's content.
+    The volumes are written scan by scan by worker processes, so that memory does not grow with the cohort. Raises
+    `InputError` naming the scan whose voxels are not of `voxel_mm`, or that cannot be preprocessed.
+    """
+    cohort, folder = Path(cohort), Path(folder)
+    scans = [s for s in read_table(cohort / "scans.tsv") if s.get("grade", "") not in map(str, EXCLUDED_GRADES)]
+    if not scans:
+        raise InputError(f"{cohort / 'scans.tsv'}: no scan of grade 1-3, or without a grade")
+    splits = split_patients([scan["patient"] for scan in scans], how.held_out, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = tuple(n // how.subsample for n in how.shape)
+    volumes = np.lib.format.open_memmap(folder / "volumes.npy", "w+", np.float16, (len(scans), *shape))
+    work = partial(_one, cohort=cohort, how=how, voxel_mm=voxel_mm)
+    with workers() as pool:
+        for i, voxels in enumerate(pool.map(work, scans)):
+            volumes[i] = voxels
+            if (i + 1) % 50 == 0 or i + 1 == len(scans):
+                say(f"preprocessed {i + 1} of {len(scans)} scans", flush=True)
+    volumes.flush()
+    starts = slice_stacks(shape[0], how.stack_slices, how.stacks_per_scan)
+    rows = [
+        dict(scan=s["scan"], patient=s["patient"], split=splits[s["patient"]], volume=i, start=start)
+        for i, s in enumerate(scans)
+        for start in starts
+    ]
+    write_table(folder / "stacks.csv", rows)
+    inside = [i for i, s in enumerate(scans) if splits[s["patient"]] == "train"]
+    sample = np.asarray(volumes[inside[:: max(1, len(inside) // 50)]], np.float32)
+    with open(folder / "volumes.npy", "rb") as file:
+        data_hash = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    meta = dict(
+        spacing_mm=[voxel_mm * how.subsample] * 3,
+        intensity=list(how.intensity),
+        stack_slices=how.stack_slices,
+        shape=[how.stack_slices, *shape[1:]],
+        unit="mgHA",
+        mean=float(sample.mean()),
+        sd=float(sample.std()),
+        data_hash=data_hash,
+    )
+    (folder / "stacks.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return meta
+
+
+def _one(scan: dict, cohort: Path, how: Preprocess, voxel_mm: float) -> np.ndarray:
+    volume = read_volume(cohort / scan["file"], unit="mgHA")
+    if not np.allclose(volume.spacing, voxel_mm, rtol=SPACING_TOLERANCE):
+        found = " x ".join(f"{s:.4f}" for s in volume.spacing)
+        raise InputError(f"{cohort / scan['file']}: voxels of {found} mm, but params.yaml says voxel_mm {voxel_mm}")
+    try:
+        return to_unit(preprocess(volume, how).voxels, how.intensity).astype(np.float16)
+    except InputError as error:
+        raise InputError(f"{cohort / scan['file']}: {error}") from None

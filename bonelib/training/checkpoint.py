@@ -1,0 +1,106 @@
+"""Training state that continues bit for bit, and models as safetensors with a JSON beside them."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bonelib import InputError
+
+KEEP = 2  # states kept, so that a damaged newest one costs no more than an interval
+
+
+def write_whole(path: Path, write) -> None:
+    """Let `write(part)` make a file that appears at `path` whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    write(part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file; tensors are copied to plain contiguous memory first."""
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_whole(path, lambda part: save_file(plain, part))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one trainer; a second one is refused. The lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another training is running in this folder; wait for it or stop it") from None
+        yield
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """Keep a state of the training at `meta["seen"]` samples: tensors first, then the JSON that makes them valid."""
+    name = f"state-{meta['seen']:010d}"
+    save_tensors(folder / f"{name}.safetensors", tensors)
+    write_json(folder / f"{name}.json", {**meta, "sha256": digest(folder / f"{name}.safetensors")})
+    for old in sorted(folder.glob("state-*.json"))[:-KEEP]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict] | None:
+    """The newest whole state of the same parameters and data, or None. Damaged ones and others' are passed over."""
+    for path in sorted(folder.glob("state-*.json"), reverse=True):
+        tensors = path.with_suffix(".safetensors")
+        try:
+            meta = json.loads(path.read_text())
+            whole = meta["fingerprint"] == fingerprint and digest(tensors) == meta["sha256"]
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if whole:
+            return load_file(tensors), meta
+    return None
+
+
+def pack(**objects) -> dict[str, Tensor]:
+    """Modules and optimisers as one flat dictionary of tensors."""
+    flat = {}
+    for name, thing in objects.items():
+        if isinstance(thing, torch.optim.Optimizer):
+            for index, state in thing.state_dict()["state"].items():
+                flat |= {f"{name}.{index}.{key}": value for key, value in state.items()}
+        else:
+            flat |= {f"{name}.{key}": value for key, value in thing.state_dict().items()}
+    return flat
+
+
+def unpack(flat: dict[str, Tensor], **objects) -> None:
+    """The inverse of `pack`, into the given modules and optimisers."""
+    for name, thing in objects.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in flat.items() if key.startswith(f"{name}.")}
+        if isinstance(thing, torch.optim.Optimizer):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in own.items():
+                index, field = key.split(".")
+                state.setdefault(int(index), {})[field] = value
+            thing.load_state_dict({**thing.state_dict(), "state": state})
+        else:
+            thing.load_state_dict(own)

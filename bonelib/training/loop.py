@@ -1,0 +1,178 @@
+"""The progressive trainer: one loop. Time is counted in samples the critic has seen."""
+
+import copy
+import csv
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bonelib import networks, pyramid, randomness, training
+from bonelib.networks import build_critic, build_generator
+from bonelib.params import Train, fingerprint
+from bonelib.provenance import code_hash
+from bonelib.pyramid import downsample, upsample
+from bonelib.randomness import torch_rng
+from bonelib.scans import dataset
+from bonelib.scans.dataset import Stacks, augmented, band_statistics, order
+from bonelib.training import checkpoint, losses, schedule
+
+STRIP = 8  # fixed latents whose samples are kept along the training
+SAVE_EVERY_S = 20.0
+SAY_EVERY_S = 10.0
+CURVE_EVERY = 5  # generator updates between two points of the curves
+STRIP_PER_STAGE = 2
+WATCHED = 16  # train and held-out stacks on which the critic's gap is read
+# A state made by other code is not continued
+CODE = code_hash(networks, training, dataset, pyramid, randomness)
+CURVES = ("seen", "update", "stage", "fade", "critic_loss", "distance", "slope", "generator_loss", "overfit")
+
+
+def train(params: Train, data: Stacks, folder: str | Path, *, state: str | Path, seed: int, say=print) -> dict:
+    """Train one model on the training stacks and write it to `folder`; returns the final entry of its curves.
+
+    Writes generator.safetensors (its running average where `ema` > 0), critic.safetensors, config.json, curves.csv
+    and growth.safetensors (samples of fixed latents along the training). Interrupted, the same call goes on from
+    the newest state in `state`, bit for bit: every random number is keyed by the seed and a running count.
+    """
+    folder, state = Path(folder), Path(state)
+    run = fingerprint(params, data.meta["data_hash"], seed, CODE)
+    plan, end = params.schedule, schedule.total(params.schedule)
+    stages = len(plan.samples)
+    rows = {split: data.of(split) for split in ("train", "held-out")}
+    some = rows["train"][:: max(1, len(rows["train"]) // 64)]
+    statistics = torch.stack([band_statistics(data.pooled(some, stages - s - 1), params.haar) for s in range(stages)])
+
+    torch.manual_seed(torch_rng(seed, "weights").initial_seed())
+    generator = build_generator(params.generator, haar=params.haar, precision=params.precision)
+    critic = build_critic(params.critic, haar=params.haar, precision=params.precision, statistics=statistics)
+    average = copy.deepcopy(generator).requires_grad_(False)
+    adam_g = torch.optim.Adam(generator.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=1e-7, fused=True)
+    adam_c = torch.optim.Adam(critic.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=5e-5, fused=True)
+    objects = dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
+    strip_latent = generator.sample_latent(STRIP, torch_rng(seed, "strip"))
+
+    with checkpoint.locked(state):
+        seen, update, curves, growth, last_strip = 0, 0, [], {}, None
+        if found := checkpoint.load_state(state, run):
+            tensors, meta = found
+            growth = {k.removeprefix("growth."): tensors.pop(k) for k in list(tensors) if k.startswith("growth.")}
+            checkpoint.unpack(tensors, **objects)
+            seen, update, curves, last_strip = (meta[k] for k in ("seen", "update", "curves", "last_strip"))
+            say(f"continues at {seen} of {end} samples", flush=True)
+        pool, pooled_stage = {}, None
+        saved = said = time.monotonic()
+        said_seen = seen
+
+        while seen < end:
+            now = schedule.at(plan, seen)
+            if now.stage != pooled_stage:
+                # One stage finer than needed, so that rotations are interpolated before the last halving.
+                halvings = max(0, stages - now.stage - 1)
+                pool = {split: data.pooled(rows[split], halvings) for split in rows}
+                pooled_stage = now.stage
+            for adam in (adam_g, adam_c):
+                adam.param_groups[0]["lr"] = params.rate * now.rate
+
+            def real(split: str, first: int, count: int, now=now, pool=pool) -> Tensor:
+                stacks = pool[split][order(len(pool[split]), first, count, seed)].float()
+                stacks = augmented(stacks, first, seed, params.augment)
+                if stacks.shape[2] > data.meta["stack_slices"] >> (stages - now.stage):
+                    stacks = downsample(stacks)
+                return now.fade * stacks + (1 - now.fade) * upsample(downsample(stacks)) if now.fade < 1 else stacks
+
+            # Critic: n_c updates, whose generated volumes are made in one batch, as the generator rests meanwhile
+            draws = torch_rng(seed, "critic", update)
+            latent = generator.sample_latent(params.n_critic * now.batch, draws)
+            with torch.no_grad():
+                fakes = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
+            for fake in fakes.split(now.batch):
+                x = real("train", seen, now.batch)
+                on_real, on_fake = critic(torch.cat([x, fake]), now.stage, now.fade).split(now.batch)
+                slope = losses.slopes(critic.input_gradient(losses.mix(x, fake, draws), now.stage, now.fade))
+                loss_c = losses.critic_loss(on_real, on_fake, slope, penalty=params.penalty, drift=params.drift)
+                step(adam_c, loss_c, params.clip)
+                seen += now.batch
+
+            # Generator
+            draws = torch_rng(seed, "generator", update)
+            latent = generator.sample_latent(now.batch, draws)
+            critic.requires_grad_(False)
+            fake = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
+            loss_g = losses.generator_loss(critic(fake, now.stage, now.fade))
+            step(adam_g, loss_g, params.clip)
+            critic.requires_grad_(True)
+            follow(average, generator, params.ema, now.into // (params.n_critic * now.batch))
+            update += 1
+
+            if update % CURVE_EVERY == 0 or seen >= end:
+                with torch.no_grad():
+                    gap = [critic(real(split, seen, WATCHED), now.stage, now.fade).mean().item() for split in rows]
+                distance = (on_real.mean() - on_fake.mean()).item()
+                read = (loss_c.item(), distance, slope.mean().item(), loss_g.item(), gap[0] - gap[1])
+                curves.append([seen, update, now.stage, round(now.fade, 4), *read])
+            mark = [now.stage, now.into * STRIP_PER_STAGE // plan.samples[now.stage - 1]]
+            if mark != last_strip or seen >= end:
+                last_strip = mark
+                with torch.no_grad():
+                    kept = average.synthesize(strip_latent, now.stage, now.fade, torch_rng(seed, "strip noise"))
+                growth[f"{seen:010d}"] = kept[:, 0].half()
+            clock = time.monotonic()
+            if clock - said > SAY_EVERY_S or seen >= end:
+                pace = (clock - said) / (seen - said_seen)
+                say(
+                    f"stage {now.stage} fade {now.fade:.2f} | {seen}/{end} samples | {1 / pace:.1f}/s | "
+                    f"distance {(on_real.mean() - on_fake.mean()).item():.2f} slope {slope.mean().item():.2f} | "
+                    f"about {schedule.seconds_left(plan, seen, pace) / 60:.1f} min left",
+                    flush=True,
+                )
+                said, said_seen = clock, seen
+            if clock - saved > SAVE_EVERY_S and seen < end:
+                saved = clock
+                kept = checkpoint.pack(**objects) | {f"growth.{k}": v for k, v in growth.items()}
+                checkpoint.save_state(
+                    state, kept, dict(seen=seen, update=update, curves=curves, last_strip=last_strip, fingerprint=run)
+                )
+
+    write_model(folder, params, data.meta, average, critic, curves, growth, run)
+    return dict(zip(CURVES, curves[-1], strict=True))
+
+
+def step(adam: torch.optim.Optimizer, loss: Tensor, clip: float) -> None:
+    """One update with the gradient's norm clipped (Appendix B)."""
+    adam.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], clip)
+    adam.step()
+
+
+def follow(average, generator, half_life: float, updates: int) -> None:
+    """Move the running average of the weights; it starts afresh with each stage, whose new layers are random."""
+    keep = min(0.5 ** (1 / half_life), (1 + updates) / (10 + updates)) if half_life else 0.0
+    with torch.no_grad():
+        for slow, fast in zip(average.parameters(), generator.parameters(), strict=True):
+            slow.lerp_(fast, 1 - keep)
+
+
+def write_model(
+    folder: Path, params: Train, meta: dict, generator, critic, curves: list, growth: dict, run: str
+) -> None:
+    """A model folder: weights, the JSON that says how to use them, curves and the growing strip."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_tensors(folder / "generator.safetensors", generator.state_dict())
+    checkpoint.save_tensors(folder / "critic.safetensors", critic.state_dict())
+    checkpoint.save_tensors(folder / "growth.safetensors", growth)
+    with open(folder / "curves.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([CURVES, *curves])
+    checkpoint.write_json(
+        folder / "config.json",
+        {
+            "run": run,
+            "train": json.loads(params.model_dump_json()),
+            "data": meta,
+            "seen": curves[-1][0],
+            "sha256": {n: checkpoint.digest(folder / f"{n}.safetensors") for n in ("generator", "critic")},
+        },
+    )

@@ -1,0 +1,128 @@
+"""Pictures in the house style: one grey window for all bones, a scale bar in mm, a stamp with the run id."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from bonelib.scans.tables import write_table
+
+WINDOW = (-200.0, 1000.0)  # mg HA/cm3 shown from black to white
+LABEL_INCH, GAP_INCH, SCALE_MM = 0.26, 0.06, 10.0
+INK, PAPER, ACCENTS = "#1b1e23", "#ffffff", ("#0b6e99", "#d9730d", "#448361", "#9065b0")
+STYLE = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "text.color": INK,
+    "figure.facecolor": PAPER,
+    "axes.prop_cycle": plt.cycler(color=ACCENTS),
+    "savefig.facecolor": PAPER,
+    "legend.frameon": False,
+}
+
+
+def plane(volume: np.ndarray, which: str) -> np.ndarray:
+    """A middle slice of (z, y, x) voxels: "axial" (y, x), or "coronal" (z, y), cut along the bone's long side."""
+    z, _, x = volume.shape
+    return volume[z // 2] if which == "axial" else volume[:, :, x // 2]
+
+
+def on_grid(volume: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A coarse volume repeated onto a finer grid, so that stages can be shown at one scale."""
+    for axis, n in enumerate(shape):
+        volume = np.repeat(volume, n // volume.shape[axis], axis)
+    return volume
+
+
+def bones(
+    rows: list[tuple[str, list[np.ndarray]]],
+    spacing,
+    *,
+    which="axial",
+    columns=None,
+    titles=(),
+    window=WINDOW,
+    width=10.0,
+):
+    """A grid of middle slices in true proportion: `rows` of (label, volumes (z, y, x)), spacing in mm (z, y, x).
+
+    A scale bar of 10 mm stands below. Returns the figure.
+    """
+    columns = columns or max(len(volumes) for _, volumes in rows)
+    lines = [
+        (label if i == 0 else "", volumes[i : i + columns])
+        for label, volumes in rows
+        for i in range(0, len(volumes), columns)
+    ]
+    step_y, step_x = (spacing[1], spacing[2]) if which == "axial" else (spacing[0], spacing[1])
+    heights = [max(plane(v, which).shape[0] for v in volumes) * step_y for _, volumes in lines]
+    cell = max(plane(v, which).shape[1] * step_x for _, volumes in lines for v in volumes)
+    inch = width / (columns * cell)  # on paper, of a millimetre
+    above = [LABEL_INCH if label or (i == 0 and titles) else GAP_INCH for i, (label, _) in enumerate(lines)]
+    total = sum(above) + inch * sum(heights) + LABEL_INCH
+    with plt.rc_context(STYLE):
+        fig, top = plt.figure(figsize=(width, total)), total
+        for i, ((label, volumes), gap, height) in enumerate(zip(lines, above, heights, strict=True)):
+            top -= gap + inch * height
+            for j, volume in enumerate(volumes):
+                picture = plane(volume, which)
+                box = (j / columns + 0.003, top / total, 1 / columns - 0.006, inch * height / total)
+                axis = fig.add_axes(box, anchor="NW")
+                extent = (0, picture.shape[1] * step_x, picture.shape[0] * step_y, 0)
+                axis.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, interpolation="none")
+                axis.set(xlim=(0, cell), ylim=(height, 0))
+                axis.axis("off")
+                if (j == 0 and label) or (i == 0 and j < len(titles)):
+                    axis.set_title(label if j == 0 and label else titles[j], loc="left", pad=3)
+        margin = fig.add_axes((0.003, 0, 0.997, LABEL_INCH / total))  # below the pictures, where it hides nothing
+        margin.set(xlim=(0, 0.997 * width / inch), ylim=(0, 1))
+        margin.axis("off")
+        margin.plot([0, SCALE_MM], [0.55, 0.55], color=INK, linewidth=2, solid_capstyle="butt")
+        margin.text(SCALE_MM + 0.01 * width / inch, 0.5, f"{SCALE_MM:.0f} mm", fontsize=7, va="center")
+    return fig
+
+
+def curves(table: list[dict], x: str, groups: list[tuple[str, list[str]]], marks: list[float] = (), width=10.0):
+    """Line plots side by side: `groups` of (axis label, columns) of `table` over its column `x`."""
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(groups), figsize=(width, width * 0.26), layout="constrained")
+        for axis, (label, columns) in zip(np.atleast_1d(axes), groups, strict=True):
+            for mark in marks:
+                axis.axvline(mark, color="0.85", linewidth=1)
+            for column in columns:
+                axis.plot([float(r[x]) for r in table], [float(r[column]) for r in table], linewidth=1, label=column)
+            axis.set(xlabel=x, ylabel=label)
+            if len(columns) > 1:
+                axis.legend()
+    return fig
+
+
+def histograms(groups: dict[str, dict[str, np.ndarray]], width=10.0):
+    """One histogram an entry of `groups`, {axis label: {name: values}}; names are compared in one picture."""
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(groups), figsize=(width, width * 0.24), layout="constrained")
+        for axis, (label, sets) in zip(np.atleast_1d(axes), groups.items(), strict=True):
+            every = np.concatenate([np.asarray(values, float) for values in sets.values()])
+            bins = np.linspace(every.min(), every.max(), 25)
+            for name, values in sets.items():
+                axis.hist(
+                    values, bins, histtype="stepfilled", alpha=0.45, density=True, label=f"{name}, N={len(values)}"
+                )
+            axis.set(xlabel=label, yticks=[])
+            axis.legend(fontsize=7)
+    return fig
+
+
+def save(fig, path: str | Path, run: str, rows: list[dict] | None = None) -> None:
+    """Write the figure as a PNG with its run id, and beside it the CSV of what it draws; the figure is closed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.text(0.998, 0.002, run, ha="right", va="bottom", fontsize=5, color="0.6")
+    fig.savefig(path, dpi=130, metadata={"Software": None})
+    if rows:
+        write_table(path.with_suffix(".csv"), rows)
+    plt.close(fig)

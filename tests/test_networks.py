@@ -1,0 +1,134 @@
+"""Networks against the published tables, and their shortcuts against the plain computation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bonelib.networks.critic import Critic
+from bonelib.networks.layers import Conv, working_dtype
+from bonelib.networks.progan import ProGAN
+from bonelib.pyramid import downsample, haar, unhaar, upsample
+
+SMALL = dict(widths=(8, 8, 6, 4), latent=16)
+
+
+def test_published_sizes():
+    generator = ProGAN()
+    assert generator.dense.weight.shape == (8064, 512)  # d1
+    assert [c.weight.shape[0] for c in generator.first] == [128, 128, 64, 32, 16]  # c11 ... c51
+    assert [c.weight.shape[:2] for c in generator.second] == [(w, w) for w in (128, 128, 64, 32, 16)]
+    assert generator.to_image[-1].weight.shape == (1, 16, 3, 3, 3)  # out
+    dense, convs = 512 * 8064 + 8064, 0
+    for i, o in [(128, 128), (128, 128), (128, 64), (64, 32), (32, 16)]:
+        convs += i * o * 27 + o + o * o * 27 + o + o * 27 + 1
+    assert sum(p.numel() for p in generator.parameters()) == dense + convs
+    critic = Critic()
+    assert [c.stride for block in critic.blocks for c in block] == [2] * 5
+    assert [block[0].weight.shape[1::-1] for block in critic.blocks] == [
+        (128, 128),
+        (128, 128),
+        (64, 128),
+        (32, 64),
+        (16, 32),
+    ]
+
+
+@pytest.mark.parametrize("bands", [False, True])
+def test_shapes_at_every_stage_and_batch_of_one(bands):
+    generator, critic = ProGAN(**SMALL, haar=bands), Critic(SMALL["widths"], haar=bands)
+    for stage in (1, 2, 3):
+        for fade in (0.3, 1.0):
+            volume = generator.synthesize(generator.sample_latent(1, torch.Generator()), stage, fade)
+            assert volume.shape == (1, 1, *(n << stage + bands for n in (1, 9, 7)))
+            assert volume.min() > 0 and volume.max() < 1
+            assert critic(volume, stage, fade).shape == (1,)
+
+
+def test_fade_runs_from_the_old_stage_to_the_new():
+    generator = ProGAN(**SMALL)
+    z = generator.sample_latent(2, torch.Generator())
+    old, new, begun = generator.synthesize(z, 1), generator.synthesize(z, 2), generator.synthesize(z, 2, fade=0.0)
+    assert torch.equal(begun, upsample(old))
+    half = generator.synthesize(z, 2, fade=0.5)
+    assert torch.allclose(half, (new + begun) / 2, atol=1e-6)
+    critic, x = Critic(SMALL["widths"]), torch.rand(2, 1, 4, 36, 28)
+    assert torch.allclose(critic(x, 2, 0.0), critic(downsample(x), 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+def test_folded_upsampling_is_upsampling_and_convolution(padding):
+    plain, folded = Conv(4, 5, padding=padding), Conv(4, 5, padding=padding, upsample=True)
+    folded.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 3, 5, 4, requires_grad=True)
+    a, b = plain(upsample(x)), folded(x)
+    assert torch.allclose(a, b, atol=1e-5)
+    weights = torch.randn_like(a)
+    (a * weights).sum().backward()
+    (b * weights).sum().backward()
+    assert torch.allclose(plain.weight.grad, folded.weight.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("fade", [0.4, 1.0])
+@pytest.mark.parametrize("options", [{}, dict(convs=2), dict(convs=2, whole=(1, 9, 7), haar=True)])
+def test_explicit_input_gradient_is_autograds(options, fade):
+    bands = 8 if options.get("haar") else 1
+    critic = Critic(SMALL["widths"], statistics=torch.rand(3, 2, bands) + 0.5, **options)
+    x = torch.rand(3, 1, *(n << 3 + (bands > 1) for n in (1, 9, 7)), requires_grad=True)
+    explicit = critic.input_gradient(x, 3, fade)
+    (plain,) = torch.autograd.grad(critic(x, 3, fade).sum(), x, create_graph=True)
+    assert torch.allclose(explicit, plain, rtol=1e-4, atol=1e-6 * plain.detach().abs().max().item())
+    weights = torch.randn_like(x)
+    critic.zero_grad()
+    (plain * weights).square().sum().backward()
+    second = {n: p.grad.clone() for n, p in critic.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    critic.zero_grad()
+    (explicit * weights).square().sum().backward()
+    assert second
+    for name, parameter in critic.named_parameters():
+        if name in second:
+            assert torch.allclose(parameter.grad, second[name], rtol=1e-3, atol=1e-5 * float(second[name].abs().max()))
+
+
+def test_bfloat16_weight_gradients_are_right_where_they_are_used():
+    # at depth 2, where torch 2.13 returns garbage on CPU, `working_dtype` asks for float32
+    for depth in (1, 2, 4, 8):
+        conv = Conv(16, 16, dtype=torch.bfloat16)
+        x, weights = torch.randn(4, 16, depth, 18, 14), torch.randn(4, 16, depth, 18, 14)
+        (conv(x).float() * weights).sum().backward()
+        exact = torch.nn.grad.conv3d_weight(x, conv.weight.shape, weights, padding=1) * conv.scale
+        assert (conv.weight.grad - exact).norm() < 0.02 * exact.norm(), depth
+    assert working_dtype(torch.zeros(1, 1, 2, 3, 3), torch.bfloat16) == torch.float32
+
+
+def test_haar_is_orthonormal():
+    x = torch.randn(2, 1, 4, 6, 8)
+    bands = haar(x)
+    assert torch.allclose(unhaar(bands), x, atol=1e-6)
+    assert torch.allclose(bands.square().sum(), x.square().sum())
+    assert torch.allclose(bands[:, :1], downsample(x) * 8**0.5, atol=1e-6)
+
+
+def test_equalised_learning_rate_keeps_the_scale_of_signals():
+    x = torch.randn(64, 32, 4, 6, 6)
+    assert 0.8 < F.leaky_relu(Conv(32, 64)(x)[:, :, 1:-1, 1:-1, 1:-1], 0.2).square().mean() < 1.3
+
+
+def test_truncated_latents_stay_within_and_keep_their_order():
+    generator = ProGAN(**SMALL)
+    z = generator.sample_latent(500, torch.Generator().manual_seed(0))
+    cut = generator.to_styles(z, 1.8)
+    assert cut.abs().max() <= 1.8
+    assert torch.equal(z.flatten().argsort(), cut.flatten().argsort())
+    assert torch.equal(generator.to_styles(z), z)
+
+
+def test_noise_inputs_matter_only_where_they_are_on():
+    rng = torch.Generator().manual_seed(1)
+    silent, noisy = ProGAN(**SMALL), ProGAN(**SMALL, noise=0.5)
+    with torch.no_grad():
+        for scale in noisy.noise_scale:
+            scale.fill_(0.5)
+    for generator, differs in ((silent, False), (noisy, True)):
+        z = generator.sample_latent(1, torch.Generator())
+        first, again = (generator.synthesize(z, noise=rng) for _ in range(2))
+        assert torch.equal(first, again) != differs

@@ -1,0 +1,201 @@
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_fill_holes, gaussian_filter, label, rotate
+
+from bonelib import InputError
+from bonelib.randomness import numpy_rng
+from bonelib.scans import rendering
+from bonelib.scans.phantom import make_cohort, make_radius, sample_patient
+from bonelib.scans.rendering import CORTICAL, OUTSIDE, TRABECULAR, ULNA, draw_visit
+from bonelib.scans.scanner import NATIVE_MM, noise_sd_on_grid, scan
+from bonelib.scans.volumes import Volume, read_volume
+
+COARSE, LAPTOP, FINE = 0.2428, 0.1214, 0.09  # mm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Waiting for a second thread costs more than it brings on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def fine(one_thread):
+    return draw_visit(3, 1, 1, FINE, sex="F", tb_bmd=140)
+
+
+def test_same_key_gives_the_same_volume_whatever_the_threads():
+    volumes = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        rendering._bone.cache_clear()
+        volumes.append(make_radius(5, voxel_mm=0.5))
+    torch.set_num_threads(1)
+    (first, truth), (second, again) = volumes
+    assert np.array_equal(first.voxels, second.voxels)
+    assert truth == again
+    assert not np.array_equal(first.voxels.shape, make_radius(6, voxel_mm=0.5)[0].voxels.shape)
+
+
+def test_process_count_does_not_matter_and_the_folder_appears_whole(tmp_path):
+    size = {"seed": 4, "patients": 2, "visits": 2, "voxel_mm": 0.5}
+    for workers in (1, 2):
+        make_cohort(SimpleNamespace(**size, workers=workers), tmp_path / str(workers))
+    rows = list(csv.DictReader((tmp_path / "1/scans.tsv").open(), delimiter="\t"))
+    assert [row["scan"] for row in rows] == [f"sub-{p:03d}_ses-{v}" for p in (1, 2) for v in (1, 2)]
+    assert {row["grade"] for row in rows} == {"1"}
+    for row in rows:
+        files = [(tmp_path / w / row["file"]).read_bytes() for w in "12"]
+        assert files[0] == files[1]
+    for table in ("scans.tsv", "participants.tsv"):
+        assert (tmp_path / "1" / table).read_text() == (tmp_path / "2" / table).read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    read = read_volume(tmp_path / "1" / rows[0]["file"], unit="mgHA")
+    assert read.spacing == pytest.approx((0.5,) * 3)
+
+
+def network_alone(drawn):
+    """Trabecular bone with everything smooth taken out."""
+    bone = np.where(drawn.compartments == TRABECULAR, drawn.bone, 0)
+    inside = (drawn.compartments == TRABECULAR).astype(np.float32)
+    local = gaussian_filter(bone, 4) / np.maximum(gaussian_filter(inside, 4), 0.05)
+    return (bone - local) * inside
+
+
+def likeness(first, second):
+    """Largest correlation of two visits over all shifts, their rotation taken back."""
+    turn = second.truth["rotation"] - first.truth["rotation"]
+    a, b = network_alone(first), network_alone(second)
+    b = max((rotate(b, s * turn, axes=(1, 2), reshape=False, order=1) for s in (-1, 1)), key=lambda c: _peak(a, c))
+    return _peak(a, b)
+
+
+def _peak(a, b):
+    shape = [m + n for m, n in zip(a.shape, b.shape, strict=True)]
+    product = np.fft.irfftn(np.fft.rfftn(a, shape) * np.fft.rfftn(b, shape).conj(), shape)
+    return product.max() / np.sqrt((a**2).sum() * (b**2).sum())
+
+
+def test_visits_share_the_bone_and_patients_do_not():
+    first, second = (draw_visit(8, 1, visit, 0.18) for visit in (1, 2))
+    other = draw_visit(8, 2, 1, 0.18)
+    assert likeness(first, second) > 0.6
+    assert likeness(first, other) < 0.25
+    assert first.truth["Tb.BMD"] == second.truth["Tb.BMD"]
+    assert first.truth["true_Tb.BMD"] == pytest.approx(second.truth["true_Tb.BMD"], rel=0.06)
+    assert first.truth["rotation"] != second.truth["rotation"]
+
+
+def test_bone_is_one_piece_along_z(fine):
+    for density in (None, 95):
+        drawn = fine if density is None else draw_visit(3, 1, 1, FINE, sex="F", age=75, tb_bmd=density, ct_th=0.8)
+        bone = (drawn.bone > 0.4) & np.isin(drawn.compartments, (TRABECULAR, CORTICAL))
+        parts, _ = label(bone, np.ones((3, 3, 3)))
+        largest = np.bincount(parts.ravel())[1:].argmax() + 1
+        assert (parts == largest).sum() / bone.sum() > 0.99
+        trabecular = bone & (drawn.compartments == TRABECULAR)
+        assert ((parts == largest) & trabecular).any((1, 2)).all()
+
+
+def test_cortex_is_a_closed_ring_even_in_the_scan(fine):
+    middle = fine.compartments[fine.compartments.shape[0] // 2]
+    ring = middle == CORTICAL
+    assert label(ring)[1] == 1
+    assert (binary_fill_holes(ring) & ~ring & (middle != TRABECULAR)).sum() == 0
+    assert (middle == TRABECULAR).sum() > ring.sum()
+    scanned = scan(fine.volume, numpy_rng(0, "noise"), noise_sd=fine.truth["noise_sd"])
+    bone = gaussian_filter(scanned.voxels, 1.0)[fine.compartments.shape[0] // 2] > 320
+    bone &= middle != ULNA
+    assert binary_fill_holes(bone)[middle == TRABECULAR].mean() > 0.99
+    assert (middle == ULNA).any()
+    assert (middle == OUTSIDE).mean() > 0.25
+
+
+BONES = [("F", 105, 870, 0.85), ("F", 145, 926, 1.06), ("M", 199, 887, 1.23)]
+
+
+@pytest.mark.parametrize(("sex", "tb", "ct", "th"), BONES)
+def test_densities_in_the_true_compartments_are_those_asked_for(sex, tb, ct, th):
+    drawn = draw_visit(1, 1, 1, LAPTOP, sex=sex, age=35, tt_ar=300, tb_bmd=tb, ct_bmd=ct, ct_th=th)
+    seen = scan(drawn.volume, numpy_rng(0, "noise"), noise_sd=0).voxels
+    assert seen[drawn.compartments == TRABECULAR].mean() == pytest.approx(tb, rel=0.1)
+    assert seen[drawn.compartments == CORTICAL].mean() == pytest.approx(ct, rel=0.08)
+    assert drawn.truth["true_Tt.Ar"] == pytest.approx(300, rel=0.04)
+    assert drawn.truth["true_Ct.Th"] == pytest.approx(th, rel=0.02)
+
+
+def test_bone_mass_does_not_depend_on_the_grid():
+    fractions = [make_radius(2, voxel_mm=mm)[1]["true_BV/TV"] for mm in (FINE, LAPTOP, COARSE)]
+    assert fractions == pytest.approx([fractions[0]] * 3, rel=0.03)
+
+
+def noise_in(shape, spacing_mm):
+    volume = Volume(np.zeros(shape, np.float32), (spacing_mm,) * 3)
+    return scan(volume, numpy_rng(1, "noise", round(spacing_mm * 1e4)), noise_sd=105).voxels
+
+
+def lags(noise, axis):
+    ahead = [np.take(noise, range(k, noise.shape[axis]), axis) for k in range(4)]
+    behind = [np.take(noise, range(noise.shape[axis] - k), axis) for k in range(4)]
+    return np.array([(a * b).mean() for a, b in zip(ahead, behind, strict=True)]) / (noise**2).mean()
+
+
+def test_native_noise_has_the_measured_spread_and_correlation():
+    noise = noise_in((96, 96, 96), NATIVE_MM)
+    assert noise.std() == pytest.approx(105, rel=0.02)
+    for axis in range(3):
+        assert lags(noise, axis)[1:] == pytest.approx([0.70, 0.24, 0.04], abs=0.03)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_coarse_noise_is_that_of_block_averages(factor):
+    n = 96 // factor
+    native = noise_in((96, 96, 96), NATIVE_MM)
+    averaged = native.reshape(n, factor, n, factor, n, factor).mean((1, 3, 5))
+    coarse = noise_in((n, n, n), NATIVE_MM * factor)
+    assert coarse.std() == pytest.approx(averaged.std(), rel=0.05)
+    assert coarse.std() == pytest.approx(noise_sd_on_grid(105, (NATIVE_MM * factor,) * 3), rel=0.05)
+    assert lags(coarse, 2)[1] == pytest.approx(lags(averaged, 2)[1], abs=0.04)
+
+
+def test_coarse_point_spread_is_that_of_block_averages():
+    slab = np.zeros((8, 8, 96), np.float32)
+    slab[..., 41:59] = 1000
+    blocks = slab.reshape(4, 2, 4, 2, 48, 2).mean((1, 3, 5))
+    fine = scan(Volume(slab, (NATIVE_MM,) * 3), numpy_rng(0, "n"), noise_sd=0).voxels
+    coarse = scan(Volume(blocks, (LAPTOP,) * 3), numpy_rng(0, "n"), noise_sd=0).voxels
+    assert coarse[2, 2] == pytest.approx(fine.reshape(4, 2, 4, 2, 48, 2).mean((1, 3, 5))[2, 2], abs=30)
+
+
+def test_unknown_traits_and_impossible_values_are_refused(tmp_path):
+    with pytest.raises(InputError, match="nearest is 'Tb.BMD'"):
+        make_radius(1, tb_bdm=120)
+    with pytest.raises(InputError, match="accepted are F and M"):
+        sample_patient(1, 1, sex="female")
+    with pytest.raises(InputError, match="Ct.Th is -1"):
+        sample_patient(1, 1, ct_th=-1)
+    with pytest.raises(InputError, match="voxel_mm"):
+        make_radius(1, voxel_mm=60.7)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("x")
+    with pytest.raises(InputError, match="other than a cohort"):
+        make_cohort(SimpleNamespace(seed=1, patients=1, visits=1, voxel_mm=0.4), tmp_path / "mine")
+
+
+def test_patients_follow_the_reference():
+    people = [sample_patient(9, p) for p in range(1, 1500)]
+    for sex, tb, ct in (("F", 145, 926), ("M", 199, 887)):
+        young = [p for p in people if p["sex"] == sex and p["age"] <= 37]
+        assert np.mean([p["Tb.BMD"] for p in young]) == pytest.approx(tb, abs=9)
+        assert np.mean([p["Ct.BMD"] for p in young]) == pytest.approx(ct, abs=12)
+        own = [p for p in people if p["sex"] == sex]
+        assert np.corrcoef([p["Tb.BMD"] for p in own], [p["Tb.Th"] for p in own])[0, 1] > 0.35
+    old = [p["Ct.BMD"] for p in people if p["sex"] == "F" and 67 < p["age"] < 73]
+    assert np.mean(old) == pytest.approx(852, abs=20)

@@ -1,0 +1,354 @@
+"""The house rules of environment, notebooks and stages, and the whole pipeline at its smallest size."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PINS = (ROOT / "requirements.txt").read_text()
+TRACKED = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+).stdout.split("\n")[:-1]
+
+
+def test_lint():
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "bonelib", "tests", "notebooks"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_pins_can_be_installed_anywhere():
+    assert not re.search(r"\+|://|@|--hash", PINS) and "torch==2.13.0\n" in PINS
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in PINS.splitlines())
+
+
+def test_pins_hold_every_direct_dependency():
+    names = {line.split("==")[0].lower().replace("_", "-") for line in PINS.splitlines()}
+    direct = [line for line in (ROOT / "requirements.in").read_text().splitlines() if line and not line.startswith("#")]
+    assert {d.split("==")[0].lower() for d in direct} <= names
+
+
+def test_conda_and_project_agree_with_the_pins():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda == ["python=3.11", "pip", {"pip": ["-r requirements.txt", "-e ."]}]
+    assert 'requires-python = ">=3.11"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_torchvision_is_absent_or_works():
+    if importlib.util.find_spec("torchvision"):
+        importlib.import_module("torchvision")  # raises where its build does not fit torch's, and then breaks others
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_stripped_and_in_shape(path):
+    notebook = nbformat.read(path, 4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert not any(c.outputs or c.execution_count for c in code), "run `make strip`"
+    assert set(notebook.metadata) == {"kernelspec"} and notebook.metadata.kernelspec.language == "python"
+    lengths = sorted(
+        sum(bool(x.strip()) and not x.strip().startswith("#") for x in c.source.splitlines()) for c in code
+    )
+    assert lengths[-1] <= 25 and sum(lengths) <= 120
+    assert len([c for c in notebook.cells if c.cell_type == "markdown"]) >= len(code) - 3
+    assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
+    assert sum(bool(re.search(r"^(from|import) ", c.source, re.M)) for c in code) == 1
+    assert not re.search(r"^class |^!|sys\.path|\.backward\(", "\n".join(c.source for c in code), re.M)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_run_by_hand_writes_to_scratch_only(path):
+    cell = next(c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", []))
+    values = {
+        n.targets[0].id: ast.literal_eval(n.value)
+        for n in ast.parse(cell.source).body
+        if isinstance(n.value, ast.Constant)
+    }
+    places = {k: v for k, v in values.items() if k in ("out_dir", "state_dir", "figure_dir", "metrics_file")}
+    assert {"figure_dir", "metrics_file"} <= set(places) and all(v.startswith("scratch/") for v in places.values())
+
+
+def imports(source):
+    """The bonelib modules that a source imports, as file paths, followed through what they import."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    found = set()
+    for name in names:
+        base = ROOT / name.replace(".", "/")
+        for file in (base.with_suffix(".py"), base / "__init__.py"):
+            if name.split(".")[0] == "bonelib" and file.is_file():
+                found.add(file)
+    return found
+
+
+def reached(files):
+    done = set()
+    while files:
+        file = files.pop()
+        if file not in done:
+            done.add(file)
+            files |= imports(file.read_text())
+    return {str(f.relative_to(ROOT)) for f in done}
+
+
+# Running a stage, and being a package, changes no result
+FREE = {
+    "bonelib/__init__.py",
+    "bonelib/nb.py",
+    "bonelib/processes.py",
+    "bonelib/scans/__init__.py",
+    "bonelib/latent/__init__.py",
+    "bonelib/views/__init__.py",
+}
+
+
+def stage_deps():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    source = yaml.safe_load((ROOT / "params.yaml").read_text())["cohort"]["source"]
+    return {
+        name: (stage["cmd"], [d.replace("${cohort.source}", source) for d in stage["deps"]])
+        for name, stage in stages.items()
+    }
+
+
+@pytest.mark.parametrize("name", stage_deps())
+def test_a_stage_depends_on_all_the_code_it_runs(name):
+    command, deps = stage_deps()[name]
+    notebook = re.search(r"notebooks/\w+\.ipynb", command)
+    if notebook:
+        assert notebook.group() in deps
+        cells = [c.source for c in nbformat.read(ROOT / notebook.group(), 4).cells if c.cell_type == "code"]
+        code = reached(imports("\n".join(cells)))
+    else:
+        code = reached({ROOT / (command.split()[2].replace(".", "/") + ".py")})
+    uncovered = {f for f in code - FREE if not any(f == d or f.startswith(d + "/") for d in deps)}
+    assert not uncovered
+
+
+def test_byte_code_is_no_dependency():
+    assert {"__pycache__/", "*.pyc", ".ipynb_checkpoints/"} <= set((ROOT / ".dvcignore").read_text().split())
+
+
+def test_nothing_tracked_names_a_machine_or_loads_unsafely():
+    unsafe = re.compile(r"weights_only\s*=\s*False|allow_pickle\s*=\s*True|pickle\.load|yaml\.load\(|shell\s*=\s*True")
+    for name in TRACKED:
+        path = ROOT / name
+        if path.suffix == ".py" and path != Path(__file__):
+            assert not unsafe.search(path.read_text()), name
+        if path.suffix in (".py", ".md", ".ipynb", ".yaml", ".yml", ".toml", ".txt"):
+            assert not re.search(r"(?<![\w.])/(?:home|root|Users)/\w", path.read_text()) or path == Path(__file__), name
+
+
+def copy_of_the_repository(folder):
+    for name in TRACKED:
+        if (ROOT / name).is_file() and not name.startswith("dvc-store/"):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    params = folder / "params.yaml"
+    params.write_text(re.sub(r"^profile: \w+", "profile: tiny", params.read_text(), flags=re.M))
+    for command in ("init", "-q"), ("add", "-A"):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+def environment(folder):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1"}
+
+
+def repro(folder, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "bonelib.repro"],
+        cwd=folder,
+        env=environment(folder),
+        text=True,
+        capture_output=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The tiny pipeline, run once in a copy of the repository."""
+    folder = copy_of_the_repository(tmp_path_factory.mktemp("pipeline"))
+    done = repro(folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.pipeline
+def test_the_pipeline_makes_what_it_promises(pipeline):
+    out = pipeline / "out/tiny"
+    metrics = json.loads((out / "metrics/04_image_quality.json").read_text())
+    for family in ("random3d", "spectrum"):
+        for name in ("kernel distance", "precision", "recall", "density", "coverage"):
+            keys = [f"{family}.{name}.{k}" for k in ("value", "low", "high", "real_against_real", "n_real", "n_fake")]
+            assert all(isinstance(metrics[k], (int, float)) for k in keys)
+    for picture in (
+        "01_preprocess/figure1_bones",
+        "01_preprocess/figure2_steps",
+        "03_train/progan/figure3_growth",
+        "03_train/progan/curves",
+        "04_image_quality/figure4_axial",
+        "04_image_quality/figure4_coronal",
+    ):
+        assert (out / f"figures/{picture}.png").stat().st_size > 5000
+        assert (out / f"figures/{picture}.csv").is_file()
+    for path in (out / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        assert not any(o.output_type == "error" for c in notebook.cells for o in c.get("outputs", []))
+        assert "widgets" not in notebook.metadata
+
+
+@pytest.mark.pipeline
+def test_a_model_of_the_pipeline_makes_calibrated_volumes(pipeline, tmp_path):
+    from bonelib.scans.volumes import read_volume
+
+    command = [sys.executable, "-m", "bonelib.latent.sampling", "out/tiny/models/progan", "-n", "2", "--to", tmp_path]
+    done = subprocess.run(command, cwd=pipeline, env=environment(pipeline), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    volume = read_volume(tmp_path / "sample-1-0001.nii.gz", unit="mgHA")
+    assert volume.shape == (8, 72, 56) and volume.spacing == pytest.approx((0.4856,) * 3, abs=1e-4)
+    assert volume.voxels.min() >= -500 and volume.voxels.max() <= 1500
+    assert len((tmp_path / "morphometry.tsv").read_text().splitlines()) == 3
+
+
+@pytest.mark.pipeline
+def test_a_second_run_does_nothing(pipeline):
+    done = repro(pipeline)
+    assert done.returncode == 0 and "up to date" in done.stdout and "Running stage" not in done.stdout
+
+
+@pytest.mark.pipeline
+def test_a_changed_key_runs_only_what_depends_on_it(pipeline):
+    def would_run():
+        done = subprocess.run(
+            ["dvc", "repro", "--dry"], cwd=pipeline, env=environment(pipeline), capture_output=True, text=True
+        )
+        return set(re.findall(r"Running stage '(\S+)'", done.stdout))
+
+    params = pipeline / "params.yaml"
+    before = params.read_text()
+    try:
+        params.write_text(before.replace("quality: {samples: 12", "quality: {samples: 13"))
+        assert would_run() == {"image_quality"}
+        params.write_text(before.replace("widths: [16, 16, 16], latent: 32", "widths: [16, 16, 16], latent: 16"))
+        assert would_run() == {"train@progan"}  # what follows is decided by what comes out
+        params.write_text(before.replace("samples: [180000, 360000", "samples: [190000, 360000"))
+        assert would_run() == set()
+    finally:
+        params.write_text(before)
+
+
+@pytest.mark.pipeline
+def test_a_bad_scan_ends_with_2_and_leaves_the_earlier_outputs(pipeline, tmp_path):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    (scans / "sub-a_ses-1.nii.gz").write_bytes(b"not a scan")
+    params = pipeline / "params.yaml"
+    before = params.read_text()
+    try:
+        params.write_text(before.replace("source: bonelib/scans/phantom.py", f"source: {scans}"))
+        done = repro(pipeline)
+    finally:
+        params.write_text(before)
+    assert done.returncode == 2
+    assert (
+        f"{scans / 'sub-a_ses-1.nii.gz'}: not a readable NIfTI file" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert (pipeline / "out/tiny/cohort/scans.tsv").is_file() and (
+        pipeline / "out/tiny/models/progan/config.json"
+    ).is_file()
+    assert "Running stage" not in repro(pipeline).stdout
+
+
+def processes_below(folder):
+    """Process ids whose working folder is `folder` (Linux)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if Path(os.readlink(entry / "cwd")).is_relative_to(folder):
+                found.append(int(entry.name))
+        except OSError:
+            pass
+    return found
+
+
+def exists(pid):
+    """Whether the process is there, also as one that is dead and not yet collected, which DVC takes for alive."""
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.pipeline
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_run_leaves_no_process_and_goes_on(pipeline):
+    params = pipeline / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("samples: [96, 96]", "samples: [200000, 96]"))
+    try:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "bonelib.repro"],
+            cwd=pipeline,
+            env=environment(pipeline),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        state = pipeline / "scratch/state/tiny/progan"
+        known = set(state.glob("state-*.json"))
+        deadline = time.time() + 120
+        while not set(state.glob("state-*.json")) - known and time.time() < deadline:
+            time.sleep(0.5)
+        assert set(state.glob("state-*.json")) - known, "no state was saved"
+        descendants = set(processes_below(pipeline)) - {run.pid}
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        deadline = time.time() + 30
+        while any(map(exists, descendants)) and time.time() < deadline:
+            time.sleep(0.5)
+        assert descendants and not processes_below(pipeline)
+
+        again = subprocess.Popen(
+            [sys.executable, "-m", "bonelib.repro"],
+            cwd=pipeline,
+            env=environment(pipeline),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        says = ""
+        for line in again.stdout:
+            says += line
+            if "continues at" in line or "samples |" in line:
+                break
+        again.kill()
+        again.communicate()
+        assert "continues at" in says, says
+    finally:
+        params.write_text(before)
+        deadline = time.time() + 15
+        while processes_below(pipeline) and time.time() < deadline:
+            time.sleep(0.5)
+        subprocess.run(["dvc", "checkout", "-q", "--force"], cwd=pipeline, env=environment(pipeline))

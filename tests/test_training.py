@@ -1,0 +1,174 @@
+"""Losses by hand, Appendix B as a table, and training that continues bit for bit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from bonelib import InputError
+from bonelib.params import Augment, Schedule, Train, check_file, section
+from bonelib.scans.dataset import Stacks, augmented, order
+from bonelib.training import checkpoint, loop, losses, schedule
+
+PAPER = Schedule(samples=(180_000, *[360_000] * 4), fade=(0, *[180_000] * 4), batch=(24, 24, 12, 6, 3))
+SMALL = dict(
+    generator=dict(kind="progan", widths=[8, 8, 8], latent=8, noise=0.5),
+    critic=dict(widths=[8, 8, 8], convs=2, standardise=True),
+    schedule=dict(samples=[48, 64], fade=[0, 32], batch=[4, 4], final_decay=0.5),
+    n_critic=2,
+    rate=4e-3,
+    ema=2,
+)
+
+
+@pytest.fixture
+def stacks():
+    rng = np.random.default_rng(0)
+    rows = [
+        dict(scan=f"s{i}", patient=f"p{i}", split="train" if i < 6 else "held-out", volume=i, start=0) for i in range(8)
+    ]
+    return Stacks(rng.random((8, 4, 36, 28)).astype(np.float16), rows, dict(stack_slices=4, data_hash="0"))
+
+
+def test_equation_1_by_hand():
+    loss = losses.critic_loss(
+        torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5]), torch.tensor([1.0, 1.5]), penalty=10, drift=0.1
+    )
+    assert loss.item() == pytest.approx(0.5 - 2.0 + 10 * 0.125 + 0.1 * 5.0)
+    assert losses.generator_loss(torch.tensor([1.0, 3.0])).item() == -2.0
+
+
+def test_slope_of_a_linear_critic():
+    gradient = torch.full((2, 1, 2, 2, 2), 3.0)
+    assert torch.allclose(losses.slopes(gradient), torch.full((2,), 3.0 * 8**0.5))
+
+
+def test_mixed_samples_lie_between():
+    real, fake = torch.ones(64, 1, 1, 1, 1), torch.zeros(64, 1, 1, 1, 1)
+    share = losses.mix(real, fake, torch.Generator().manual_seed(0))
+    assert share.min() >= 0 and share.max() <= 1 and 0.4 < share.mean() < 0.6
+
+
+def test_schedule_is_appendix_b():
+    assert schedule.total(PAPER) == 1_620_000
+    for seen, stage, batch in [
+        (0, 1, 24),
+        (179_999, 1, 24),
+        (180_000, 2, 24),
+        (540_000, 3, 12),
+        (900_000, 4, 6),
+        (1_260_000, 5, 3),
+        (1_619_999, 5, 3),
+    ]:
+        now = schedule.at(PAPER, seen)
+        assert (now.stage, now.batch) == (stage, batch)
+        assert now.rate == pytest.approx(0.85 ** (stage - 1))
+    assert schedule.at(PAPER, 100).fade == 1
+    fades = [schedule.at(PAPER, 180_000 + k).fade for k in range(0, 200_000, 24)]
+    assert 0 < fades[0] < 1e-3 and all(a <= b for a, b in zip(fades, fades[1:], strict=False))
+    assert schedule.at(PAPER, 180_000 + 90_000).fade == pytest.approx(0.5, abs=1e-3)
+    assert schedule.at(PAPER, 180_000 + 180_000).fade == 1
+
+
+def test_published_profile_is_appendix_b():
+    train = check_file()["profiles"]["paper"]["train"]["progan"]
+    how = section(Train, train, "train")
+    assert how.schedule == PAPER
+    assert (how.n_critic, how.rate, how.clip, how.ema, how.haar, how.precision) == (5, 4e-3, 2, 0, False, "float32")
+    assert not how.generator.noise and not how.critic.standardise and not how.critic.whole and how.critic.convs == 1
+
+
+def test_final_decay_ends_low():
+    plan = Schedule(samples=(100, 100), fade=(0, 0), batch=(1, 1), rate_decay=1.0, final_decay=0.5)
+    assert (
+        schedule.at(plan, 150).rate == 1 and schedule.at(plan, 175).rate == 0.5 and schedule.at(plan, 199).rate == 0.02
+    )
+
+
+def test_order_visits_every_stack_once_an_epoch_and_is_a_function_of_the_number():
+    assert sorted(order(7, 0, 7, seed=1)) == list(range(7))
+    assert order(7, 3, 9, seed=1) == [*order(7, 3, 4, seed=1), *order(7, 7, 5, seed=1)]
+    assert order(7, 0, 7, seed=1) != order(7, 0, 7, seed=2)
+
+
+def test_augmentation_rotates_and_zooms_in_plane():
+    y, x = np.meshgrid(np.arange(72) - 35.5, np.arange(56) - 27.5, indexing="ij")
+    bar = torch.tensor(((abs(y) < 20) & (abs(x) < 6)).astype(np.float32)).expand(16, 1, 4, 72, 56)
+    moved = augmented(bar, 0, 1, Augment(rotation=10, zoom=1.15))
+    areas, angles = [], []
+    for picture in moved[:, 0, 2].numpy().astype(float):
+        mass = picture.sum()
+        cy, cx = (picture * y).sum() / mass, (picture * x).sum() / mass
+        cov = [
+            [(picture * (a - ca) * (b - cb)).sum() / mass for b, cb in ((y, cy), (x, cx))]
+            for a, ca in ((y, cy), (x, cx))
+        ]
+        angles.append(np.degrees(0.5 * np.arctan2(2 * cov[0][1], cov[0][0] - cov[1][1])))
+        areas.append(mass / bar[0, 0, 0].sum().item())
+    assert all(abs(a) < 10.5 for a in angles) and max(angles) > 4 and min(angles) < -4
+    assert all(0.98 < a < 1.15**2 * 1.03 for a in areas) and max(areas) > 1.15
+    assert torch.equal(moved[3:5], augmented(bar[3:5], 3, 1, Augment()))
+
+
+def run(stacks, folder, how, **more):
+    return loop.train(
+        section(Train, how, "train"),
+        stacks,
+        folder / "model",
+        state=folder / "state",
+        seed=3,
+        say=lambda *a, **k: None,
+        **more,
+    )
+
+
+def test_a_killed_training_continues_bit_for_bit(stacks, tmp_path, monkeypatch):
+    run(stacks, tmp_path / "whole", SMALL)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    for killed_after in (3, 9):  # in the first stage, and while the second fades in
+        saves, save = [], checkpoint.save_state
+
+        def dying(*args, saves=saves, save=save, killed_after=killed_after):
+            save(*args)
+            saves.append(1)
+            if len(saves) == killed_after:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint, "save_state", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(stacks, tmp_path / "killed", SMALL)
+        monkeypatch.setattr(checkpoint, "save_state", save)
+    run(stacks, tmp_path / "killed", SMALL)
+    for name in ("generator.safetensors", "critic.safetensors", "growth.safetensors", "curves.csv", "config.json"):
+        assert (tmp_path / "whole/model" / name).read_bytes() == (tmp_path / "killed/model" / name).read_bytes(), name
+
+
+def test_a_damaged_or_foreign_state_is_passed_over(stacks, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    run(stacks, tmp_path, SMALL)
+    folder = tmp_path / "state"
+    older, newest = sorted(folder.glob("state-*.json"))
+    mark = json.loads(newest.read_text())["fingerprint"]
+    assert checkpoint.load_state(folder, "another") is None
+    damaged = bytearray(newest.with_suffix(".safetensors").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.with_suffix(".safetensors").write_bytes(damaged)
+    assert checkpoint.load_state(folder, mark)[1]["seen"] == json.loads(older.read_text())["seen"]
+
+
+def test_two_trainers_never_share_a_folder(tmp_path):
+    with (
+        checkpoint.locked(tmp_path),
+        pytest.raises(InputError, match="another training is running"),
+        checkpoint.locked(tmp_path),
+    ):
+        pass
+
+
+def test_the_running_average_is_not_the_last_generator(stacks, tmp_path):
+    run(stacks, tmp_path / "a", SMALL)
+    run(stacks, tmp_path / "b", {**SMALL, "ema": 0})
+    weights = [(tmp_path / n / "model/generator.safetensors").read_bytes() for n in "ab"]
+    critics = [(tmp_path / n / "model/critic.safetensors").read_bytes() for n in "ab"]
+    assert weights[0] != weights[1] and critics[0] == critics[1]
