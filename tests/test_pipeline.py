@@ -176,7 +176,8 @@ def copy_of_the_repository(folder):
 
 def environment(folder):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1"}
+    # /bin/sh does not replace itself by a lone command as bash does, and DVC takes it where $SHELL is not set
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1", "SHELL": "/bin/sh"}
 
 
 def repro(folder, **options):
