@@ -141,7 +141,7 @@ def test_a_stage_depends_on_all_the_code_it_runs(name):
         cells = [c.source for c in nbformat.read(ROOT / notebook.group(), 4).cells if c.cell_type == "code"]
         code = reached(imports("\n".join(cells)))
     else:
-        code = reached({ROOT / (command.split()[2].replace(".", "/") + ".py")})
+        code = reached({ROOT / (re.search(r"-m ([\w.]+)", command)[1].replace(".", "/") + ".py")})
     uncovered = {f for f in code - FREE if not any(f == d or f.startswith(d + "/") for d in deps)}
     assert not uncovered
 
