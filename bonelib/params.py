@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bonelib import InputError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+Voxel = Annotated[float, Field(ge=0.03, le=0.5)]
 Shape = tuple[Count, Count, Count]
 
 
@@ -24,19 +25,50 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Calibration(Section):
+    """Of one scanner: native = mu_scaling * mu, mgHA = slope * mu + intercept, with mu and mu_water in 1/cm."""
+
+    mu_scaling: Positive | None = None
+    mu_water: Positive | None = None
+    slope: Positive | None = None
+    intercept: float | None = None
+
+
 class Cohort(Section):
-    """Where scans come from: the phantom generator, or a folder of one's own scans with the unit they are in."""
+    """Where scans come from: the phantom generator, or a folder of one's own scans.
+
+    `unit` and `calibration` hold for files that carry none; `mirror_left` makes right bones of left ones.
+    """
 
     source: str
-    unit: Literal["mgHA"] = "mgHA"
+    calibration: Calibration | None = None
+    unit: Literal["mgHA", "HU", "mu", "native"] | None = None
     participants: str | None = None
+    mirror_left: bool = False
+
+    @field_validator("unit")
+    @classmethod
+    def _can_be_converted(cls, unit, info):
+        if unit not in (None, "mgHA") and not info.data.get("calibration"):
+            raise ValueError("from this unit to mg HA/cm3 needs cohort.calibration")
+        return unit
 
 
 class Phantom(Section):
-    """Size of the phantom cohort."""
+    """The phantom cohort: `visits` at most, `scans` in all (null: none is missed), shares of the motion grades 1-5."""
 
     patients: Annotated[int, Field(ge=3)]
     visits: Count
+    scans: Count | None = None
+    grades: tuple[Share, Share, Share, Share, Share] = (1.0, 0.0, 0.0, 0.0, 0.0)
+
+    @model_validator(mode="after")
+    def _counts(self):
+        if abs(sum(self.grades) - 1) > 1e-6:
+            raise ValueError(f"grades {self.grades} must add up to 1")
+        if self.scans is not None and not self.patients <= self.scans <= self.patients * self.visits:
+            raise ValueError(f"scans {self.scans} do not fit {self.patients} patients of up to {self.visits} visits")
+        return self
 
 
 class Preprocess(Section):
@@ -136,6 +168,34 @@ class Train(Section):
         return self
 
 
+class Grading(Section):
+    """The network that grades motion (section 3.3), by default a ResNet-18 in 3D, and how it is trained.
+
+    `samples` windows of `depth` slices are seen by each of the `folds` networks and by the last one, trained on all
+    scans. `mirror` reflects windows at random along all axes, `decay` is the weight decay, `draws` are those of the
+    intervals.
+    """
+
+    widths: tuple[Count, ...] = (64, 128, 256, 512)
+    blocks: tuple[Count, ...] = (2, 2, 2, 2)
+    folds: Annotated[int, Field(ge=2)] = 5
+    depth: Count
+    samples: Count
+    batch: Count
+    rate: Positive
+    decay: Annotated[float, Field(ge=0)] = 0.05
+    mirror: bool = True
+    augment: Augment | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    draws: Count = 1000
+
+    @model_validator(mode="after")
+    def _stages(self):
+        if len(self.widths) != len(self.blocks):
+            raise ValueError("widths and blocks must have one entry a stage each")
+        return self
+
+
 class Quality(Section):
     """How image quality is measured: `truncation` of the samples, and the levels of Figure C.9 in `sweep`."""
 
@@ -145,13 +205,27 @@ class Quality(Section):
     draws: Count = 200
 
 
+class PhantomCheck(Section):
+    """How many phantoms are drawn and measured, and on which grid: many coarse ones, and few on the scanner's own."""
+
+    phantoms: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=2)]]
+    voxel_mm: tuple[Voxel, Voxel]
+
+
 class Grid(Section):
     """The voxel size that all scans of a profile must have, in mm."""
 
-    voxel_mm: Annotated[float, Field(ge=0.03, le=0.5)]
+    voxel_mm: Voxel
 
 
-PROFILE = {"phantom": Phantom, "preprocess": Preprocess, "train": dict[str, Train], "quality": Quality}
+PROFILE = {
+    "phantom": Phantom,
+    "preprocess": Preprocess,
+    "grading": Grading,
+    "train": dict[str, Train],
+    "quality": Quality,
+    "phantom_check": PhantomCheck,
+}
 
 
 def section(kind: type[Section], values: dict[str, Any], name: str) -> Any:

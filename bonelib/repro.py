@@ -30,6 +30,12 @@ def closing_lines(profile: str) -> str:
     for name in ("contours found", "closed slices", "stamp"):
         ours, theirs = (number(found[f"measured.{group}.{name}"]) for group in ("generated", "held-out patients"))
         lines.append(f"  {name:14} {ours}, real bones {theirs}")
+    grades = json.loads((out / "metrics/02_motion_grading.json").read_text())
+    if grades["trained"]:
+        lines.append(f"{grades['balanced accuracy.n_scans']} scans of patients unknown to the motion grader:")
+        for name in ("balanced accuracy", "within one grade"):
+            low, high, chance = (number(grades[f"{name}.{end}"]) for end in ("low", "high", "chance"))
+            lines.append(f"  {name:17} {number(grades[f'{name}.value'])} ({low} to {high}), chance {chance}")
     return "\n".join([*lines, f"pictures in {out}/figures, numbers in {out}/metrics, notebooks in {out}/notebooks"])
 
 

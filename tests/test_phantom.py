@@ -8,11 +8,11 @@ from scipy.ndimage import binary_fill_holes, gaussian_filter, label, rotate
 
 from bonelib import InputError
 from bonelib.randomness import numpy_rng
-from bonelib.scans import rendering
+from bonelib.scans import anatomy, population, rendering
 from bonelib.scans.phantom import make_cohort, make_radius, sample_patient
 from bonelib.scans.rendering import CORTICAL, OUTSIDE, TRABECULAR, ULNA, draw_visit
 from bonelib.scans.scanner import NATIVE_MM, noise_sd_on_grid, scan
-from bonelib.scans.volumes import Volume, read_volume
+from bonelib.scans.volumes import Volume, mirrored, read_volume
 
 COARSE, LAPTOP, FINE = 0.2428, 0.1214, 0.09  # mm
 
@@ -199,3 +199,66 @@ def test_patients_follow_the_reference():
         assert np.corrcoef([p["Tb.BMD"] for p in own], [p["Tb.Th"] for p in own])[0, 1] > 0.35
     old = [p["Ct.BMD"] for p in people if p["sex"] == "F" and 67 < p["age"] < 73]
     assert np.mean(old) == pytest.approx(852, abs=20)
+
+
+def test_a_left_bone_is_the_mirror_image_of_a_right_one():
+    left, right = (draw_visit(2, 1, 1, 0.5, side=side) for side in ("left", "right"))
+    assert left.volume.side == "left" and left.truth["side"] == "left"
+    assert np.array_equal(left.volume.voxels[..., ::-1], right.volume.voxels)
+    assert np.array_equal(left.compartments[..., ::-1], right.compartments)
+    back = mirrored(left.volume)
+    assert back.side == "right" and np.array_equal(back.voxels, right.volume.voxels)
+    sides = [sample_patient(1, p)["side"] for p in range(200)]
+    assert 70 < sides.count("left") < 130
+
+
+def test_the_published_cohort_has_515_scans():
+    visits = population.visits_of(1, 98, 6, 515)
+    assert len(visits) == 98 and sum(map(len, visits.values())) == 515
+    assert all(own[0] == 1 and own == sorted(set(own)) and own[-1] <= 6 for own in visits.values())
+    assert population.visits_of(1, 98, 6, 515) == visits != population.visits_of(2, 98, 6, 515)
+    with pytest.raises(InputError, match="accepted are 98 to 588"):
+        population.visits_of(1, 98, 6, 600)
+
+
+def test_motion_grades_follow_their_shares_and_the_age():
+    shares = (0.02, 0.36, 0.42, 0.18, 0.02)
+    people = [sample_patient(3, p)["age"] for p in range(1, 3000)]
+    grades = np.array([population.motion_grade(3, p, 1, age, shares) for p, age in enumerate(people, 1)])
+    found = np.bincount(grades, minlength=6)[1:] / len(grades)
+    assert found == pytest.approx(shares, abs=0.03) and grades.mean() == pytest.approx(2.82, abs=0.06)
+    old = np.array(people) >= population.MOTION_AGE
+    ratio = (grades[old] >= 4).mean() / (grades[~old] >= 4).mean()
+    assert ratio == pytest.approx(population.MOTION_RATIO, rel=0.25)
+
+
+def test_the_cohort_carries_motion_and_can_be_of_one_side(tmp_path):
+    size = {"seed": 4, "patients": 3, "visits": 2, "scans": 5, "voxel_mm": 0.5, "workers": 1}
+    for name, more in (("still", {}), ("moved", {"grades": (0, 0, 0, 0, 1.0), "mirror_left": True})):
+        make_cohort(SimpleNamespace(**size, **more), tmp_path / name)
+    tables = {n: list(csv.DictReader((tmp_path / n / "scans.tsv").open(), delimiter="\t")) for n in ("still", "moved")}
+    assert [len(rows) for rows in tables.values()] == [5, 5]
+    assert {r["grade"] for r in tables["moved"]} == {"5"} and all(float(r["motion"]) > 0.2 for r in tables["moved"])
+    assert {r["mirrored"] for r in tables["still"]} == {"no"}
+    assert {r["side"] for r in tables["moved"]} == {"right"}  # as they lie there
+    assert [r["mirrored"] == "yes" for r in tables["moved"]] == [r["side"] == "left" for r in tables["still"]]
+    for still, moved in zip(tables["still"], tables["moved"], strict=True):
+        first, second = (
+            read_volume(tmp_path / n / r["file"], unit="mgHA").voxels for n, r in (("still", still), ("moved", moved))
+        )
+        second = second[..., ::-1] if moved["mirrored"] == "yes" else second
+        likeness = np.corrcoef(first.ravel(), second.ravel())[0, 1]
+        assert 0.1 < likeness < 0.9
+
+
+def test_the_ulna_lies_beside_the_radius_and_is_partly_shown():
+    for patient in range(1, 9):
+        shape = anatomy.make_shape((1, patient), sample_patient(1, patient))
+        within = (shape.levels >= 0) & (shape.levels <= anatomy.HEIGHT_MM)
+        heights = np.repeat(shape.levels[within], shape.contours.shape[1])
+        border = torch.tensor(np.column_stack([heights, shape.contours[within].reshape(-1, 2)])).float()
+        gap = float(anatomy._ulna_distance(shape.ulna, border).min())
+        assert anatomy.ULNA_GAP_MM[0] - 0.02 <= gap <= anatomy.ULNA_GAP_MM[1] + 0.02
+        drawn = draw_visit(1, patient, 1, 0.4)
+        shown = (drawn.compartments == ULNA).sum() / len(drawn.compartments) * 0.4**2
+        assert 0.05 < shown / (np.pi * shape.ulna["radius"] ** 2) < 0.45

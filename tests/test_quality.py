@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bonelib.evaluation import quality as iq
+from bonelib.scans.tables import as_markdown
 from bonelib.scans.volumes import Volume
 
 
@@ -55,4 +56,4 @@ def test_an_open_ring_has_contours_but_no_closed_slices():
 
 
 def test_markdown_has_a_line_a_row():
-    assert iq.as_markdown([{"a": 0.12345, "b": 3}]).splitlines() == ["| a | b |", "| --- | --- |", "| 0.123 | 3 |"]
+    assert as_markdown([{"a": 0.12345, "b": 3}]).splitlines() == ["| a | b |", "| --- | --- |", "| 0.123 | 3 |"]

@@ -134,8 +134,18 @@ def test_motion_grades_4_and_5_are_left_out(own_scans, tmp_path):
     write_table(own_scans / "scans.tsv", rows)
     import_scans(own_scans, tmp_path / "cohort", "mgHA")
     pre.preprocess_cohort(tmp_path / "cohort", tmp_path / "stacks", HOW, 0.2, seed=1, say=lambda *a, **k: None)
-    assert "sub-001_scan-001" not in {r["scan"] for r in load_stacks(tmp_path / "stacks").rows}
-    assert len({r["scan"] for r in load_stacks(tmp_path / "stacks").rows}) == 7
+    every = load_stacks(tmp_path / "stacks")
+    scans = sorted({r["scan"] for r in every.rows})
+    assert len(scans) == 8 and {r["grade"] for r in every.rows if r["scan"] == scans[0]} == {"5"}
+    write_table(
+        tmp_path / "grades.csv", [dict(scan=s, grade={0: "5", 1: "4", 2: "3"}.get(i, "")) for i, s in enumerate(scans)]
+    )
+    kept = load_stacks(tmp_path / "stacks", tmp_path / "grades.csv")
+    assert {r["scan"] for r in kept.rows} == set(scans[2:])
+    assert kept.meta["data_hash"] != every.meta["data_hash"]  # training on other scans is another training
+    write_table(tmp_path / "grades.csv", [dict(scan=s, grade="4") for s in scans])
+    with pytest.raises(InputError, match="grades.csv: every scan"):
+        load_stacks(tmp_path / "stacks", tmp_path / "grades.csv")
 
 
 def broken(path, kind):

@@ -1,124 +1,213 @@
-"""Contours of the distal radius in a calibrated scan, and what is measured within them.
+"""Bone morphometry of a calibrated scan of the distal radius, by the names and definitions usual in HR-pQCT.
 
-Every size is in mm, so that one rule holds from the scanner's own grid (0.0607 mm) to a fourfold coarser one;
-the numbers are the voxel counts of Buie et al. 2007 (Bone 41:505) at their spacing of 0.082 mm.
+Contours after Buie et al. 2007, thickness after Hildebrand and Rueegsegger 1997, porosity after Burghardt et al. 2010,
+anisotropy after Harrigan and Mann 1984, connectivity after Odgaard and Gundersen 1993. Every size is in mm, so that
+one rule holds from the scanner's own grid (0.0607 mm) to a fourfold coarser one.
 """
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.evaluation.contours import (
+    BONE,
+    SMOOTHING_MM,
+    bounding_box,
+    closed_slices,
+    contours,
+    contours_in,
+    largest,
+    smoothed,
+)
+from bonelib.evaluation.thickness import gradient_at, local_thickness, thickness_and_axes
 from bonelib.scans.volumes import Volume
 
-SMOOTHING_MM = 0.0486  # 0.8 voxels at 0.0607 mm, before every threshold
-BONE = 320.0  # mg HA/cm3: outer contour, and trabecular bone
-CORTEX = 500.0  # mg HA/cm3: inner contour
-BODY_MM = 1.5  # the radius is thicker than twice this, the rim of a cut ulna is not
-CORNER_MM = 0.3  # how far a corner of the radius stands out of the discs of `BODY_MM` within it
-CLOSING_MM = (0.6, 1.2, 2.4)  # outer contour: 15 voxels across, and wider where a gap lets the outside in
-LEAK = 1.15  # a slice whose area grows by more under the wider closing was open
-MARROW_MM = 0.41  # inner contour: closing and opening, 10 voxels across
-CONTOUR_SMOOTHING_MM = 0.246  # inner contour: 3 voxels
-LEAST_CORTEX_MM = 0.18  # peeled off the inside of the outer contour, so that the cortex never vanishes
-RING = 0.9  # share of the outer contour that a closed ring of bone encloses
-OPEN_SLICES = 0.1  # share of slices without enclosed marrow above which there is no closed cortex
-CORTEX_OF_BONE = 0.5  # share of the cortical compartment above `BONE` under which it is no cortex
+__all__ = ["BONE", "SMOOTHING_MM", "closed_slices", "contours", "fabric", "measure", "segment"]
 
-
-def contours(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """Boolean masks (z, y, x) of what the periosteal and what the endosteal contour of the radius encloses.
-
-    Dual threshold after Buie et al. 2007: the largest component of smoothed density above `BONE`, without an
-    ulna in contact with it, is closed and filled slice by slice from the outside; in it, the largest
-    component below `CORTEX` is closed, opened and smoothed. The cortex is the difference of the two. Raises
-    `InputError` if the unit is not mg HA/cm3, if nothing is as dense as bone, and if no closed cortex is
-    found.
-    """
-    density = _smoothed(volume)
-    bone = _radius(density > BONE, volume.spacing)
-    if not bone.any():
-        raise InputError(f"the volume holds no bone: nothing in it is denser than {BONE:g} mg HA/cm3")
-    box = _bounding_box(bone)
-    spacing = volume.spacing
-    outer = np.stack([_outer_contour(s, spacing[1:]) for s in bone[box]])
-    inner = _inner_contour(density[box] < CORTEX, outer, spacing)
-    open_slices = np.mean(~inner.any(axis=(1, 2)))
-    of_bone = np.mean(bone[box][outer & ~inner])
-    if open_slices > OPEN_SLICES or of_bone < CORTEX_OF_BONE:
-        raise InputError(
-            f"no closed cortex was found ({open_slices:.0%} of the slices enclose no marrow, {of_bone:.0%} "
-            "of the would-be cortex is bone); a volume wholly inside trabecular bone is measured with "
-            "compartments='trabecular'"
-        )
-    periosteal, endosteal = np.zeros((2, *volume.shape), bool)
-    periosteal[box], endosteal[box] = outer, inner
-    return periosteal, endosteal
+CORTICAL_BONE = 450.0  # mg HA/cm3: what is less, within the cortex, may be a pore
+PORE_MM3 = 5 * 0.0607**3  # smaller ones are not told from noise
+SAMPLED_MM = 0.13  # thickness is averaged over points no further apart, of all voxels if these are larger
+LINES = 200  # directions along which intercepts are counted
+FACES = 400_000  # of the bone surface that are looked at for anisotropy, evenly taken from all
+CORNERS = np.ones((3, 3, 3), bool)  # bone is joined by faces, edges and corners
 
 
 def measure(volume: Volume, *, compartments=None) -> dict[str, float]:
-    """Areas (mm2), densities (mg HA/cm3), BV/TV and thickness (mm) of one scan, by their usual names.
+    """Morphometry of one scan: area in mm2, densities in mg HA/cm3, sizes in mm, per mm or mm3, and shares.
 
-    `compartments` is None for `contours`, a pair of such masks, or 'trabecular' for a volume wholly inside
-    trabecular bone, which has 'Tb.BMD' and 'BV/TV' alone. Tt.Ar is the mean area within the outer contour;
-    BMD the mean unsmoothed density of a compartment, pores included; BV/TV the share above `BONE` of the
-    trabecular one. Ct.Th is the mean over the cortical compartment of the distance to its inner plus that to
-    its outer surface. Raises `InputError` as `contours`, and for masks that do not fit.
+    `compartments` is None for `contours`, a pair of such masks, or 'trabecular' for a volume wholly inside trabecular
+    bone, which has no Tt and no Ct. In this order:
+
+    Tt.Ar: mean area within the outer contour. Tt.BMD, Tb.BMD, Ct.BMD: mean unsmoothed density of a compartment,
+    pores included. BV/TV: share of the trabecular compartment above `BONE`, smoothed. Tb.Th, Tb.Sp: local thickness
+    of the bone, and of the marrow, in it. Tb.N: 1 / local thickness of what lies between the medial axes of the bone,
+    which is not 1 / (Tb.Th + Tb.Sp). DA: longest over shortest axis of the ellipsoid of mean intercept lengths. Conn.D:
+    loops of the largest piece of bone per volume of the compartment. Ct.Th: local thickness of the cortical
+    compartment, pores filled. Ct.Po: enclosed pores over the volume of the cortical compartment.
+
+    What does not exist is NaN, such as Tb.Th where no voxel is bone. Raises `InputError` as `contours`, and for masks
+    that do not fit.
     """
+    density = smoothed(volume)
     if isinstance(compartments, str):
         if compartments != "trabecular":
             raise InputError(f"compartments is {compartments!r}; accepted is 'trabecular', or two masks")
-        return _trabecular(volume, np.ones(volume.shape, bool))
-    outer, inner = contours(volume) if compartments is None else _fitting(compartments, volume)
-    box = _bounding_box(outer)
-    outer, inner = outer[box], inner[box]
-    bone, cortex = Volume(volume.voxels[box], volume.spacing, volume.unit), outer & ~inner
+        return _trabecular(volume, density, np.ones(volume.shape, bool))
+    found = contours_in(density, volume.spacing) if compartments is None else compartments
+    outer, inner = _fitting(found, volume)
+    cortex = outer & ~inner
+    with ThreadPoolExecutor(1) as aside:
+        cortical = aside.submit(_cortical, volume, density, cortex)
+        trabecular = _trabecular(volume, density, inner)
     return {
         "Tt.Ar": float(outer.sum() / volume.shape[0] * volume.spacing[1] * volume.spacing[2]),
-        "Tt.BMD": _mean(bone.voxels, outer),
-        **_trabecular(bone, inner),
-        "Ct.BMD": _mean(bone.voxels, cortex),
-        "Ct.Th": _cortical_thickness(outer, inner, cortex, volume.spacing),
+        "Tt.BMD": _mean(volume.voxels, outer),
+        **trabecular,
+        **cortical.result(),
     }
 
 
-def closed_slices(volume: Volume, periosteal: np.ndarray) -> float:
-    """Share of slices in which the cortex is a closed ring: bone above `BONE`, filled, makes up 90 % of the contour.
+def segment(volume: Volume, *, compartments=None) -> np.ndarray:
+    """Boolean mask (z, y, x) of bone: smoothed density above 320 in the trabecular, 450 in the cortical compartment.
 
-    Nothing is closed here, unlike in `contours`, which bridges gaps of some millimetres. `periosteal` is the outer
-    mask (z, y, x).
+    `compartments` and errors as of `measure`.
     """
-    bone = (_smoothed(volume) > BONE) & periosteal
-    closed = [
-        _filled(np.pad(section, 1)).sum() >= RING * within.sum()
-        for section, within in zip(bone, periosteal, strict=True)
-        if within.any()
-    ]
-    return float(np.mean(closed)) if closed else 0.0
+    density = smoothed(volume)
+    if isinstance(compartments, str) and compartments == "trabecular":
+        return density > BONE
+    found = contours_in(density, volume.spacing) if compartments is None else compartments
+    outer, inner = _fitting(found, volume)
+    return ((density > BONE) & inner) | ((density > CORTICAL_BONE) & outer & ~inner)
 
 
-def _trabecular(volume, mask):
-    return {"Tb.BMD": _mean(volume.voxels, mask), "BV/TV": float(np.mean(_smoothed(volume)[mask] > BONE))}
+def fabric(volume: Volume, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean intercept lengths along the axes of their ellipsoid, in falling order and of sum 1, and the axes (3, 3).
+
+    Row i is the unit axis (z, y, x) of length i; the bone of `mask` (z, y, x), of everything if None, is looked at.
+    How often a line in direction n meets a surface is the integral of |n . normal| over it, so that the lengths come
+    from the normals of the surface; the ellipsoid is fitted after Harrigan and Mann 1984. NaN without a surface.
+    """
+    return _fabric(smoothed(volume), np.ones(volume.shape, bool) if mask is None else mask, volume.spacing)
 
 
-def _cortical_thickness(outer, inner, cortex, spacing):
-    to_outer = ndimage.distance_transform_edt(np.pad(outer, ((0, 0), (1, 1), (1, 1))), spacing)[:, 1:-1, 1:-1]
-    to_inner = ndimage.distance_transform_edt(~inner, spacing)
-    # both distances end at the centre of the first voxel beyond its surface, half a voxel too far
-    return float(np.mean((to_outer + to_inner)[cortex]) - (spacing[1] + spacing[2]) / 2)
+def _trabecular(volume, density, mask):
+    found = {"Tb.BMD": _mean(volume.voxels, mask)}
+    box, spacing = _walled(mask), volume.spacing
+    level, mask, stride = density[box] - np.float32(BONE), mask[box], _stride(spacing)
+    bone = (level > 0) & mask
+    thickness, between = thickness_and_axes(bone, mask, spacing, level=level, stride=stride)
+    separation = local_thickness(mask & ~bone, spacing, level=-level, stride=stride)
+    lengths, _ = _fabric(density[box], mask, spacing)
+    return found | {
+        "BV/TV": float(bone.sum() / mask.sum()),
+        "Tb.Th": _mean_size(thickness),
+        "Tb.Sp": _mean_size(separation),
+        "Tb.N": 1 / _mean_size(between),
+        "DA": float(lengths[0] / lengths[2]),
+        "Conn.D": _loops(bone) / (float(mask.sum()) * float(np.prod(spacing))),
+    }
+
+
+def _cortical(volume, density, cortex):
+    box, spacing = _walled(cortex), volume.spacing
+    return {
+        "Ct.BMD": _mean(volume.voxels, cortex),
+        "Ct.Th": _mean_size(local_thickness(cortex[box], spacing, stride=_stride(spacing))),
+        "Ct.Po": _porosity(density[box], cortex[box], spacing),
+    }
+
+
+def _walled(mask):
+    """Slices about a mask with one voxel more to each side where the scan goes on, so that this side is a wall."""
+    return tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in bounding_box(mask))
+
+
+def _stride(spacing):
+    return max(1, int(SAMPLED_MM / min(spacing)))
+
+
+def _porosity(density, cortex, spacing):
+    """Share of the cortex in pores: enclosed by bone within their slice, so that marrow and outside are no pores."""
+    in_slice = np.zeros((3, 3, 3), bool)
+    in_slice[1] = ndimage.generate_binary_structure(2, 1)
+    labels, count = ndimage.label(cortex & (density <= CORTICAL_BONE), in_slice)
+    border = cortex & ~ndimage.binary_erosion(cortex, CORNERS[:1], border_value=1)
+    is_open = np.zeros(count + 1, bool)
+    is_open[labels[border]] = True
+    is_open[0] = True
+    pores, _ = ndimage.label(~is_open[labels])
+    sizes = np.bincount(pores.ravel())[1:]
+    return float(sizes[sizes * np.prod(spacing) >= PORE_MM3].sum() / cortex.sum())
+
+
+def _fabric(density, mask, spacing):
+    axes = np.full(3, np.nan), np.full((3, 3), np.nan)
+    bone, inner = density > BONE, np.zeros_like(mask)
+    inner[1:-1, 1:-1, 1:-1] = mask[1:-1, 1:-1, 1:-1]
+    normals, areas = [], []
+    places, steps = [], (density.shape[1] * density.shape[2], density.shape[2], 1)
+    for axis in range(3):
+        a, b = ([slice(None)] * 3 for _ in range(2))
+        a[axis], b[axis] = slice(None, -1), slice(1, None)
+        a, b = tuple(a), tuple(b)
+        crossed = np.zeros_like(mask)
+        crossed[a] = (bone[a] != bone[b]) & inner[a] & inner[b]
+        places.append(np.flatnonzero(crossed))
+    every = max(1, -(-sum(map(len, places)) // FACES))
+    for axis, place in enumerate(places):
+        place = place[::every]
+        normal = gradient_at(density, place, spacing) + gradient_at(density, place + steps[axis], spacing)
+        normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
+        # a face of the grid that is crossed stands for |normal| / |its own area| of surface, seen along three axes
+        normals.append(normal)
+        areas.append(np.abs(normal[:, axis]) * np.prod(spacing) / spacing[axis])
+    normals, areas = np.concatenate(normals), np.concatenate(areas)
+    if not areas.sum() > 0:
+        return axes
+    turn = np.arange(LINES) * np.pi * (3 - np.sqrt(5))
+    z = (np.arange(LINES) + 0.5) / LINES
+    lines = np.stack([z, np.sqrt(1 - z**2) * np.sin(turn), np.sqrt(1 - z**2) * np.cos(turn)], 1)
+    met = np.zeros(LINES)
+    for start in range(0, len(areas), 1 << 16):
+        part = slice(start, start + (1 << 16))
+        met += areas[part] @ np.abs(normals[part] @ lines.T.astype(np.float32))
+    met /= met.mean()
+    pairs = [(0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)]
+    design = np.stack([lines[:, i] * lines[:, j] * (1 if i == j else 2) for i, j in pairs], 1)
+    # met^2 = n A n; weighed so that every direction counts by its relative error
+    solution = np.linalg.lstsq(design / met[:, None] ** 2, np.ones(LINES), rcond=None)[0]
+    tensor = np.zeros((3, 3))
+    for (i, j), value in zip(pairs, solution, strict=True):
+        tensor[i, j] = tensor[j, i] = value
+    squares, vectors = np.linalg.eigh(tensor)
+    lengths = 1 / np.sqrt(np.maximum(squares, 1e-6))
+    return lengths / lengths.sum(), vectors.T
+
+
+def _loops(bone):
+    """Number of loops of the largest piece of bone: 1 - Euler number, after its cavities are filled."""
+    if not bone.any():
+        return np.nan
+    part = np.pad(largest(bone, CORNERS), 1)
+    _, outsides = ndimage.label(~part)
+    euler = -int(part.sum())  # vertices - edges + faces - cubes
+    for axes in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
+        touched = part
+        for axis in axes:
+            touched = touched | np.roll(touched, 1, axis)
+        euler += (-1) ** (len(axes) + 1) * int(touched.sum())
+    return float(1 + (outsides - 1) - euler)
+
+
+def _mean_size(sizes):
+    sizes = sizes[sizes != 0]
+    return float(sizes.mean(dtype=np.float64)) if len(sizes) else float("nan")
 
 
 def _mean(voxels, mask):
     return float(voxels[mask].mean(dtype=np.float64))
-
-
-def _smoothed(volume):
-    if volume.unit != "mgHA":
-        raise InputError(f"the volume is in {volume.unit}; morphometry needs calibrated density, unit mgHA")
-    if not np.isfinite(volume.voxels).all():
-        raise InputError("the volume holds NaN or infinite voxels; every voxel must be a number")
-    return ndimage.gaussian_filter(
-        volume.voxels.astype(np.float32, copy=False), [SMOOTHING_MM / s for s in volume.spacing], mode="nearest"
-    )
 
 
 def _fitting(masks, volume):
@@ -129,75 +218,3 @@ def _fitting(masks, volume):
     if (inner & ~outer).any() or not inner.any() or not (outer & ~inner).any():
         raise InputError("the endosteal mask must lie in the periosteal one, and both hold voxels")
     return outer, inner
-
-
-def _radius(bone, spacing):
-    """The largest component, without what only touches it, such as the ulna."""
-    bone, plane = _largest(bone), spacing[1:]
-    if not bone.any():
-        return bone
-    box = _bounding_box(bone)
-    part = bone[box]
-    cores = np.stack([_eroded(_filled(np.pad(s, 1)), BODY_MM, plane)[1:-1, 1:-1] for s in part])
-    area = cores.sum(axis=(1, 2))
-    for i in np.flatnonzero(area < area.max() / 2):  # an open cortex was not filled
-        cores[i] = _eroded(np.pad(_outer_contour(part[i], plane), 1), BODY_MM, plane)[1:-1, 1:-1]
-    for section, core in zip(part, _largest(cores), strict=True):
-        if core.any():
-            section &= _distance_to(core, plane) <= BODY_MM + CORNER_MM
-    return bone
-
-
-def _outer_contour(bone, spacing):
-    """One slice closed by the narrowest radius that keeps the outside out of the marrow, and filled."""
-    margin = int(np.ceil(CLOSING_MM[-1] / min(spacing))) + 1
-    bone = np.pad(bone, margin)
-    away = _distance_to(bone, spacing)
-    closings = {radius: _filled(away <= radius) for radius in CLOSING_MM}
-    closings = {radius: _eroded(filled, radius, spacing) for radius, filled in closings.items()}
-    widest = closings[CLOSING_MM[-1]].sum()
-    closed = next(c for c in closings.values() if widest <= LEAK * c.sum())
-    return closed[margin:-margin, margin:-margin]
-
-
-def _inner_contour(marrow, outer, spacing):
-    """The marrow within the outer contour, trabeculae closed, cortical pores opened, its border smooth."""
-    plane = spacing[1:]
-    margin = int(np.ceil(MARROW_MM / min(plane))) + 1
-    half_voxel = min(plane) / 2  # distances reach to the centre of the first voxel outside
-    deep = np.stack([_eroded(np.pad(s, 1), LEAST_CORTEX_MM + half_voxel, plane)[1:-1, 1:-1] for s in outer])
-    inner = np.empty_like(outer)
-    for i, section in enumerate(_largest(marrow & deep)):
-        section = np.pad(section, margin)
-        closed = _eroded(_distance_to(section, plane) <= MARROW_MM, MARROW_MM, plane)
-        opened = _distance_to(_eroded(closed, MARROW_MM, plane), plane) <= MARROW_MM
-        inner[i] = _filled(opened)[margin:-margin, margin:-margin]
-    inner = _largest(inner).astype(np.float32)
-    smooth = ndimage.gaussian_filter(inner, [CONTOUR_SMOOTHING_MM / s for s in spacing], mode="nearest")
-    return (smooth > 0.5) & deep
-
-
-def _distance_to(mask, spacing):
-    """Distance in mm of every voxel to the mask; infinite when the mask is empty."""
-    return ndimage.distance_transform_edt(~mask, spacing) if mask.any() else np.full(mask.shape, np.inf)
-
-
-def _eroded(mask, radius, spacing):
-    return ndimage.distance_transform_edt(mask, spacing) > radius
-
-
-def _filled(section):
-    """A slice without its holes; its corner lies outside."""
-    outside, _ = ndimage.label(~section)
-    return outside != outside[0, 0]
-
-
-def _largest(mask):
-    labels, _ = ndimage.label(mask)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return (labels == sizes.argmax()) & mask
-
-
-def _bounding_box(mask):
-    return ndimage.find_objects(mask.astype(np.int8))[0]

@@ -101,13 +101,3 @@ def summary(volumes: list[Volume], seed: int) -> dict[str, float | int | None]:
         "stamp": value,
         **{key: float(np.mean([t[key] for t in traits])) if traits else None for key in SHOWN_TRAITS},
     }
-
-
-def as_markdown(rows: list[dict]) -> str:
-    """Rows as a Markdown table, numbers to three digits."""
-
-    def cell(value):
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

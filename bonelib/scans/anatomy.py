@@ -45,12 +45,14 @@ RAGGED_MM, RAGGED_LENGTH_MM, RAGGED_REACH_MM = 0.06, 0.9, 0.6  # of the endostea
 
 ULNA_RADIUS_MM = {"F": (6.0, 7.0), "M": (7.0, 8.0)}
 ULNA_CORTEX_MM = (0.75, 0.15, 0.5, 1.0)  # mean, SD, bounds
-ULNA_GAP_MM = (2.0, 3.5)
-MARGINS_MM = ((1.5, 4.0), (3.5, 7.0), (2.0, 5.0), (2.0, 6.0))  # of the crop: styloid, ulnar, dorsal, palmar
+ULNA_GAP_MM = (1.2, 2.5)  # to the nearest point of the radius, which is a corner of the notch; 2-4 to its floor
+ULNA_SHOWN = (0.12, 0.38)  # share of its section within the crop
+MARGINS_MM = ((1.5, 4.0), (2.0, 5.0), (2.0, 6.0))  # of the crop beyond the radius: styloid, dorsal, palmar
 
 MUSCLE, FAT, SEPTUM, TENDON, SKIN, AIR = 12.0, -50.0, -35.0, 17.0, 15.0, -398.6  # mg HA/cm3
 SKIN_RADIUS_MM = (22.5, 27.5)
 SKIN_MM = 1.4
+COVER_MM = (3.0, 5.0)  # least tissue between the radius and the air
 
 
 class Shape(NamedTuple):
@@ -80,13 +82,17 @@ def make_shape(key: tuple, traits: dict) -> Shape:
     mean, sd, low, high = ULNA_CORTEX_MM
     ulna = {
         "radius": radius,
-        "centre": (notch[0] + float(rng.uniform(*ULNA_GAP_MM)) + radius, notch[1] + float(rng.normal(0, 0.6))),
+        "centre": (notch[0] + radius, notch[1] + float(rng.normal(0, 0.6))),
         "cortex": float(np.clip(rng.normal(mean, sd), low, high)),
         "waves": ((2, 0.04, float(rng.uniform(0, 6.28))), (3, 0.025, float(rng.uniform(0, 6.28)))),
     }
+    ulna["centre"] = _beside(ulna, contours, levels, float(rng.uniform(*ULNA_GAP_MM)))
+    ulna["shown"] = float(rng.uniform(*ULNA_SHOWN))
     tissue = (smooth_noise(rng, BOX, (12.0, 5.0, 5.0)), smooth_noise(rng, BOX, (12.0, 2.2, 2.2)))
     tendons = _tendons(rng, contours.mean(0))
-    skin = (float(rng.normal(6.0, 1.0)), float(rng.normal(0.5, 0.8)), float(rng.uniform(*SKIN_RADIUS_MM)))
+    centre = np.array([rng.normal(6.0, 1.0), rng.normal(0.5, 0.8)])
+    reach = np.linalg.norm(contours - centre, axis=2).max() + float(rng.uniform(*COVER_MM))
+    skin = (*centre.tolist(), max(float(rng.uniform(*SKIN_RADIUS_MM)), float(reach)))
     return Shape(contours, levels, cortex, surface, ragged, ulna, tissue, tendons, skin)
 
 
@@ -98,13 +104,43 @@ def distances(shape: Shape, points: torch.Tensor, thicker: float = 1.0) -> tuple
     outside, cortex = sample(shape.surface, points)
     inner = -outside - cortex * thicker
     inner = inner + RAGGED_MM * sample(shape.ragged, points)[0] * torch.exp(-inner.abs() / RAGGED_REACH_MM)
-    y, x = points[..., 1] - shape.ulna["centre"][0], points[..., 2] - shape.ulna["centre"][1]
-    angle, radius = torch.atan2(x, y), shape.ulna["radius"]
-    edge = radius * (1.05 - 0.1 * points[..., 0] / HEIGHT_MM)
-    for order, share, phase in shape.ulna["waves"]:
-        edge = edge + radius * share * torch.cos(order * angle + phase)
-    ulna = torch.hypot(x, y) - edge
+    ulna = _ulna_distance(shape.ulna, points)
     return torch.stack([outside, ulna]), torch.stack([inner, -ulna - shape.ulna["cortex"] * thicker])
+
+
+def _ulna_distance(ulna: dict, points: torch.Tensor) -> torch.Tensor:
+    """Signed distance in mm of points (..., 3) to the surface of the ulna, negative inside."""
+    y, x = points[..., 1] - ulna["centre"][0], points[..., 2] - ulna["centre"][1]
+    angle, radius = torch.atan2(x, y), ulna["radius"]
+    edge = radius * (1.05 - 0.1 * points[..., 0] / HEIGHT_MM)
+    for order, share, phase in ulna["waves"]:
+        edge = edge + radius * share * torch.cos(order * angle + phase)
+    return torch.hypot(x, y) - edge
+
+
+def _beside(ulna: dict, contours: np.ndarray, levels: np.ndarray, gap_mm: float) -> tuple[float, float]:
+    """Centre (y, x) at which the ulna lies `gap_mm` from the nearest point of the radius within the stack."""
+    within = (levels >= 0) & (levels <= HEIGHT_MM)
+    heights = np.repeat(levels[within], contours.shape[1])
+    points = torch.from_numpy(np.column_stack([heights, contours[within].reshape(-1, 2)])).float()
+    low, (far, x) = 0.0, (contours[..., 0].max() + 12.0, ulna["centre"][1])
+    for _ in range(20):
+        y = (low + far) / 2
+        near = float(_ulna_distance(ulna | {"centre": (y, x)}, points).min()) < gap_mm
+        low, far = (y, far) if near else (low, y)
+    return y, x
+
+
+def ulnar_margin(shape: Shape, turn: float, end: float) -> float:
+    """Distance in mm from `end`, the ulnar end of the radius along y turned by `turn` rad, to the crop's edge.
+
+    The crop shows the share `shown` of the section of the ulna: a segment of its circle.
+    """
+    heights = np.linspace(0, 2, 201)  # of the segment, in radii
+    shares = (np.arccos(1 - heights) - (1 - heights) * np.sqrt(2 * heights - heights**2)) / math.pi
+    (y, x), radius = shape.ulna["centre"], shape.ulna["radius"]
+    first = math.cos(turn) * y - math.sin(turn) * x - radius
+    return max(first + radius * float(np.interp(shape.ulna["shown"], shares, heights)) - end, 1.0)
 
 
 def soft_tissue(shape: Shape, points: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Slice stacks of the preprocessed scans; order and augmentation are functions of the sample's number."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from bonelib.params import Augment
 from bonelib.pyramid import downsample, haar
 from bonelib.randomness import numpy_rng, torch_rng
 from bonelib.scans.tables import read_table
+
+EXCLUDED_GRADES = (4, 5)  # motion so strong that a network would learn it (section 3.3)
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,12 @@ class Stacks:
         return torch.cat(parts)
 
 
-def load_stacks(folder: str | Path) -> Stacks:
-    """Open what `01_preprocess` wrote. Raises `InputError` naming the missing file."""
+def load_stacks(folder: str | Path, grades: str | Path | None = None) -> Stacks:
+    """Open what `01_preprocess` wrote, without the scans that `grades`, the table of `02_motion_grading`, excludes.
+
+    Those are graded 4 or 5, by hand or by the grader (column grade). Raises `InputError` naming the missing file,
+    or a table that leaves nothing.
+    """
     folder = Path(folder)
     for name in ("volumes.npy", "stacks.csv", "stacks.json"):
         if not (folder / name).is_file():
@@ -61,6 +68,13 @@ def load_stacks(folder: str | Path) -> Stacks:
         {**row, "volume": int(row["volume"]), "start": int(row["start"])} for row in read_table(folder / "stacks.csv")
     ]
     meta = json.loads((folder / "stacks.json").read_text())
+    if grades is not None:
+        excluded = {r["scan"] for r in read_table(grades) if r["grade"] in map(str, EXCLUDED_GRADES)}
+        rows = [row for row in rows if row["scan"] not in excluded]
+        if not rows:
+            raise InputError(f"{grades}: every scan is graded 4 or 5, and none is left to learn from")
+        used = json.dumps([meta["data_hash"], [[row["scan"], row["start"]] for row in rows]])
+        meta["data_hash"] = hashlib.sha256(used.encode()).hexdigest()[:16]
     return Stacks(np.load(folder / "volumes.npy", mmap_mode="r"), rows, meta)
 
 

@@ -10,15 +10,16 @@ from bonelib import InputError
 from bonelib.processes import workers
 from bonelib.randomness import numpy_rng
 from bonelib.scans import population
+from bonelib.scans.motion import moved
 from bonelib.scans.population import sample_patient
 from bonelib.scans.rendering import check_voxel, draw_visit
 from bonelib.scans.scanner import NATIVE_MM, scan
 from bonelib.scans.tables import write_table
-from bonelib.scans.volumes import Volume, write_volume
+from bonelib.scans.volumes import Volume, mirrored, write_volume
 
 __all__ = ["make_cohort", "make_radius", "sample_patient"]
 
-STILL = 1  # visual grading score of a scan without motion
+STILL = (1.0, 0.0, 0.0, 0.0, 0.0)  # shares of the visual grades 1-5 where nothing moves
 PROGRESS_S = 10.0
 
 
@@ -39,24 +40,26 @@ def make_radius(
 def make_cohort(params, folder: str | Path) -> Path:
     """Write a cohort: `scans/sub-001_ses-1.nii.gz` ..., `participants.tsv` and `scans.tsv` under `folder`.
 
-    `params` has `seed`, `patients`, `visits` (the most; nobody has fewer than 2 unless it is 1) and `voxel_mm`, and
-    may have `workers` (processes; else one a core). Every scan depends on (seed, patient, visit) alone. The folder
-    appears whole or not at all; an earlier cohort in its place is replaced, any other folder is refused with an
-    `InputError`.
+    `params` has `seed`, `patients`, `visits` (the most) and `voxel_mm`, and may have `scans` (in all; some visits were
+    then missed), `grades` (shares of the motion grades 1-5; else all are still), `mirror_left` (left bones are written
+    as right ones) and `workers` (processes; else one a core). A scan depends on (seed, patient, visit), the grid and
+    `grades` alone. The folder appears whole or not at all; an earlier cohort in its place is replaced, any other
+    folder is refused with an `InputError`.
     """
     folder = Path(folder)
     _check(params, folder)
     part = folder.with_name(f".part-{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
     (part / "scans").mkdir(parents=True)
-    counts = {p: population.visit_count(params.seed, p, params.visits) for p in range(1, params.patients + 1)}
-    jobs = [(params.seed, p, n, params.voxel_mm, part / "scans") for p, n in counts.items()]
+    visits = population.visits_of(params.seed, params.patients, params.visits, getattr(params, "scans", None))
+    how = (params.voxel_mm, getattr(params, "grades", STILL), getattr(params, "mirror_left", False))
+    jobs = [(params.seed, p, own, *how, part / "scans") for p, own in visits.items()]
     try:
         rows = list(_rendered(jobs, getattr(params, "workers", None)))
         rows.sort(key=lambda row: row["scan"])
         people = [row for row in rows if row["visit"] == 1]
-        own = ("patient", "sex", "age", *population.REFERENCE["F"], "marrow")
-        table = [{k: row[k] for k in own} | {"visits": n} for row, n in zip(people, counts.values(), strict=True)]
+        own = ("patient", "sex", "age", "side", *population.REFERENCE["F"], "marrow")
+        table = [{k: row[k] for k in own} | {"visits": len(n)} for row, n in zip(people, visits.values(), strict=True)]
         write_table(part / "participants.tsv", table)
         write_table(part / "scans.tsv", rows)
         if folder.exists():
@@ -70,7 +73,7 @@ def make_cohort(params, folder: str | Path) -> Path:
 def _rendered(jobs: list, count: int | None):
     """Rows of `scans.tsv` as the scans are done, with a line of progress about every ten seconds."""
     began = last = time.monotonic()
-    total, done = sum(visits for _, _, visits, *_ in jobs), 0
+    total, done = sum(len(visits) for _, _, visits, *_ in jobs), 0
     with workers(count) as pool:
         for future in as_completed([pool.submit(_make_visits, *job) for job in jobs]):
             yield from (rows := future.result())
@@ -81,17 +84,21 @@ def _rendered(jobs: list, count: int | None):
                 print(f"cohort: {done}/{total} scans, {rate:.2f} scans/s, {left:.0f} s left", flush=True)
 
 
-def _make_visits(seed: int, patient: int, visits: int, voxel_mm: float, folder: Path) -> list[dict]:
+def _make_visits(seed, patient, visits, voxel_mm, grades, mirror_left, folder: Path) -> list[dict]:
     """Draw, scan and write the visits of one patient; their rows of `scans.tsv`."""
     rows = []
-    for visit in range(1, visits + 1):
+    for visit in visits:
         drawn = draw_visit(seed, patient, visit, voxel_mm)
-        rng = numpy_rng(seed, "noise", patient, visit)
+        grade = population.motion_grade(seed, patient, visit, drawn.truth["age"], grades)
+        blurred, motion = moved(drawn.volume, numpy_rng(seed, "motion", patient, visit), grade)
+        seen = scan(blurred, numpy_rng(seed, "noise", patient, visit), noise_sd=drawn.truth["noise_sd"])
         subject = f"sub-{patient:03d}"
         name = f"{subject}_ses-{visit}"
-        path = write_volume(scan(drawn.volume, rng, noise_sd=drawn.truth["noise_sd"]), folder / f"{name}.nii.gz")
-        row = {"scan": name, "patient": subject, "visit": visit, "file": f"scans/{path.name}", "grade": STILL}
-        rows.append(row | {"seed": seed} | drawn.truth)
+        mirror = mirror_left and seen.side == "left"
+        path = write_volume(mirrored(seen) if mirror else seen, folder / f"{name}.nii.gz")
+        row = {"scan": name, "patient": subject, "visit": visit, "file": f"scans/{path.name}", "grade": grade}
+        own = {"seed": seed, **drawn.truth, **motion, "mirrored": "yes" if mirror else "no"}
+        rows.append(row | own | ({"side": "right"} if mirror else {}))
     return rows
 
 

@@ -82,11 +82,16 @@ NOISE = (105.0, 12.0, 80.0, 140.0)  # mg HA/cm3: mean, SD, bounds; genuine Xtrem
 NOISE_BETWEEN_VISITS = 3.0  # mg HA/cm3
 POSE = MappingProxyType({"rotation": 7.0})  # degrees in plane, SD over patients
 BETWEEN_VISITS = MappingProxyType({"rotation": (1.5, 4.0), "shift": (0.25, 0.5), "shift_z": (0.25, 0.6)})
-VISITS_PER_YEAR = 5  # six time points within a year
+VISIT_YEARS = (0.0, 1 / 52, 3 / 52, 0.25, 0.5, 1.0)  # Angermann et al. 2023, section 3.1
 SLOW_CHANGE = MappingProxyType({"Tb.BMD": (-0.005, 0.005), "Ct.BMD": (-0.002, 0.002), "Ct.Th": (-0.003, 0.004)})
 
+# Grades 4-5 are so much commoner from this age on (Arch Osteoporos 2023;18:142: 27 against 8 %)
+MOTION_AGE, MOTION_RATIO = 65.0, 27 / 8
+
+SIDES = ("left", "right")
+
 TRAITS = (
-    "sex", "age", "Tt.Ar", "Ct.Th", "Tb.BMD", "Tb.Th", "Ct.BMD", "Ct.Po", "Tb.N", "marrow", "noise_sd",
+    "sex", "age", "side", "Tt.Ar", "Ct.Th", "Tb.BMD", "Tb.Th", "Ct.BMD", "Ct.Po", "Tb.N", "marrow", "noise_sd",
     "rotation", "shift_z", "shift_y", "shift_x",
 )  # fmt: skip
 
@@ -116,7 +121,10 @@ def sample_patient(seed: int, patient: int, **traits) -> dict:
     sex, age = given.get("sex", sex), float(given.get("age", age))
     if sex not in REFERENCE:
         raise InputError(f"trait sex is {sex!r}; accepted are F and M")
-    values = {"sex": sex, "age": round(age, 1)}
+    side = SIDES[int(numpy_rng(seed, "side", patient).integers(2))]
+    values = {"sex": sex, "age": round(age, 1), "side": given.get("side", side)}
+    if values["side"] not in SIDES:
+        raise InputError(f"trait side is {values['side']!r}; accepted are left and right")
     for name, (mean, sd) in REFERENCE[sex].items():
         values[name] = _log_normal(mean, sd, z[name]) if name == "Ct.Po" else mean + sd * z[name]
     values = _aged(values)
@@ -127,7 +135,7 @@ def sample_patient(seed: int, patient: int, **traits) -> dict:
     values["rotation"] = float(np.clip(rng.normal(0, POSE["rotation"]), -18, 18))
     values |= {"shift_z": 0.0, "shift_y": 0.0, "shift_x": 0.0}
     for name, value in given.items():
-        values[name] = value if name == "sex" else _number(name, value)
+        values[name] = value if name in ("sex", "side") else _number(name, value)
     return values
 
 
@@ -135,7 +143,7 @@ def at_visit(traits: dict, seed: int, patient: int, visit: int) -> dict:
     """What one visit adds to a patient: years since the first, pose, noise and slow change as factors."""
     rng = numpy_rng(seed, "visit", patient, visit)
     pace = numpy_rng(seed, "pace", patient)
-    years = (visit - 1) / VISITS_PER_YEAR
+    years = VISIT_YEARS[visit - 1] if visit <= len(VISIT_YEARS) else float(visit - len(VISIT_YEARS) + 1)
     change = {name: 1 + years * float(pace.normal(*rate)) for name, rate in SLOW_CHANGE.items()}
 
     def move(kind: str) -> float:
@@ -153,9 +161,31 @@ def at_visit(traits: dict, seed: int, patient: int, visit: int) -> dict:
     }
 
 
-def visit_count(seed: int, patient: int, most: int) -> int:
-    """How many visits a patient has: between 2 and `most`, or one where `most` is 1."""
-    return 1 if most < 2 else int(numpy_rng(seed, "visits", patient).integers(2, most + 1))
+def visits_of(seed: int, patients: int, most: int, scans: int | None = None) -> dict[int, list[int]]:
+    """The visits of every patient, numbered from 1: of `patients` x `most`, those left when `scans` were made.
+
+    Who missed which visit is drawn; nobody missed the first. Raises `InputError` if `scans` do not fit.
+    """
+    if scans is not None and not patients <= scans <= patients * most:
+        raise InputError(f"scans is {scans}; accepted are {patients} to {patients * most}, one to {most} a patient")
+    later = [(p, v) for p in range(1, patients + 1) for v in range(2, most + 1)]
+    count = len(later) if scans is None else scans - patients
+    kept = {later[i] for i in numpy_rng(seed, "visits").permutation(len(later))[:count]}
+    return {p: [1, *(v for v in range(2, most + 1) if (p, v) in kept)] for p in range(1, patients + 1)}
+
+
+def motion_grade(seed: int, patient: int, visit: int, age: float, shares: tuple[float, ...]) -> int:
+    """Visual grade (1-5) of one scan, drawn with `shares`; grades 4 and 5 are commoner in the old.
+
+    Over the cohort's ages the shares hold; their ratio between old and young is `MOTION_RATIO`.
+    """
+    old = (AGE_RANGE[1] - MOTION_AGE) / (AGE_RANGE[1] - AGE_RANGE[0])
+    bad = sum(shares[3:])
+    young_bad = bad / (old * MOTION_RATIO + 1 - old)
+    own = min(young_bad * MOTION_RATIO if age >= MOTION_AGE else young_bad, 1.0)
+    scale = (1 - own) / (1 - bad) if bad < 1 else 0.0, own / bad if bad > 0 else 0.0
+    chances = np.array([share * scale[grade >= 3] for grade, share in enumerate(shares)])
+    return 1 + int(numpy_rng(seed, "grade", patient, visit).choice(5, p=chances / chances.sum()))
 
 
 def _aged(values: dict) -> dict:

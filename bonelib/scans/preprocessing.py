@@ -17,7 +17,6 @@ from bonelib.scans.tables import read_table, write_table
 from bonelib.scans.volumes import Volume, read_volume, regrid
 
 NATIVE_MM = 0.0607  # voxel size of the published scans, for which the DCT threshold is stated
-EXCLUDED_GRADES = (4, 5)  # motion grades left out of training (section 3.3)
 SPACING_TOLERANCE = 0.02  # of the voxel size, between a scan's header and params.yaml
 SMALLEST = 0.25  # a scan may miss at most three quarters of the constant shape along an axis
 
@@ -115,16 +114,17 @@ def split_patients(patients: list[str], held_out: float, seed: int) -> dict[str,
 def preprocess_cohort(
     cohort: str | Path, folder: str | Path, how: Preprocess, voxel_mm: float, seed: int, say=print
 ) -> dict:
-    """Preprocess every scan of `cohort` graded 1-3 or not graded, split the patients, and write `folder`.
+    """Preprocess every scan of `cohort`, split the patients, and write `folder`.
 
-    Writes volumes.npy (scan, z, y, x) float16 in [0, 1], stacks.csv and stacks.json; returns the last one's content.
+    Writes volumes.npy (scan, z, y, x) float16 in [0, 1], stacks.csv, which carries the motion grades along, and
+    stacks.json; returns the last one's content.
     The volumes are written scan by scan by worker processes, so that memory does not grow with the cohort. Raises
     `InputError` naming the scan whose voxels are not of `voxel_mm`, or that cannot be preprocessed.
     """
     cohort, folder = Path(cohort), Path(folder)
-    scans = [s for s in read_table(cohort / "scans.tsv") if s.get("grade", "") not in map(str, EXCLUDED_GRADES)]
+    scans = read_table(cohort / "scans.tsv")
     if not scans:
-        raise InputError(f"{cohort / 'scans.tsv'}: no scan of grade 1-3, or without a grade")
+        raise InputError(f"{cohort / 'scans.tsv'}: the table lists no scan")
     splits = split_patients([scan["patient"] for scan in scans], how.held_out, seed)
     folder.mkdir(parents=True, exist_ok=True)
     shape = tuple(n // how.subsample for n in how.shape)
@@ -138,7 +138,14 @@ def preprocess_cohort(
     volumes.flush()
     starts = slice_stacks(shape[0], how.stack_slices, how.stacks_per_scan)
     rows = [
-        dict(scan=s["scan"], patient=s["patient"], split=splits[s["patient"]], volume=i, start=start)
+        dict(
+            scan=s["scan"],
+            patient=s["patient"],
+            split=splits[s["patient"]],
+            grade=s.get("grade") or "",
+            volume=i,
+            start=start,
+        )
         for i, s in enumerate(scans)
         for start in starts
     ]

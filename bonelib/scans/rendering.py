@@ -19,8 +19,10 @@ from bonelib.scans.scanner import NATIVE_MM, PSF_SIGMA_MM
 from bonelib.scans.volumes import Volume
 
 TISSUE = 1100.0  # mg HA/cm3, fully mineralised trabecular bone
-TRUE_PLATE_MM = ((50.0, 105.0, 145.0, 199.0, 330.0), (0.09, 0.10, 0.134, 0.157, 0.18))  # by Tb.BMD in mg HA/cm3
-CELL_MM = (0.66, 3.03)  # cell edge x Tb.N: constant, and per bone volume fraction
+# Fitted so that scans of .0607 mm measure the reference's Tb.Th and come nearest to its Tb.N and Tb.Sp: plate thickness
+# by Tb.BMD in mg HA/cm3; cell edge x Tb.N, a constant and per bone volume fraction.
+TRUE_PLATE_MM = ((50.0, 105.0, 145.0, 199.0, 330.0), (0.08, 0.088, 0.092, 0.105, 0.13))
+CELL_MM = (0.57, 3.03)
 # What the contour of `evaluation.morphometry` reads, fitted to 12 phantoms with a cortex of .6-1.5 mm: true cortical
 # density is Ct.BMD x (constant + width / Ct.Th), for the point spread at both surfaces.
 CORTEX_EDGE = (1.022, 0.079)
@@ -92,9 +94,12 @@ def draw_visit(seed: int, patient: int, visit: int, voxel_mm: float, **traits) -
         part[ulna > 0.5] = ULNA
         part[outside >= 0] = OUTSIDE
         compartments[start:stop] = part
-    volume = Volume(density.numpy(), (voxel_mm,) * 3)
-    true = _truth(volume.voxels, compartments.numpy(), spongy.numpy(), bone, now)
-    return Drawn(volume, compartments.numpy(), spongy.numpy(), true)
+    density, compartments, spongy = (part.numpy() for part in (density, compartments, spongy))
+    true = _truth(density, compartments, spongy, bone, now)
+    side = bone.traits["side"]
+    if side == "left":  # bones are defined as right ones
+        density, compartments, spongy = (np.ascontiguousarray(p[..., ::-1]) for p in (density, compartments, spongy))
+    return Drawn(Volume(density, (voxel_mm,) * 3, side=side), compartments, spongy, true)
 
 
 def _smooth_parts(bone: Bone, change: dict, to_bone, grid, factor: int) -> torch.Tensor:
@@ -168,7 +173,9 @@ def _placed(bone: Bone, visit: dict, rng: np.random.Generator, voxel_mm: float):
     within = (bone.shape.levels >= 0) & (bone.shape.levels <= anatomy.HEIGHT_MM)
     y, x = bone.shape.contours[within].reshape(-1, 2).T
     y, x = math.cos(mean_turn) * y - math.sin(mean_turn) * x, math.sin(mean_turn) * y + math.cos(mean_turn) * x
-    margins = bone.margins + np.clip(rng.normal(0, CROP_JITTER_MM, 4), -0.7, 0.7)
+    styloid, dorsal, palmar = bone.margins
+    margins = np.array([styloid, anatomy.ulnar_margin(bone.shape, mean_turn, y.max()), dorsal, palmar])
+    margins += np.clip(rng.normal(0, CROP_JITTER_MM, 4), -0.7, 0.7)
     low = np.array([y.min() - margins[0], x.min() - margins[2]])
     high = np.array([y.max() + margins[1], x.max() + margins[3]])
     bounds = np.array(CROP_VOXELS) * NATIVE_MM

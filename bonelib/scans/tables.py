@@ -31,3 +31,13 @@ def write_table(path: str | Path, rows: list[dict[str, Any]]) -> None:
         table = csv.DictWriter(file, columns, delimiter=_delimiter(path), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """Rows as a Markdown table, numbers to three digits."""
+
+    def cell(value):
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -34,7 +34,7 @@ CANDIDATES = 18  # seeds looked at per block of voxels
 BLOCK_MM = (0.98, 0.49, 0.49)
 CALIBRATION_POINTS = 24_000
 FINE_MM = 0.06  # a voxel this small tells plates and rods apart wherever they meet
-LEAST_PLATES = 0.30  # below this plate fraction only rods too thin to be seen remain, and the cells are enlarged
+LEAST_PLATES = 0.22  # below this plate fraction only rods too thin to be seen remain, and the cells are enlarged
 CHUNK_VOXELS = 1 << 16  # per pass; keeps the working set in the processor's cache
 
 

@@ -1,11 +1,9 @@
-"""A scan as voxels with spacing, affine and unit; reading and writing of NIfTI files.
+"""A scan as voxels with spacing, affine, unit and calibration; reading, converting, mirroring and writing.
 
-Axes are (z, y, x) throughout, z the long axis of the bone; NIfTI files keep (x, y, z) on disk.
+Axes are (z, y, x) throughout, z the long axis of the bone; files keep (x, y, z) on disk. Readers are in `formats`.
 """
 
-import gzip
 import os
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,27 +11,36 @@ import nibabel as nib
 import numpy as np
 
 from bonelib import InputError
+from bonelib.scans.formats import Calibration, format_of, read_file
 
 UNITS = ("mgHA", "native", "mu", "HU")
-ENDINGS = (".nii", ".nii.gz")
-SPACING_MM = (0.01, 2.0)  # outside of this a header is wrong, or the scan is of another kind
-MAX_VOXELS = 2_304 * 2_304 * 400  # a full double-stack reconstruction; more is a damaged header
+SIDES = ("left", "right")
+WRITTEN = (".nii", ".nii.gz")
+NEEDS = {"mgHA": ("slope", "intercept"), "native": ("mu_scaling",), "mu": (), "HU": ("mu_water",)}
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A scan: `voxels` (z, y, x), `spacing` in mm (z, y, x), `affine` (4, 4) of the (x, y, z) file grid, `unit`."""
+    """A scan: `voxels` (z, y, x), `spacing` in mm (z, y, x), `unit`, and what else is known of it.
+
+    `affine` (4, 4) takes the (x, y, z) file grid to mm in (right, anterior, superior), as in NIfTI. `calibration` is
+    of the scanner; `side` is left or right. Either is None where it is not known.
+    """
 
     voxels: np.ndarray
     spacing: tuple[float, float, float]
     unit: str = "mgHA"
     affine: np.ndarray | None = None
+    calibration: Calibration | None = None
+    side: str | None = None
 
     def __post_init__(self):
         if self.voxels.ndim != 3:
             raise InputError(f"a volume has 3 axes (z, y, x), but these voxels have shape {self.voxels.shape}")
         if self.unit not in UNITS:
             raise InputError(f"unit {self.unit!r} is not known; accepted are {', '.join(UNITS)}")
+        if self.side not in (None, *SIDES):
+            raise InputError(f"side {self.side!r} is not known; accepted are {', '.join(SIDES)}")
         if self.affine is None:
             object.__setattr__(self, "affine", np.diag([*self.spacing[::-1], 1.0]))
 
@@ -63,71 +70,100 @@ def regrid(volume: Volume, voxels: np.ndarray, start: tuple[float, ...], step: i
     moved[:3, :3] *= step
     moved[:3, 3] = offset
     spacing = tuple(s * step for s in volume.spacing)
-    return Volume(voxels, spacing, volume.unit, volume.affine @ moved)
+    return replace(volume, voxels=voxels, spacing=spacing, affine=volume.affine @ moved)
 
 
 def is_scan(path: Path) -> bool:
-    """Whether the name is one that `read_volume` takes."""
-    return path.name.lower().endswith(ENDINGS)
+    """Whether `read_volume` takes it: a file by its name, a folder by the .dcm files in it."""
+    return format_of(path) is not None
 
 
-def read_volume(path: str | Path, *, unit: str | None = None) -> Volume:
-    """Read a NIfTI scan. The format carries no density unit, so `unit` must be given (one of `UNITS`).
+def read_volume(
+    path: str | Path, *, unit: str | None = None, calibration: Calibration | None = None, fallback: bool = False
+) -> Volume:
+    """Read NIfTI, MetaImage, NRRD, AIM, ISQ or DICOM (a folder of slices, or one multi-frame file).
 
-    Raises `InputError`, naming the file, for a missing or damaged file, a grid that is not three-dimensional,
-    a spacing outside of 0.01-2 mm, and voxels that are not finite.
+    Unit and calibration come from the header. Where it has none, `unit` (one of `UNITS`) must be given, and
+    `calibration` may be; where it has one, another one given is an error, unless they are a mere `fallback` for a
+    folder of mixed files. Voxels are float32, or the int16 counts of AIM and ISQ, which are read in place: the peak
+    for a full ISQ (2304 x 2304 x 168) is its 1.8 GB, and `convert` adds 3.6 GB.
+
+    Raises `InputError`, one sentence naming the file: it is missing, damaged or of another kind, the unit is unknown
+    or contradicts the header, the spacing is outside of 0.01-2 mm, or voxels are not finite.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    if not is_scan(path):
-        raise InputError(f"{path}: this kind of file is not read; accepted are {', '.join(ENDINGS)}")
+    found = read_file(path)
+    if found.unit is None and unit not in UNITS:
+        given = "none" if unit is None else repr(unit)
+        says = f"{format_of(path)} carries no density unit here, and {given} was given"
+        raise InputError(f"{path}: {says}; accepted are {', '.join(UNITS)}")
+    if found.unit and unit and unit != found.unit and not fallback:
+        raise InputError(f"{path}: the header says that the unit is {found.unit}, but {unit!r} was given")
+    if found.calibration and calibration and calibration != found.calibration and not fallback:
+        raise InputError(f"{path}: the header has a calibration of its own, but another one was given")
+    return Volume(
+        found.voxels, found.spacing, found.unit or unit, found.affine, found.calibration or calibration, found.side
+    )
+
+
+def convert(volume: Volume, unit: str) -> Volume:
+    """The same scan in another unit, as float32; each is a line in mu (1/cm) that the scanner's calibration gives.
+
+    Raises `InputError` naming what of the calibration is missing.
+    """
     if unit not in UNITS:
-        raise InputError(
-            f"{path}: NIfTI carries no density unit, and {unit!r} was given; accepted are {', '.join(UNITS)}"
-        )
-    try:
-        image = nib.load(path)
-        shape = tuple(n for n in image.shape if n != 1) if len(image.shape) > 3 else image.shape
-        if len(shape) != 3 or min(shape) < 1:
-            raise InputError(f"{path}: a scan has three axes, but the file has shape {image.shape}")
-        if np.prod(shape, dtype=float) > MAX_VOXELS:
-            raise InputError(f"{path}: the header announces {shape} voxels, more than any scan of this kind holds")
-        spacing = tuple(float(s) for s in image.header.get_zooms()[:3][::-1])
-        raw_spacing = [float(abs(s)) for s in image.header["pixdim"][1:4]]
-        if not all(SPACING_MM[0] <= s <= SPACING_MM[1] for s in raw_spacing):
-            raise InputError(f"{path}: voxel spacing {raw_spacing} mm is outside of {SPACING_MM[0]}-{SPACING_MM[1]} mm")
-        if not np.isfinite(image.affine).all():
-            raise InputError(f"{path}: the affine in the header is not finite")
-        voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(shape).T
-        _check_gzip(path)
-    except InputError:
-        raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-        zlib.error,
-        nib.filebasedimages.ImageFileError,
-        nib.spatialimages.HeaderDataError,
-    ) as error:
-        raise InputError(
-            f"{path}: not a readable NIfTI file ({str(error).splitlines()[0] if str(error) else error!r})"
-        ) from None
-    bad = int(np.size(voxels) - np.isfinite(voxels).sum())
-    if bad:
-        raise InputError(f"{path}: {bad} of {voxels.size} voxels are NaN or infinite; every voxel must be a number")
-    return Volume(np.ascontiguousarray(voxels), spacing, unit, np.array(image.affine, float))
+        raise InputError(f"unit {unit!r} is not known; accepted are {', '.join(UNITS)}")
+    if unit == volume.unit:
+        return volume
+    known = volume.calibration or Calibration()
+    missing = [name for name in (*NEEDS[volume.unit], *NEEDS[unit]) if getattr(known, name) is None]
+    if missing:
+        raise InputError(f"from {volume.unit} to {unit} needs the scanner's {', '.join(missing)}, which is not known")
+    (gain, offset), (new_gain, new_offset) = _line(volume.unit, known), _line(unit, known)
+    voxels = volume.voxels.astype(np.float32)
+    voxels *= np.float32(new_gain / gain)
+    voxels += np.float32(new_offset - offset * new_gain / gain)
+    return replace(volume, voxels=voxels, unit=unit)
 
 
-def _check_gzip(path: Path) -> None:
-    """Read a compressed file to its end, so that its checksum is looked at (nibabel stops before it)."""
-    if path.name.lower().endswith(".gz"):
-        with gzip.open(path) as stream:
-            while stream.read(1 << 24):
-                pass
+def _line(unit: str, known: Calibration) -> tuple[float, float]:
+    """Gain and offset of `unit` over mu in 1/cm."""
+    if unit == "HU":
+        return 1000 / known.mu_water, -1000.0
+    if unit == "mgHA":
+        return known.slope, known.intercept
+    return (known.mu_scaling if unit == "native" else 1.0), 0.0
+
+
+def right_handed(volume: Volume) -> Volume:
+    """The same scan in the same place, its y axis turned round if need be for the grid not to be a mirror image.
+
+    Some converters turn one axis of the grid and say so in the affine. All scans of a cohort must be brought to one
+    handedness before left and right bones can be told apart by their voxels.
+    """
+    if np.linalg.det(volume.affine[:3, :3]) > 0:
+        return volume
+    return replace(volume, voxels=volume.voxels[:, ::-1], affine=volume.affine @ _turn(volume, 1))
+
+
+def mirrored(volume: Volume) -> Volume:
+    """A left bone as a right one, or the reverse: the grid is mirrored along x.
+
+    Two forearms in the same pose on the scanner are mirror images along x, the patient's left to right, however the
+    hand is turned. The mirrored bone lies in a mirrored world: what was at (r, a, s) mm is now at (-r, a, s), and a
+    right-handed grid stays right-handed.
+    """
+    world = np.diag([-1.0, 1.0, 1.0, 1.0])
+    side = {"left": "right", "right": "left"}.get(volume.side)
+    return replace(volume, voxels=volume.voxels[:, :, ::-1], affine=world @ volume.affine @ _turn(volume, 0), side=side)
+
+
+def _turn(volume: Volume, axis: int) -> np.ndarray:
+    """From the (x, y, z) grid turned round along `axis` to the grid of `volume`."""
+    turn = np.eye(4)
+    turn[axis, axis] = -1
+    turn[axis, 3] = volume.shape[::-1][axis] - 1
+    return turn
 
 
 def write_volume(volume: Volume, path: str | Path) -> Path:
@@ -136,12 +172,14 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     The file appears whole or not at all.
     """
     path = Path(path)
-    if not is_scan(path):
-        raise InputError(f"{path}: this kind of file is not written; accepted are {', '.join(ENDINGS)}")
+    if not path.name.lower().endswith(WRITTEN):
+        raise InputError(f"{path}: this kind of file is not written; accepted are {', '.join(WRITTEN)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.int16 if volume.unit in ("mgHA", "HU", "native") else np.float32
-    voxels = np.rint(volume.voxels).clip(-32768, 32767) if dtype == np.int16 else volume.voxels
-    image = nib.Nifti1Image(voxels.astype(dtype).T, volume.affine)
+    voxels = np.empty(volume.shape, dtype)
+    for target, part in zip(voxels, volume.voxels, strict=True):  # slice by slice: a native scan is large
+        target[:] = np.rint(part).clip(-32768, 32767) if dtype == np.int16 else part
+    image = nib.Nifti1Image(voxels.T, volume.affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(volume.affine, 2)
     image.set_qform(volume.affine, 2)

@@ -117,6 +117,60 @@ def histograms(groups: dict[str, dict[str, np.ndarray]], width=10.0):
     return fig
 
 
+def scatter(panels: list[dict], columns=None, width=10.0):
+    """Dots side by side. A panel has `title`, `x` and `y` (axis labels), `sets` {name: (x values, y values)}, and may
+    have `lines` {name: (x values, y values)}; `lines` named "" are grey, as for identity.
+    """
+    columns = columns or len(panels)
+    count = -(-len(panels) // columns)
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(
+            count, columns, figsize=(width, count * width / columns * 0.85), layout="constrained", squeeze=False
+        )
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            for color, (name, (x, y)) in zip(ACCENTS, panel["sets"].items(), strict=False):
+                axis.plot(x, y, "o", markersize=2.5, alpha=0.6, markeredgewidth=0, color=color, label=name)
+            for color, (name, (x, y)) in zip(ACCENTS, panel.get("lines", {}).items(), strict=False):
+                axis.plot(x, y, color=color if name else "0.6", linewidth=1.5 if name else 1, label=name or None)
+            axis.set(title=panel.get("title", ""), xlabel=panel["x"], ylabel=panel["y"])
+            if any(name for name in (*panel["sets"], *panel.get("lines", {}))):
+                axis.legend(fontsize=6)
+    return fig
+
+
+def estimates(rows: list[dict], label: str, value: str, low: str, high: str, mark: str, xlabel: str, width=10.0):
+    """One line a row: `value` with its interval `low` to `high` as a dot, and what was expected (`mark`) as a tick."""
+    with plt.rc_context(STYLE):
+        fig, axis = plt.subplots(figsize=(width * 0.6, 0.19 * len(rows) + 0.6), layout="constrained")
+        places = np.arange(len(rows))[::-1]
+        values = np.array([[float(r[key]) for key in (value, low, high)] for r in rows])
+        spread = np.abs(values[:, 1:].T - values[:, 0])
+        axis.errorbar(values[:, 0], places, xerr=spread, fmt="o", markersize=3, linewidth=1, label=value)
+        axis.plot([float(r[mark]) for r in rows], places, "|", markersize=9, markeredgewidth=2, label=mark)
+        axis.axvline(0, color="0.85", linewidth=1, zorder=0)
+        axis.set(yticks=places, yticklabels=[r[label] for r in rows], xlabel=xlabel)
+        axis.legend(fontsize=7)
+    return fig
+
+
+def confusion(table: list[dict], width=4.0):
+    """Counts of `given` (rows) by the other columns of `table`, shaded by their share of the row."""
+    columns = [key for key in table[0] if key != "given"]
+    counts = np.array([[float(row[key]) for key in columns] for row in table])
+    with plt.rc_context(STYLE):
+        fig, axis = plt.subplots(figsize=(width, width * 0.85), layout="constrained")
+        axis.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1.3)
+        for (i, j), count in np.ndenumerate(counts):
+            axis.text(j, i, f"{count:.0f}", ha="center", va="center", color=INK if count else "0.7")
+        names = [key.removeprefix("predicted ") for key in columns]
+        axis.set(xticks=range(len(columns)), yticks=range(len(table)), xticklabels=names)
+        axis.set(yticklabels=[row["given"] for row in table], xlabel="predicted", ylabel="given")
+        axis.tick_params(length=0)
+    return fig
+
+
 def save(fig, path: str | Path, run: str, rows: list[dict] | None = None) -> None:
     """Write the figure as a PNG with its run id, and beside it the CSV of what it draws; the figure is closed."""
     path = Path(path)
