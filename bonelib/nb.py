@@ -6,6 +6,7 @@ fails loudly instead of leaving a stale result.
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -26,8 +27,6 @@ def stage_params(stage: str) -> dict[str, Any]:
 
 def root() -> Path:
     """Change into the repository's root, from wherever a notebook was opened, and return it."""
-    import os
-
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "dvc.yaml").is_file():
@@ -38,6 +37,8 @@ def root() -> Path:
 
 def main() -> int:
     die_with_parent()
+    # Threads that wait in a loop for each other lose most of their time where another program wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     cli = argparse.ArgumentParser(description=__doc__)
     for name in ("stage", "source", "target"):
         cli.add_argument(name)

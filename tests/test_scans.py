@@ -1,5 +1,8 @@
 """Reading, preprocessing and importing of scans; what bad input is answered with."""
 
+import subprocess
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -236,3 +239,21 @@ def test_genuine_crop_is_read_and_measured(request):
     assert volume.shape == (49, 58, 108) and volume.spacing == pytest.approx((0.0607,) * 3, abs=1e-4)
     found = measure(volume, compartments="trabecular")
     assert found["Tb.BMD"] == pytest.approx(112.1, abs=0.1) and found["BV/TV"] == pytest.approx(0.125, abs=0.005)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory as Linux counts it")
+def test_a_full_size_scan_is_preprocessed_in_little_memory():
+    code = """
+import resource
+import numpy as np
+from bonelib.params import Preprocess
+from bonelib.scans.preprocessing import preprocess
+from bonelib.scans.volumes import Volume
+how = Preprocess(shape=(168, 576, 448), subsample=2, dct_clip=1000, stack_slices=32, stacks_per_scan=4,
+                 held_out=0.1, intensity=(-500, 1500))
+voxels = np.random.default_rng(0).normal(0, 105, (168, 560, 470)).astype(np.float32)
+print(preprocess(Volume(voxels, (0.0607,) * 3), how).shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shape, peak = done.stdout.rsplit(" ", 1)
+    assert shape == "(84, 288, 224)" and float(peak) < 1.8  # GiB; two workers stay under 4

@@ -69,17 +69,16 @@ def measure(volume: Volume, *, compartments=None) -> dict[str, float]:
     }
 
 
-def segment(volume: Volume, *, compartments=None) -> np.ndarray:
-    """Boolean mask (z, y, x) of bone: smoothed density above 320 in the trabecular, 450 in the cortical compartment.
+def segment(volume: Volume, *, compartments: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Boolean mask (z, y, x) of bone: smoothed density above 320 mg HA/cm3.
 
-    `compartments` and errors as of `measure`.
+    With `compartments`, a pair of masks as of `measure`, only within the outer one, and above 450 in the cortex.
     """
     density = smoothed(volume)
-    if isinstance(compartments, str) and compartments == "trabecular":
+    if compartments is None:
         return density > BONE
-    found = contours_in(density, volume.spacing) if compartments is None else compartments
-    outer, inner = _fitting(found, volume)
-    return ((density > BONE) & inner) | ((density > CORTICAL_BONE) & outer & ~inner)
+    outer, inner = _fitting(compartments, volume)
+    return outer & (density > np.where(inner, BONE, CORTICAL_BONE))
 
 
 def fabric(volume: Volume, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -14,13 +14,11 @@ import numpy as np
 from scipy import ndimage
 
 SLOPE = 0.8  # the distance rises so steeply, per mm, towards a neighbour whose sphere holds one's own
-FACING = (
-    0.6  # across the medial axis it falls so steeply, per mm: walls that face one another, not corners or roughness
-)
-LEVEL = 0.2  # and does not rise by more to either side, so that noise tears no hole into the axis
-DROP = 0.75  # it falls so steeply where a peak between two voxels is worked out
+FACING = 0.7  # across the medial axis it falls so steeply: walls that face one another, not corners or roughness
+LEVEL = 0.1  # and does not rise by more, per mm, to either side, so that noise tears no hole into the axis
+LIKE = 0.5  # voxels: radii of neighbours that differ by no more may be told apart by noise alone
 MASK_SMOOTHING = 0.8  # voxels: the surface of a mask is that of the smoothed mask
-MIRROR_MM = 0.6  # where the array ends, a structure goes on as its mirror image for so far
+MIRROR_MM = 0.9  # where the array ends, a structure goes on as its mirror image for so far
 FAR = -1e6  # stands for a distance not worked out, away from the surface and outside
 BEYOND = 0.87  # voxels, from the surface to the nearest voxel outside, at most
 LARGE = 6  # lattice steps in a sphere's radius for each step between the centres of such spheres
@@ -88,8 +86,8 @@ def thickness_and_axes(
     away.ravel()[points] = False
     voxels = np.flatnonzero(within)
     distance = np.zeros(framed.shape, np.float32)
-    distance.ravel()[voxels] = _to_points(voxels, away, points, shifts, spacing, flat=False)
-    between = _ridge(distance, _off_border(within), spacing)
+    distance.ravel()[voxels] = _to_points(voxels, away, points, shifts, spacing, surface=False)
+    between = _ridge(distance, within, spacing)
     return thickness, _spheres(between, distance, domain, frame, spacing, stride)
 
 
@@ -103,8 +101,10 @@ def _distance_and_ridge(inside, spacing, level):
     voxels = np.flatnonzero(inside)
     distance = np.full(inside.shape, FAR, np.float32)
     distance.ravel()[shell] = -np.sqrt((shifts**2).sum(1))
-    distance.ravel()[voxels] = _to_points(voxels, inside, shell, shifts, spacing, flat=True)
-    return _ridge(distance, _off_border(inside), spacing), distance
+    beyond, depth = _beyond(inside, shell, shifts, spacing)
+    distance.ravel()[beyond] = -depth
+    distance.ravel()[voxels] = _to_points(voxels, inside, shell, shifts, spacing, surface=True)
+    return _ridge(distance, inside, spacing), distance
 
 
 def _frame(inside, spacing, stride):
@@ -112,23 +112,27 @@ def _frame(inside, spacing, stride):
     frame = []
     for axis, step in enumerate(spacing):
         faces = inside.take(0, axis), inside.take(-1, axis)
-        frame.append([-(-max(1, int(MIRROR_MM / step) if f.any() else 1) // stride) * stride for f in faces])
+        frame.append([-(-int(MIRROR_MM / step) + 2 if f.any() else 1 // stride) * stride for f in faces])
     return frame
 
 
 def _spheres(ridge, distance, inside, frame, spacing, stride):
-    """Diameter of the largest sphere over each answered voxel, or of its own where those of the ridge leave a gap."""
-    found = np.maximum(_painted(ridge, distance.shape, spacing, stride), 2 * distance[::stride, ::stride, ::stride])
+    """Diameter of the largest sphere over each answered voxel.
+
+    Voxels at the surface that the spheres leave out by a part of a voxel take the largest of their neighbours.
+    """
     core = tuple(
         slice(f // stride, f // stride - (-n // stride)) for (f, _), n in zip(frame, inside.shape, strict=True)
     )
-    return np.where(inside[::stride, ::stride, ::stride], found[core], np.float32(0))
-
-
-def _off_border(inside):
-    core = np.zeros_like(inside)
-    core[1:-1, 1:-1, 1:-1] = inside[1:-1, 1:-1, 1:-1]
-    return np.flatnonzero(core)
+    found = _painted(ridge, distance.shape, spacing, stride)[core]
+    answered = inside[::stride, ::stride, ::stride]
+    padded, missed = np.pad(found, 1), np.flatnonzero(np.pad(answered & (found == 0), 1))
+    largest, flat, steps = np.zeros(len(missed), np.float32), padded.ravel(), _steps(padded.shape)
+    for direction in (*DIRECTIONS, *-DIRECTIONS):
+        largest = np.maximum(largest, flat[missed + int(direction @ steps)])
+    own = 2 * distance[::stride, ::stride, ::stride][core][answered & (found == 0)]
+    flat[missed] = np.where(largest > 0, largest, own)
+    return np.where(answered, padded[1:-1, 1:-1, 1:-1], np.float32(0))
 
 
 def _surface(inside, level, spacing):
@@ -142,12 +146,12 @@ def _surface(inside, level, spacing):
         at = np.flatnonzero((place[axis] + side >= 0) & (place[axis] + side < shape[axis]))
         at = at[flat[shell[at] + side * steps[axis]]]
         out, into = level[shell[at]], level[shell[at] + side * steps[axis]]
-        share = np.where(out < 0, np.clip(out / np.minimum(out - into, -1e-6), 0.02, 0.98), 0.5)
+        share = np.where(out <= 0, np.clip(out / np.minimum(out - into, -1e-6), 0.02, 0.98), 0.5)
         there = side / (share * spacing[axis])
         inverse[at, axis] = np.where(np.abs(there) > np.abs(inverse[at, axis]), there, inverse[at, axis])
     # the plane that cuts the axes at 1 / inverse is nearest at inverse / |inverse|^2
     shifts = inverse / (inverse**2).sum(1, keepdims=True)
-    inner = np.all([(p > 0) & (p < n - 1) for p, n in zip(place, shape, strict=True)], axis=0) & (level[shell] < 0)
+    inner = np.all([(p > 0) & (p < n - 1) for p, n in zip(place, shape, strict=True)], axis=0) & (level[shell] <= 0)
     at = np.flatnonzero(inner)
     normal = gradient_at(levels, shell[at], spacing)
     normal /= np.maximum(np.sqrt((normal**2).sum(1, keepdims=True)), 1e-9)
@@ -160,6 +164,23 @@ def _surface(inside, level, spacing):
     agrees = (weight > 0.3) & ((cut * inverse) >= 0).all(1)
     shifts[at[agrees]] = (depth[:, None] * normal)[agrees]
     return shell, shifts
+
+
+def _beyond(inside, shell, shifts, spacing):
+    """Voxels next to the shell, away from the structure, and how far in mm they lie from its surface."""
+    known = inside.copy()
+    known.ravel()[shell] = True
+    beyond = np.flatnonzero(_next_to(known))
+    row = np.full(inside.size, -1, np.int32)
+    row[shell] = np.arange(len(shell), dtype=np.int32)
+    place, square = np.unravel_index(beyond, inside.shape), np.full(len(beyond), np.inf, np.float32)
+    for axis, side in product(range(3), (-1, 1)):
+        at = np.flatnonzero((place[axis] + side >= 0) & (place[axis] + side < inside.shape[axis]))
+        there = row[beyond[at] + side * _steps(inside.shape)[axis]]
+        at, way = at[there >= 0], shifts[there[there >= 0]].copy()
+        way[:, axis] += side * spacing[axis]
+        square[at] = np.minimum(square[at], (way**2).sum(1))
+    return beyond, np.sqrt(square)
 
 
 def _next_to(inside):
@@ -182,39 +203,54 @@ def gradient_at(values: np.ndarray, voxels: np.ndarray, spacing) -> np.ndarray:
     return gradient
 
 
-def _to_points(voxels, away, points, shifts, spacing, *, flat):
+def _to_points(voxels, away, points, shifts, spacing, *, surface):
     """Distance in mm of `voxels` to the nearest of `points`, voxels where `away` is False, each moved by its shift.
 
-    If `flat`, the shift is at right angles to a surface, to which the distance is taken: the point below the voxel
-    that is nearest may lie some voxels to the side. It differs from that of the voxel by less than `BEYOND`.
+    If `surface`, the shift is at right angles to a surface, and the distance is that to its tangent plane: the point
+    whose voxel is nearest may lie some voxels to the side. Else the points that are nearest to the six neighbours
+    are tried as well.
     """
     nearest = ndimage.distance_transform_edt(away, spacing, return_distances=False, return_indices=True)
-    steps = _steps(away.shape)
+    shape, steps = away.shape, _steps(away.shape)
     row = np.zeros(away.size, np.int32)
     row[points] = np.arange(len(points), dtype=np.int32)
+    nearest = nearest.reshape(3, -1)
     depth = np.sqrt((shifts**2).sum(1))
     normal = shifts / np.maximum(depth, 1e-9)[:, None]
     found = np.empty(len(voxels), np.float32)
-    nearest = nearest.reshape(3, -1)
     for start in range(0, len(voxels), CHUNK):
         here = voxels[start : start + CHUNK]
-        place = np.unravel_index(here, away.shape)
-        target = [n[here] for n in nearest]
-        which = row[sum(t.astype(np.int64) * s for t, s in zip(target, steps, strict=True))]
-        way = [((t - p) * h).astype(np.float32) for t, p, h in zip(target, place, spacing, strict=True)]
-        to_point = np.sqrt(sum((w + shifts[which, axis]) ** 2 for axis, w in enumerate(way)))
-        if flat:
+        place = np.unravel_index(here, shape)
+
+        def to_point_of(at, place=place):
+            target = [n[at] for n in nearest]
+            which = row[target[0] * steps[0] + target[1] * steps[1] + target[2]]
+            way = [((t - p) * h).astype(np.float32) for t, p, h in zip(target, place, spacing, strict=True)]
+            return which, way, np.sqrt(sum((w + shifts[which, axis]) ** 2 for axis, w in enumerate(way)))
+
+        which, way, distance = to_point_of(here)
+        if surface:
             to_voxel = np.sqrt(sum(w**2 for w in way))
             to_plane = -sum(w * normal[which, axis] for axis, w in enumerate(way)) - depth[which]
-            low = np.minimum(to_voxel - np.float32(BEYOND * min(spacing)), to_point)
-            to_point = np.clip(to_plane, np.maximum(low, 0), to_point)
-        found[start : start + CHUNK] = to_point
+            low = np.minimum(to_voxel - np.float32(BEYOND * min(spacing)), distance)
+            distance = np.clip(to_plane, np.maximum(low, 0), distance)
+        else:
+            for axis, side in product(range(3), (-1, 1)):
+                inside = np.clip(place[axis] + side, 0, shape[axis] - 1) - place[axis]
+                distance = np.minimum(distance, to_point_of(here + inside * steps[axis])[2])
+        found[start : start + CHUNK] = distance
     return found
 
 
-def _ridge(distance, voxels, spacing):
-    """The voxels of which no neighbour's sphere holds their own, each with the peak of the distance next to it."""
-    flat, steps = distance.ravel(), _steps(distance.shape)
+def _ridge(distance, inside, spacing):
+    """The voxels inside of which no neighbour's sphere holds their own, each with the peak of the distance next to it."""
+    for axis in range(3):  # what goes on at the end of the array may have its ridge beyond: here is the best of it
+        for end, last in ((0, 1), (-1, -2)):
+            face, next_to_it = (np.moveaxis(distance, axis, 0)[i] for i in (end, last))
+            np.copyto(face, next_to_it, where=np.moveaxis(inside, axis, 0)[end])
+    core = np.zeros_like(inside)
+    core[1:-1, 1:-1, 1:-1] = inside[1:-1, 1:-1, 1:-1]
+    voxels, flat, steps = np.flatnonzero(core), distance.ravel(), _steps(distance.shape)
     height = flat[voxels]
     for direction in DIRECTIONS:
         length, step = np.linalg.norm(direction * spacing), int(direction @ steps)
@@ -224,33 +260,46 @@ def _ridge(distance, voxels, spacing):
     medial = np.zeros(len(voxels), bool)
     for direction in DIRECTIONS:
         length, step = np.linalg.norm(direction * spacing), int(direction @ steps)
-        before, after = flat[voxels - step], flat[voxels + step]
+        floor = height - np.float32(length)  # no distance falls more steeply, but it may not be known
+        before, after = np.maximum(flat[voxels - step], floor), np.maximum(flat[voxels + step], floor)
         fall = height - np.minimum(before, after)
-        higher = np.maximum(before, after) - height
-        medial |= (higher <= LEVEL * length) & (fall > FACING * length)
-        at = np.flatnonzero(
-            (higher <= 0) & (fall > DROP * length) & (fall < 2 * length) & (abs(after - before) > 2 * gain)
-        )
+        across = (np.maximum(before, after) - height <= LEVEL * length) & (fall > FACING * length)
+        across &= np.minimum(flat[voxels - step], flat[voxels + step]) > FAR
+        medial |= across
+        at = np.flatnonzero(across & (np.abs(after - before) > 2 * gain))
         difference = after[at] - before[at]
         gain[at] = np.abs(difference) / 2
         shifts[at] = (difference / (2 * fall[at]))[:, None] * direction
-    return _evened(Ridge(voxels, shifts, height + gain, medial), distance.shape)
+    ridge = Ridge(voxels, shifts, height + gain, medial)
+    return _evened(ridge, distance.shape, spacing)
 
 
-def _evened(ridge, shape):
-    """Radius of the medial axis averaged over its next voxels: noise, which the largest sphere would pick."""
+def _evened(ridge, shape, spacing):
+    """Radius of the medial axis averaged over its next voxels, lest the largest sphere picks out the noise.
+
+    Neighbours that differ by more than `LIKE` voxels are of another place, or of the slope of a ball's centre.
+    """
     voxels, steps = ridge.voxels[ridge.medial], _steps(shape)
     row = np.full(np.prod(shape), -1, np.int32)
     row[voxels] = np.arange(len(voxels), dtype=np.int32)
-    values = ridge.radii[ridge.medial]
-    total, count = values.copy(), np.ones(len(values), np.float32)
-    for direction in (*DIRECTIONS, *-DIRECTIONS):
+    pairs = []
+    for direction in DIRECTIONS:
         there = row[voxels + int(direction @ steps)]
         at = np.flatnonzero(there >= 0)
-        total[at] += values[there[at]]
-        count[at] += 1
+        pairs.append((at, there[at]))
+    values = ridge.radii[ridge.medial]
+    for _ in range(2):
+        total, count = values.copy(), np.ones(len(values), np.float32)
+        for one, other in pairs:
+            alike = np.abs(values[one] - values[other]) < LIKE * min(spacing)
+            i, j = one[alike], other[alike]
+            total[i] += values[j]  # within a direction no voxel comes twice
+            total[j] += values[i]
+            count[i] += 1
+            count[j] += 1
+        values = total / count
     radii = ridge.radii.copy()
-    radii[ridge.medial] = total / count
+    radii[ridge.medial] = values
     return ridge._replace(radii=radii)
 
 
