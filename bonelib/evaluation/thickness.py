@@ -112,7 +112,8 @@ def _frame(inside, spacing, stride):
     frame = []
     for axis, step in enumerate(spacing):
         faces = inside.take(0, axis), inside.take(-1, axis)
-        frame.append([-(-int(MIRROR_MM / step) + 2 if f.any() else 1 // stride) * stride for f in faces])
+        wanted = [int(MIRROR_MM / step) + 2 if f.any() else 1 for f in faces]
+        frame.append([-(-n // stride) * stride for n in wanted])
     return frame
 
 
