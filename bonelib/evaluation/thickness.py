@@ -244,7 +244,7 @@ def _to_points(voxels, away, points, shifts, spacing, *, surface):
 
 
 def _ridge(distance, inside, spacing):
-    """The voxels inside of which no neighbour's sphere holds their own, each with the peak of the distance next to it."""
+    """Voxels inside whose own is held by no neighbour's sphere, each with the peak of the distance next to it."""
     for axis in range(3):  # what goes on at the end of the array may have its ridge beyond: here is the best of it
         for end, last in ((0, 1), (-1, -2)):
             face, next_to_it = (np.moveaxis(distance, axis, 0)[i] for i in (end, last))
