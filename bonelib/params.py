@@ -206,10 +206,16 @@ class Quality(Section):
 
 
 class PhantomCheck(Section):
-    """How many phantoms are drawn and measured, and on which grid: many coarse ones, and few on the scanner's own."""
+    """How many phantoms are drawn and measured on each grid, from many coarse ones to few on the scanner's own."""
 
-    phantoms: tuple[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=2)]]
-    voxel_mm: tuple[Voxel, Voxel]
+    phantoms: Annotated[tuple[Annotated[int, Field(ge=4)], ...], Field(min_length=2)]
+    voxel_mm: tuple[Voxel, ...]
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if len(self.phantoms) != len(self.voxel_mm):
+            raise ValueError("phantoms and voxel_mm must have one entry a grid each")
+        return self
 
 
 class Grid(Section):
