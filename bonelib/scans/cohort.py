@@ -138,7 +138,8 @@ def _import(path: Path, row: dict, unit: str | None, calibration: Calibration | 
     volume = replace(volume, side=side or volume.side)
     if mirror_left and not volume.side:
         raise InputError(
-            f"{path}: mirror_left needs the side of the body; give scans.tsv a column side (left or right)"
+            f"{path}: mirror_left needs the side of the body; give scans.tsv a column side (left or right), "
+            "or set cohort.mirror_left to false"
         )
     try:
         volume = convert(volume, "mgHA")
