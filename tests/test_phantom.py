@@ -7,6 +7,9 @@ import torch
 from scipy.ndimage import binary_fill_holes, gaussian_filter, label, rotate
 
 from bonelib import InputError
+from bonelib.evaluation.contours import contours
+from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.thickness import local_thickness
 from bonelib.randomness import numpy_rng
 from bonelib.scans import anatomy, population, rendering
 from bonelib.scans.phantom import make_cohort, make_radius, sample_patient
@@ -128,12 +131,27 @@ def test_densities_in_the_true_compartments_are_those_asked_for(sex, tb, ct, th)
     assert seen[drawn.compartments == TRABECULAR].mean() == pytest.approx(tb, rel=0.1)
     assert seen[drawn.compartments == CORTICAL].mean() == pytest.approx(ct, rel=0.08)
     assert drawn.truth["true_Tt.Ar"] == pytest.approx(300, rel=0.04)
-    assert drawn.truth["true_Ct.Th"] == pytest.approx(th, rel=0.02)
+
+
+@pytest.mark.parametrize(("sex", "tb", "ct", "th"), BONES[::2])
+def test_a_scan_reads_the_cortex_that_was_asked_for(sex, tb, ct, th):
+    drawn = draw_visit(2, 1, 1, LAPTOP, sex=sex, age=35, tb_bmd=tb, ct_bmd=ct, ct_th=th, ct_po=0.01)
+    spacing, cortex = drawn.volume.spacing, drawn.compartments == CORTICAL
+    true = local_thickness(cortex, spacing)[cortex].mean()
+    assert drawn.truth["true_Ct.Th"] == pytest.approx(true, rel=0.05)
+    seen = scan(drawn.volume, numpy_rng(0, "noise"), noise_sd=105)
+    outer, inner = contours(seen)
+    found = measure(seen, compartments=(outer, inner))
+    assert found["Ct.Th"] == pytest.approx(th, rel=0.06)
+    assert found["Ct.Th"] - true == pytest.approx(anatomy.CONTOUR_MM, abs=0.03)
+    assert found["Ct.Po"] == pytest.approx(0.01, rel=0.5)
+    assert found["Ct.BMD"] == pytest.approx(ct, rel=0.04) and found["Tb.BMD"] == pytest.approx(tb, rel=0.08)
+    assert 1.4 < found["DA"] < 2.2
 
 
 def test_bone_mass_does_not_depend_on_the_grid():
     fractions = [make_radius(2, voxel_mm=mm)[1]["true_BV/TV"] for mm in (FINE, LAPTOP, COARSE)]
-    assert fractions == pytest.approx([fractions[0]] * 3, rel=0.03)
+    assert fractions == pytest.approx([fractions[0]] * 3, rel=0.035)
 
 
 def noise_in(shape, spacing_mm):
@@ -195,10 +213,31 @@ def test_patients_follow_the_reference():
         young = [p for p in people if p["sex"] == sex and p["age"] <= 37]
         assert np.mean([p["Tb.BMD"] for p in young]) == pytest.approx(tb, abs=9)
         assert np.mean([p["Ct.BMD"] for p in young]) == pytest.approx(ct, abs=12)
-        own = [p for p in people if p["sex"] == sex]
-        assert np.corrcoef([p["Tb.BMD"] for p in own], [p["Tb.Th"] for p in own])[0, 1] > 0.35
+        pairs = {("Tb.BMD", "Tb.Th"): 0.58, ("Tb.BMD", "Tb.N"): 0.65, ("Tb.Th", "Tb.N"): 0.31}
+        for pair, r in pairs.items():
+            assert np.corrcoef(*([p[name] for p in young] for name in pair))[0, 1] == pytest.approx(r, abs=0.15)
     old = [p["Ct.BMD"] for p in people if p["sex"] == "F" and 67 < p["age"] < 73]
     assert np.mean(old) == pytest.approx(852, abs=20)
+
+
+def test_tb_n_sets_the_cells_and_the_size_of_the_bone_their_stretch():
+    few, many, large = (
+        rendering._bone(5, 1, tuple(sorted(({"sex": "F", "tb_bmd": 150, "tt_ar": 260} | own).items())))
+        for own in ({"tb_n": 1.25}, {"tb_n": 1.6}, {"tb_n": 1.6, "tt_ar": 380})
+    )
+    assert len(many.network.seeds) > 1.3 * len(few.network.seeds)
+    assert large.network.stretch[0] > many.network.stretch[0] + 0.2
+
+
+def test_the_section_fills_three_quarters_of_its_box():
+    fills = []
+    for patient in range(1, 6):
+        shape = anatomy.make_shape((1, patient), sample_patient(1, patient))
+        for section in shape.contours[1:-1]:
+            along = section - section.mean(0)
+            along = along @ np.linalg.eigh(along.T @ along)[1]
+            fills.append(anatomy._area(section) / np.prod(np.ptp(along, axis=0)))
+    assert np.mean(fills) == pytest.approx(0.74, abs=0.02)
 
 
 def test_a_left_bone_is_the_mirror_image_of_a_right_one():

@@ -364,7 +364,3 @@ def _pair(axis):
 
 def _steps(shape):
     return np.array([shape[1] * shape[2], shape[2], 1])
-
-
-def _length(axis, steps, size):
-    return (size // steps[0], steps[0] // steps[1], steps[1])[axis]

@@ -22,9 +22,9 @@ BOX = ((-1.0, -18.0, -13.5), (11.2, 27.0, 13.5))  # mm; holds the largest bone, 
 # Outline points (u along the long axis, - styloid, + ulna; v, - dorsal, + palmar), in units of length and depth.
 OUTLINE = np.array(
     [
-        (-0.50, 0.08), (-0.41, 0.33), (-0.17, 0.455), (0.10, 0.445), (0.30, 0.47), (0.46, 0.43), (0.505, 0.26),
-        (0.435, 0.02), (0.49, -0.23), (0.43, -0.39), (0.27, -0.445), (0.13, -0.445), (0.075, -0.475), (0.02, -0.55),
-        (-0.045, -0.485), (-0.11, -0.44), (-0.27, -0.37), (-0.42, -0.19),
+        (-0.50, 0.06), (-0.41, 0.25), (-0.17, 0.40), (0.10, 0.43), (0.30, 0.47), (0.45, 0.42), (0.505, 0.26),
+        (0.425, 0.02), (0.48, -0.21), (0.41, -0.35), (0.27, -0.42), (0.13, -0.45), (0.075, -0.49), (0.02, -0.57),
+        (-0.045, -0.49), (-0.11, -0.42), (-0.27, -0.30), (-0.42, -0.14),
     ]
 )  # fmt: skip
 NOTCH, TUBERCLE = 7, 13  # rows of OUTLINE
@@ -39,6 +39,12 @@ PLANE_STEP_MM = 0.25
 # Where the cortex is thicker or thinner: row of OUTLINE, share, width as a fraction of the perimeter.
 CORTEX_ARCS = ((5, 0.50, 0.05), (3, 0.22, 0.14), (7, 0.10, 0.08), (15, -0.32, 0.14), (13, -0.15, 0.05))
 CORTEX_SPREAD = 0.20
+PORE_RADIUS_MM = (0.14, 0.22)  # finer ones cannot be told from bone at the scanner's resolution
+PORE_WALLS = 5.0  # least thickness of the cortex about a pore, in its radii
+PORES_SEEN = 0.65  # of their volume, in a scan
+# Fitted to 7 phantoms: local thickness over the volume-weighted mean of the profile, and what the contour of
+# `evaluation.morphometry` adds in mm, which lies outside of the blurred surface and takes in dense trabeculae.
+LOCAL_THICKNESS, CONTOUR_MM = 1.015, 0.048
 CORTEX_ALONG_Z = (0.64, 0.72)  # factor at the distal end, and what is added up to the proximal one
 THINNEST_CORTEX_MM = 0.3
 RAGGED_MM, RAGGED_LENGTH_MM, RAGGED_REACH_MM = 0.06, 0.9, 0.6  # of the endosteal border
@@ -166,9 +172,9 @@ def soft_tissue(shape: Shape, points: torch.Tensor) -> torch.Tensor:
 
 
 def cortical_thickness(shape: Shape) -> float:
-    """Volume-weighted mean thickness in mm within the stack, as a maximal-sphere measurement would weight it."""
+    """Mean local thickness in mm of the drawn cortex within the stack: larger spheres hold more of the volume."""
     within = (shape.levels >= 0) & (shape.levels <= HEIGHT_MM)
-    return float((shape.cortex[within] ** 2).sum() / shape.cortex[within].sum())
+    return LOCAL_THICKNESS * float((shape.cortex[within] ** 2).sum() / shape.cortex[within].sum())
 
 
 def _contours(rng, traits: dict, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +223,7 @@ def _area(curve: np.ndarray) -> float:
 
 
 def _cortex(rng, mean_mm: float, marks: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """Cortical thickness (key slice, sample) in mm whose volume-weighted mean is `mean_mm`."""
+    """Cortical thickness (key slice, sample) in mm that the contour of a scan reads as `mean_mm` in the mean."""
     place = np.arange(OUTLINE_SAMPLES) / OUTLINE_SAMPLES
     profile = np.ones(OUTLINE_SAMPLES)
     for row, share, width in CORTEX_ARCS:
@@ -230,9 +236,10 @@ def _cortex(rng, mean_mm: float, marks: np.ndarray, heights: np.ndarray) -> np.n
     along = CORTEX_ALONG_Z[0] + CORTEX_ALONG_Z[1] * np.clip(heights, 0, 1)
     thickness = profile * np.exp(CORTEX_SPREAD * noise) * along[:, None]
     within = (heights >= 0) & (heights <= 1)
+    wanted = (mean_mm - CONTOUR_MM) / LOCAL_THICKNESS
     for _ in range(3):
         part = thickness[within]
-        thickness = np.maximum(thickness * mean_mm * part.sum() / (part**2).sum(), THINNEST_CORTEX_MM)
+        thickness = np.maximum(thickness * wanted * part.sum() / (part**2).sum(), THINNEST_CORTEX_MM)
     return thickness
 
 
@@ -265,22 +272,25 @@ def _tendons(rng, contour: np.ndarray) -> np.ndarray:
 
 
 def make_pores(key: tuple, shape: Shape, fraction: float) -> np.ndarray:
-    """Cortical pores, rows of (z, y, x, radius, half length) in mm, that fill `fraction` of the cortex.
+    """Cortical pores, rows of (z, y, x, radius, half length) in mm, that a scan sees fill `fraction` of the cortex.
 
-    They are capsules along z of radius .07-.14 mm and half length .4-1.1 mm.
+    They are capsules along z that a scan can show: of radius .14-.22 mm and half length .4-1.1 mm, where the cortex is
+    thick enough to enclose them.
     """
     rng = numpy_rng(key[0], "pores", *key[1:])
     within = (shape.levels >= 0) & (shape.levels <= HEIGHT_MM)
     perimeter = np.linalg.norm(np.diff(shape.contours, axis=1), axis=2).sum(1)[within].mean()
-    wanted = fraction * perimeter * shape.cortex[within].mean() * HEIGHT_MM
+    wanted = fraction / PORES_SEEN * perimeter * shape.cortex[within].mean() * HEIGHT_MM
     rows, filled = [], 0.0
     while filled < wanted:
-        z, at, depth = rng.uniform(0, HEIGHT_MM), int(rng.integers(OUTLINE_SAMPLES)), rng.uniform(0.3, 0.7)
-        radius, half = rng.uniform(0.07, 0.14), rng.uniform(0.4, 1.1)
+        z, at, depth = rng.uniform(0, HEIGHT_MM), int(rng.integers(OUTLINE_SAMPLES)), rng.uniform(0.42, 0.58)
+        radius, half = rng.uniform(*PORE_RADIUS_MM), rng.uniform(0.4, 1.1)
         place = np.interp(z, shape.levels, np.arange(KEY_SLICES))
         k, share = min(int(place), KEY_SLICES - 2), place - min(int(place), KEY_SLICES - 2)
         curve = (1 - share) * shape.contours[k] + share * shape.contours[k + 1]
         thickness = (1 - share) * shape.cortex[k, at] + share * shape.cortex[k + 1, at]
+        if thickness < PORE_WALLS * radius:
+            continue
         inward = curve.mean(0) - curve[at]
         tangent = curve[(at + 1) % OUTLINE_SAMPLES] - curve[at - 1]
         normal = np.array([tangent[1], -tangent[0]]) / np.linalg.norm(tangent)

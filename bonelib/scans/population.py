@@ -12,7 +12,7 @@ import numpy as np
 from bonelib import InputError
 from bonelib.randomness import numpy_rng
 
-COPULA = ("Tt.Ar", "Ct.Th", "Tb.BMD", "Tb.Th", "Ct.BMD", "Ct.Po")
+COPULA = ("Tt.Ar", "Ct.Th", "Tb.BMD", "Tb.Th", "Ct.BMD", "Ct.Po", "Tb.N")
 
 # Mean and SD at the young plateau: mm2, mm, mg HA/cm3, mm, mg HA/cm3, fraction; Tb.N in 1/mm.
 REFERENCE = MappingProxyType(
@@ -50,10 +50,13 @@ POOLED_R = (
     ("Ct.Th", "Ct.Po", -0.18),
     ("Tb.BMD", "Tb.Th", 0.73),
     ("Tb.BMD", "Ct.BMD", 0.20),
+    ("Tb.BMD", "Tb.N", 0.81),
+    ("Tb.Th", "Tb.N", 0.39),
+    ("Tt.Ar", "Tb.N", 0.17),
+    ("Ct.Th", "Tb.N", 0.34),
     ("Ct.BMD", "Ct.Po", -0.40),
 )
 WITHIN_SEX = 0.8  # share of a pooled correlation that remains within one sex
-TB_N_ON_TB_BMD = 0.8  # correlation of Tb.N with Tb.BMD within sex
 
 PLATEAU_AGE = 37.0  # y; women are constant up to here, then lose k (age - 37)^2
 YOUNG_MEAN_AGE = 28.5  # y, the middle of 20-37; men change linearly about it, so that the young mean is the reference
@@ -97,7 +100,7 @@ TRAITS = (
 
 
 def correlation() -> np.ndarray:
-    """Within-sex correlation (6, 6) of the traits in `COPULA`."""
+    """Within-sex correlation (7, 7) of the traits in `COPULA`."""
     r = np.eye(len(COPULA))
     for first, second, value in POOLED_R:
         i, j = COPULA.index(first), COPULA.index(second)
@@ -117,7 +120,6 @@ def sample_patient(seed: int, patient: int, **traits) -> dict:
     age = float(rng.uniform(*AGE_RANGE))
     z = np.linalg.cholesky(correlation()) @ rng.standard_normal(len(COPULA))
     z = dict(zip(COPULA, np.clip(z, -2.5, 2.5), strict=True))
-    z["Tb.N"] = TB_N_ON_TB_BMD * z["Tb.BMD"] + math.sqrt(1 - TB_N_ON_TB_BMD**2) * float(rng.standard_normal())
     sex, age = given.get("sex", sex), float(given.get("age", age))
     if sex not in REFERENCE:
         raise InputError(f"trait sex is {sex!r}; accepted are F and M")

@@ -19,15 +19,22 @@ from bonelib.scans.scanner import NATIVE_MM, PSF_SIGMA_MM
 from bonelib.scans.volumes import Volume
 
 TISSUE = 1100.0  # mg HA/cm3, fully mineralised trabecular bone
-# Fitted so that scans of .0607 mm measure the reference's Tb.Th and come nearest to its Tb.N and Tb.Sp: plate thickness
-# by Tb.BMD in mg HA/cm3; cell edge x Tb.N, a constant and per bone volume fraction.
-TRUE_PLATE_MM = ((50.0, 105.0, 145.0, 199.0, 330.0), (0.08, 0.088, 0.092, 0.105, 0.13))
-CELL_MM = (0.57, 3.03)
-# What the contour of `evaluation.morphometry` reads, fitted to 12 phantoms with a cortex of .6-1.5 mm: true cortical
-# density is Ct.BMD x (constant + width / Ct.Th), for the point spread at both surfaces.
-CORTEX_EDGE = (1.022, 0.079)
+# Fitted so that scans of .0607 mm measure the reference's DA and come nearest to its Tb.Th, Tb.N, Tb.Sp and BV/TV at
+# once: plate thickness by Tb.BMD in mg HA/cm3; cell edge and stretch along z, each at the bone volume fraction of the
+# female mean and its change with that fraction.
+TRUE_PLATE_MM = ((50.0, 105.0, 145.0, 199.0, 330.0), (0.09, 0.096, 0.099, 0.104, 0.12))
+FRACTION = 0.134
+CELL_MM = (0.65, -1.2)
+STRETCH = (1.65, -3.0)
+STRETCH_ON_AREA = 0.2  # per SD of Tt.Ar: larger bones are more anisotropic
+# Powers of Tb.N, and of Tb.Th, beyond what Tb.BMD lets expect: what a scan reads answers weakly to cells and plates,
+# and smaller cells of the same mass have fewer whole plates, which stretch makes up for in DA.
+CELL_ON_TB_N, STRETCH_ON_TB_N, PLATE_ON_TB_TH = -2.0, 2.5, 2.0
+# What the contour of `evaluation.morphometry` reads, fitted to phantoms with a cortex of .6-1.5 mm: true cortical
+# density is Ct.BMD x (constant + width / Ct.Th), for the point spread at both surfaces and the pores.
+CORTEX_EDGE = (1.04, 0.079)
 CORTEX_PATCHES = (35.0, 1.6)  # mg HA/cm3 SD, mm
-BORDER_MM = 0.008  # width of cortex that the contour leaves with the trabeculae, besides the point spread; likewise
+BORDER_MM = -0.008  # width of cortex that the contour leaves with the trabeculae, besides the point spread; likewise
 LATTICE_MM = 0.2  # smooth quantities are worked out on nodes about this far apart
 SOFT_TISSUE_ROWS = 4  # nodes along z per row of soft tissue, which hardly changes along the arm
 CROP_VOXELS = ((397, 663), (278, 529))  # native voxels along y and x (Angermann et al. 2023)
@@ -128,8 +135,11 @@ def _bone(seed: int, patient: int, traits: tuple) -> Bone:
         return anatomy.distances(shape, points)[1][0]
 
     fraction = _bone_fraction(shape, traits)
-    plate = float(np.interp(traits["Tb.BMD"], *TRUE_PLATE_MM)) * _thickness_residual(traits)
-    cell = (CELL_MM[0] + CELL_MM[1] * fraction) / traits["Tb.N"]
+    plate = float(np.interp(traits["Tb.BMD"], *TRUE_PLATE_MM)) * _beyond_density(traits, "Tb.Th") ** PLATE_ON_TB_TH
+    cell, stretch = (at + slope * (fraction - FRACTION) for at, slope in (CELL_MM, STRETCH))
+    area, sd = population.REFERENCE[traits["sex"]]["Tt.Ar"]
+    crowding = _beyond_density(traits, "Tb.N")
+    stretch = stretch * crowding**STRETCH_ON_TB_N + STRETCH_ON_AREA * (traits["Tt.Ar"] - area) / sd
     within = ((0.0, *anatomy.BOX[0][1:]), (anatomy.HEIGHT_MM, *anatomy.BOX[1][1:]))
     network = trabeculae.make_network(
         (seed, patient),
@@ -137,9 +147,10 @@ def _bone(seed: int, patient: int, traits: tuple) -> Bone:
         within,
         depth,
         radius_depth,
-        cell_mm=cell,
+        cell_mm=max(cell, 0.45) * crowding**CELL_ON_TB_N,
         plate_mm=plate,
         fraction=fraction,
+        stretch=float(np.clip(stretch, 1.2, 2.6)),
     )
     rng = numpy_rng(seed, "patches", patient)
     patches = smooth_noise(rng, anatomy.BOX, CORTEX_PATCHES[1])
@@ -158,13 +169,13 @@ def _bone_fraction(shape: anatomy.Shape, traits: dict) -> float:
     return max((traits["Tb.BMD"] - spill - traits["marrow"]) / (TISSUE - traits["marrow"]), 0.01)
 
 
-def _thickness_residual(traits: dict) -> float:
-    """Factor by which this patient's plates differ from those of others with the same trabecular density."""
+def _beyond_density(traits: dict, name: str) -> float:
+    """Factor by which a trait of this patient differs from that of others with the same trabecular density."""
     reference = population.REFERENCE[traits["sex"]]
-    r = population.correlation()[population.COPULA.index("Tb.BMD"), population.COPULA.index("Tb.Th")]
+    r = population.correlation()[population.COPULA.index("Tb.BMD"), population.COPULA.index(name)]
     mean, sd = reference["Tb.BMD"]
-    expected = reference["Tb.Th"][0] + r * reference["Tb.Th"][1] * (traits["Tb.BMD"] - mean) / sd
-    return float(np.clip(traits["Tb.Th"] / expected, 0.8, 1.25))
+    expected = reference[name][0] + r * reference[name][1] * (traits["Tb.BMD"] - mean) / sd
+    return float(np.clip(traits[name] / expected, 0.8, 1.25))
 
 
 def _placed(bone: Bone, visit: dict, rng: np.random.Generator, voxel_mm: float):

@@ -15,26 +15,26 @@ from scipy.spatial import cKDTree
 from bonelib.randomness import numpy_rng
 from bonelib.scans.fields import Lattice, sample, smooth_noise
 
-STRETCH = (2.2, 1.17, 0.85)  # cell size along z and the two in-plane axes: degree of anisotropy 1.8
+STRETCH = (1.75, 1.17, 0.85)  # cell size along z, by default, and along the two in-plane axes
 JITTER = 0.425  # of the cell edge, either way; less shows the seed lattice as rows of dots
 WARP = ((0.10, 2.2), (0.03, 1.1))  # mm amplitude and length; beyond .15 mm the vertical direction is lost
 TURN = 0.5  # rad, bound of the in-plane turn of the preferred direction
-JOINED = 0.4  # share of a smooth field in the draw of a face: neighbours are whole together and make long plates
+JOINED = 0.3  # share of a smooth field in the draw of a face: neighbours are whole together and make long plates
 JOINED_MM = (6.0, 1.3, 1.3)
 LEVEL_FACES_OPEN = 0.9  # horizontal faces open first
 IN_PLANE_PREFERENCE = 0.5
-RIM_MM, RIM_FADE = 0.13, 0.30  # width of the rim left in a face, and the draw beyond the whole ones that it fades over
-SPREAD = 0.25  # of plate and rod thickness, either way
+RIM_MM, RIM_FADE = 0.10, 0.30  # width of the rim left in a face, and the draw beyond the whole ones that it fades over
+SPREAD = 0.15  # of plate and rod thickness, either way
 ROD_TO_PLATE = 1.15
 EDGES_WITHOUT_ROD = 0.70
-GRADIENT = (0.5, 1.3, 0.3, 0.2)  # denser under the cortex (share, mm), distally, and in smooth patches
+GRADIENT = (0.4, 1.3, 0.3, 0.15)  # denser under the cortex (share, mm), distally, and in smooth patches
 PATCH_MM = 4.0
 THICKER_OUTSIDE = 0.12  # plates under the cortex, over 1 mm
 CANDIDATES = 18  # seeds looked at per block of voxels
 BLOCK_MM = (0.98, 0.49, 0.49)
 CALIBRATION_POINTS = 24_000
 FINE_MM = 0.06  # a voxel this small tells plates and rods apart wherever they meet
-LEAST_PLATES = 0.22  # below this plate fraction only rods too thin to be seen remain, and the cells are enlarged
+LEAST_PLATES = 0.28  # below this plate fraction only rods too thin to be seen remain, and the cells are enlarged
 CHUNK_VOXELS = 1 << 16  # per pass; keeps the working set in the processor's cache
 
 
@@ -48,6 +48,7 @@ class Network(NamedTuple):
     turn: float
     plate_mm: float
     plates: float  # fraction of faces that are whole, before gradients
+    stretch: tuple[float, float, float]
     probes: tuple[torch.Tensor, ...]  # geometry at points spread evenly over the measured compartment
 
 
@@ -64,16 +65,18 @@ def make_network(
     cell_mm: float,
     plate_mm: float,
     fraction: float,
+    stretch: float = STRETCH[0],
 ) -> Network:
     """The network whose mean bone volume fraction in the measured compartment equals `fraction`.
 
     `key` is (seed, patient), `box` the (low, high) corners in mm (z, y, x) that are filled where `depth` (points
     (n, 3) -> mm) is positive, `measured` those of the stack, in which `measured_depth` marks the compartment. Cells
-    are enlarged in steps of 7 % while too few faces would be whole for a visible network.
+    are drawn out `stretch`-fold along z; they are enlarged in steps of 7 % while too few faces would be whole for a
+    visible network.
     """
     points = _inside(measured, measured_depth)
     for _ in range(8):
-        network = _seeded(key, box, measured[1][0], depth, cell_mm, plate_mm)
+        network = _seeded(key, box, measured[1][0], depth, cell_mm, plate_mm, (stretch, *STRETCH[1:]))
         network = network._replace(probes=_probes(network, points))
         plates = _calibrated(network, fraction)
         if plates >= LEAST_PLATES:
@@ -121,7 +124,7 @@ def to_metric(network: Network, points: torch.Tensor) -> torch.Tensor:
     moved = points.clone()
     for lattice in network.warp:
         moved += sample(lattice, points).movedim(0, -1)
-    return turned(moved, network.turn) / torch.tensor(STRETCH)
+    return turned(moved, network.turn) / torch.tensor(network.stretch)
 
 
 def turned(points: torch.Tensor, angle: float) -> torch.Tensor:
@@ -131,7 +134,7 @@ def turned(points: torch.Tensor, angle: float) -> torch.Tensor:
     return torch.stack([z, c * y - s * x, s * y + c * x], -1)
 
 
-def _seeded(key, box, height_mm, depth, cell_mm, plate_mm) -> Network:
+def _seeded(key, box, height_mm, depth, cell_mm, plate_mm, stretch) -> Network:
     rng = numpy_rng(key[0], "network", *key[1:])
     turn = float(rng.uniform(-TURN, TURN))
     warp = []
@@ -140,7 +143,7 @@ def _seeded(key, box, height_mm, depth, cell_mm, plate_mm) -> Network:
         warp.append(noise._replace(values=noise.values * amplitude))
     joined, patches = smooth_noise(rng, box, JOINED_MM), smooth_noise(rng, box, PATCH_MM)
     reach = np.abs(np.array(box)).max(0)
-    reach = np.array([reach[0], *[math.hypot(reach[1], reach[2])] * 2]) / np.array(STRETCH)
+    reach = np.array([reach[0], *[math.hypot(reach[1], reach[2])] * 2]) / np.array(stretch)
     half = np.ceil(reach / cell_mm).astype(int) + 1
     axes = [np.arange(-n, n + 1) for n in half]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).astype(float)
@@ -148,7 +151,7 @@ def _seeded(key, box, height_mm, depth, cell_mm, plate_mm) -> Network:
     draws = numpy_rng(key[0], "seeds", *key[1:]).random((*grid.shape[:-1], 5))
     seeds = ((grid + JITTER * (2 * draws[..., :3] - 1)) * cell_mm).reshape(-1, 3)
     draws = draws[..., 3:].reshape(-1, 2)
-    flat = torch.from_numpy(seeds.astype(np.float32)) * torch.tensor(STRETCH)
+    flat = torch.from_numpy(seeds.astype(np.float32)) * torch.tensor(stretch)
     place = turned(flat, -turn)
     inside = depth(place)
     low, high = (torch.tensor(corner, dtype=torch.float32) for corner in box)
@@ -162,7 +165,7 @@ def _seeded(key, box, height_mm, depth, cell_mm, plate_mm) -> Network:
     draws = torch.from_numpy(draws[kept].astype(np.float32))
     table = torch.cat([flat, draws, smooth[:, None], plates.clamp(min=0.1)[:, None], thicker[:, None]], 1)
     metric = np.ascontiguousarray(seeds[kept])
-    return Network(metric, cKDTree(metric), table, tuple(warp), turn, plate_mm, math.nan, ())
+    return Network(metric, cKDTree(metric), table, tuple(warp), turn, plate_mm, math.nan, stretch, ())
 
 
 def _inside(box, depth) -> torch.Tensor:
