@@ -4,15 +4,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bonelib import InputError
+from bonelib.evaluation import acceptance, crops
 from bonelib.evaluation import phantom_check as check
+from bonelib.evaluation import phantom_survey as phantoms
+from bonelib.evaluation.attributes import by_patient
+from bonelib.scans.scanner import NATIVE_MM, noise_kernel
 from bonelib.scans.volumes import Volume, read_volume
+from bonelib.views import figures
 
 CROP = Path(__file__).parents[2] / "shared/data/trab_1237_mgHAccm.nii.gz"
 
 
+def white(shape, sd=105.0, seed=1):
+    return np.random.default_rng(seed).normal(0, sd, shape).astype(np.float32)
+
+
 @pytest.fixture(scope="module")
 def rows():
-    return check.survey(4, 0.2428, 1)
+    return phantoms.survey(4, 0.2428, 1)
 
 
 def test_measurements_agree_with_the_truth_of_every_phantom(rows):
@@ -37,7 +47,19 @@ def test_tables_have_what_the_notebook_shows(rows):
     assert {r["N"] for r in check.against_reference(rows, ("Tt.Ar",))} == {
         sum(r["sex"] == s for r in rows) for s in "FM"
     }
-    assert check.shape_table(rows) and check.ratios(sets)
+    assert check.shape_table(rows)
+    assert not any("Dice" in row["compared"] or "compartment" in row["trait"] for row in check.biases(sets))
+
+
+def test_overlaps_have_a_table_of_their_own():
+    rows = [{"dice_total": 0.99 - i / 100, "dice_trabecular": 0.98, "dice_cortical": 0.95} for i in range(4)]
+    table = {row["compartment"]: row for row in check.overlaps({"coarse": rows})}
+    assert list(table) == ["total", "trabecular", "cortical"] and all(row["all met"] == "yes" for row in table.values())
+    assert table["total"]["mean"] == pytest.approx(0.975) and table["total"]["lowest"] == pytest.approx(0.96)
+    assert table["total"]["N"] == 4 and table["total"]["voxel size"] == "coarse"
+    worse = [rows[0] | {"dice_cortical": 0.94}, *rows[1:], {"refused": "no contour"}]
+    table = {row["compartment"]: row for row in check.overlaps({"coarse": worse})}
+    assert table["cortical"]["all met"] == "no" and table["total"]["all met"] == "yes"
 
 
 def test_a_cohort_that_is_off_is_found_off():
@@ -63,32 +85,154 @@ def test_published_age_curves():
 
 
 def test_plates_look_as_thick_as_blur_makes_them():
-    for row in check.plates((0.10, 0.14, 0.20)):
+    for row in phantoms.plates((0.10, 0.14, 0.20)):
         assert row["measured mm"] > row["true mm"] and abs(row["off mm"]) < 0.04  # about half a voxel
-    expected = {r["true mm"]: r["expected mm"] for r in check.plates((0.10, 0.14, 0.20))}
+    expected = {r["true mm"]: r["expected mm"] for r in phantoms.plates((0.10, 0.14, 0.20))}
     assert expected == pytest.approx({0.10: 0.165, 0.14: 0.223, 0.20: 0.288}, abs=0.003)
 
 
 def test_overlap_of_masks():
     a, b = np.zeros(8, bool), np.zeros(8, bool)
     a[:4], b[2:6] = True, True
-    assert check.dice(a, a) == 1 and check.dice(a, ~a) == 0 and check.dice(a, b) == 0.5
+    assert phantoms.dice(a, a) == 1 and phantoms.dice(a, ~a) == 0 and phantoms.dice(a, b) == 0.5
 
 
 def test_statistics_of_a_crop_are_those_of_its_noise():
-    rng = np.random.default_rng(1)
-    noise = rng.normal(0, 105, (40, 40, 40)).astype(np.float32)
+    noise = white((40, 40, 40))
     noise[:, :, 18:22] += 900
-    found = check.crop_statistics(Volume(noise, (0.0607,) * 3))
+    found = crops.crop_statistics(Volume(noise, (0.0607,) * 3))
     assert found["marrow_sd"] == pytest.approx(105, rel=0.03) and found["marrow_mean"] == pytest.approx(0, abs=2)
     assert np.abs(found["noise"]).max() < 0.03 and sum(found["histogram"]) == pytest.approx(1, abs=1e-3)
     assert found["autocorrelation"][0][8] > 0.5 > abs(found["autocorrelation"][2][8])  # a plate along z and y
     assert json.loads(json.dumps(found)) == found
+    with pytest.raises(InputError, match="500 voxels at least 5 voxels from bone"):
+        crops.crop_statistics(Volume(noise[:, :, 16:24], (0.0607,) * 3))
+
+
+def test_marrow_is_read_far_from_bone_of_the_scan_itself():
+    voxels = white((60, 40, 40))
+    for axis in (0, 1):  # the noise is correlated along z and y, and white along x
+        voxels = np.apply_along_axis(np.convolve, axis, voxels, noise_kernel(NATIVE_MM), mode="same")
+    voxels *= 105 / voxels.std()
+    voxels[40:] *= 1.2
+    voxels -= 20
+    voxels[:, :8] += 600  # bone
+    inside = np.zeros(voxels.shape, bool)
+    inside[:, :36] = True
+    found = crops.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside)
+    assert found["thirds"][2] / found["thirds"][0] == pytest.approx(1.2, rel=0.05)
+    (z1, z2, z3), (y1, *_), (x1, *_) = found["noise"]
+    assert z1 == pytest.approx(0.70, abs=0.04) and z2 == pytest.approx(0.24, abs=0.05) and abs(z3) < 0.12
+    assert y1 == pytest.approx(0.70, abs=0.04) and abs(x1) < 0.06
+    assert found["mean"] == pytest.approx(-20, abs=5)
+    voxels[:, 25:] += 60  # too faint to be segmented: no injected noise, but the scan has it
+    assert crops.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside)["mean"] > 0
+    assert crops.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside & ~inside[:, ::-1]) is None
+
+
+def test_a_third_that_is_noisier_shows_in_the_row():
+    quiet = {"mean": 0.0, "sd": 105.0, "thirds": [100.0, 110.0, 105.0], "noise": np.arange(9.0).reshape(3, 3)}
+    row = phantoms.marrow_columns(quiet)
+    assert row["marrow_thirds"] == pytest.approx(0.1) and row["acf_z1"] == 0 and row["acf_y2"] == 4
+    assert row["acf_x3"] == 8 and phantoms.marrow_columns(None) == {}
+
+
+def test_directions_of_tilted_plates():
+    z, y, x = np.meshgrid(*[np.arange(n) * NATIVE_MM for n in (40, 50, 60)], indexing="ij")
+    angle = np.radians(20)
+    across = x * np.cos(angle) - z * np.sin(angle)  # thin plates, 20 degrees off z, and thinner gaps along y
+    voxels = 900.0 * ((across % 0.8 < 0.2) & (y % 1.2 < 0.8))
+    volume = Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3)
+    found = phantoms.directions(volume, np.ones(volume.shape, bool))
+    assert found["axis_off_z_deg"] == pytest.approx(20, abs=2)
+    assert found["tensor_off_z_deg"] == pytest.approx(20, abs=2)
+    values = [found[f"tensor_{i}"] for i in (1, 2, 3)]
+    assert values == sorted(values) and sum(values) == pytest.approx(1) and values[0] < 0.05
+    assert phantoms.off_z(np.array([-1.0, 0, 0])) == 0
+
+
+def test_motion_is_seen_in_the_scan_and_grows_with_the_grade():
+    rows = phantoms.motion_survey(4, 0.2428, 1)
+    assert [(r["patient"], r["grade"]) for r in rows] == [(p, g) for p in (1, 2, 3, 4) for g in (1, 2, 3, 4, 5)]
+    medians = [np.median([r["motion"] for r in rows if r["grade"] == g]) for g in (1, 2, 3, 4, 5)]
+    assert medians == sorted(medians) and medians[0] > 0.005  # noise alone is no perfect agreement
+
+
+def test_grades_of_a_cohort_without_drawing_it():
+    rows = phantoms.graded(1, 50, 3, 100, (0.02, 0.36, 0.42, 0.18, 0.02))
+    assert len(rows) == 100 and {r["patient"] for r in rows} == set(range(1, 51))
+    assert {r["grade"] for r in rows} <= {1, 2, 3, 4, 5}
+
+
+def test_a_line_is_met_where_it_falls_within():
+    values = np.random.default_rng(0).normal(1.0, 0.1, 50)
+    met = acceptance.line(7, "a", values, 0.9, 1.1)
+    assert met["met"] == "yes" and met["N"] == 50 and met["must fall in"] == "0.9 to 1.1"
+    assert (
+        met["low"] == pytest.approx(1 - 1.96 * 0.1 / 50**0.5, abs=0.02) and met["low"] < met["measured"] < met["high"]
+    )
+    assert acceptance.line(7, "a", values, 1.1)["met"] == "no" and acceptance.line(7, "a", values[:2])["met"] == ""
+    worst = acceptance.line(7, "a", [1, 2, 9], most=5, of=max)
+    assert (worst["measured"], worst["low"], worst["met"], worst["must fall in"]) == (9, "", "no", "at most 5")
+    assert acceptance.line(7, "a", [1, np.nan, 2])["N"] == 2 and acceptance.line(7, "a", [])["met"] == ""
+    wide, narrow = (
+        acceptance.line(15, "a", np.repeat([1.0, 2, 3, 4], 25), patients=p) for p in (np.repeat(range(4), 25), None)
+    )
+    assert wide["N"] == 4 and wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])
+
+
+def accepted(rows, moved, grades):
+    pairs = check.correlations(rows)
+    tables = {"reference": [], "pairs": pairs, "plates": [{"off mm": 0.002}, {"off mm": -0.02}]}
+    return acceptance.acceptance(rows, rows, moved, grades, tables)
+
+
+def test_the_acceptance_judges_what_was_measured(rows):
+    moved = [{"patient": p, "grade": g, "motion": 0.1 * g + 0.001 * p} for p in range(9) for g in (1, 2, 3, 4, 5)]
+    grades = [{"patient": p, "age": 20 + p % 68, "grade": 2 + p % 2} for p in range(200)]
+    table = accepted([r | {"voxel_mm": NATIVE_MM, "acf_z1": 0.7, "acf_y1": 0.5} for r in rows], moved, grades)
+    found = {r["quantity"]: r for r in table}
+    assert [r["row"] for r in table] == sorted(r["row"] for r in table)
+    assert {r["row"] for r in table} == set(range(2, 16)) - {13}
+    assert found["noise, autocorrelation along z at 1"]["met"] == "yes"
+    assert found["noise, autocorrelation along y at 1"]["met"] == "no"
+    assert found["noise, autocorrelation along x at 1"]["met"] == ""  # nothing was read there
+    assert found["plates, largest error in mm"]["measured"] == 0.02
+    assert found["plates, largest error in mm"]["met"] == "no"
+    ratio = np.mean([r["measured_BV/TV"] / r["measured_Tb.BMD"] * 1200 for r in rows])
+    assert found["BV/TV by Tb.BMD/1200"]["measured"] == pytest.approx(ratio)
+    assert all(r["met"] == "yes" for r in table if r["row"] == 14)
+    assert found["grades, mean"]["measured"] == 2.5 and found["grades, mean"]["met"] == "no"
+    assert found["fabric, worst angle of its axis to z"]["measured"] == max(r["axis_off_z_deg"] for r in rows)
+    mixed = [r | {"grade": {2: 3, 3: 2}.get(r["grade"], r["grade"])} for r in moved]
+    found = {r["quantity"]: r for r in accepted(rows, mixed, grades)}
+    assert found["motion, median of grade 3 less that of 2"]["met"] == "no"
+    assert found["motion, chance that a grade 3 shows more than a grade 2"]["met"] == "no"
+    assert found["BV/TV by Tb.BMD/1200"]["met"] == ""  # a coarse grid says nothing of trabeculae
+
+
+def test_a_trait_of_zero_counts_and_a_missing_one_does_not():
+    rows = [{"patient": "a", "Ct.Po": 0.0}, {"patient": "a", "Ct.Po": "0.02"}, {"patient": "b", "Ct.Po": ""}]
+    assert by_patient([*rows, {"patient": "c"}], "Ct.Po") == pytest.approx([0.01])
+
+
+def test_slices_of_crops_have_one_window_and_a_bar_in_mm():
+    a, b = white((20, 30, 40)), white((20, 30, 40), seed=2)
+    statistics = crops.crop_statistics(Volume(a, (0.1,) * 3))
+    names = {row["statistic"] for row in crops.table(statistics, statistics)}
+    assert {"Tb.BMD", "marrow SD, mg HA/cm3", "noise along x, lag 3"} <= names
+    for pictures in ({"genuine": a, "phantom": b}, {"phantom": b}):
+        fig = figures.crops(pictures, (0.1,) * 3, crops.beside(statistics, statistics))
+        images = [axis.images[0] for axis in fig.axes if axis.images]
+        assert len(images) == 4 * len(pictures) and {i.get_clim() for i in images} == {figures.WINDOW}
+        assert images[0].get_extent() == [0, 4, 3, 0] and images[3].get_extent() == [0, 4, 2, 0]
+        assert all(np.ptp(axis.lines[0].get_xdata()) == 1 for axis in fig.axes if axis.images)
+        figures.plt.close(fig)
 
 
 @pytest.mark.skipif(not CROP.exists(), reason="the genuine scanner crop is not here")
 def test_the_recorded_statistics_are_those_of_the_genuine_crop():
-    found, recorded = check.crop_statistics(read_volume(CROP, unit="mgHA")), check.genuine_statistics()
+    found, recorded = crops.crop_statistics(read_volume(CROP, unit="mgHA")), crops.genuine_statistics()
     assert found["traits"] == pytest.approx(recorded["traits"], rel=1e-3)
     assert found["histogram"] == pytest.approx(recorded["histogram"], abs=1e-4)
     assert 105 < recorded["marrow_sd"] < 112 and 0.65 < np.mean([axis[0] for axis in recorded["noise"]]) < 0.72

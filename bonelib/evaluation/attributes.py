@@ -42,7 +42,8 @@ def by_patient(rows: list[dict], trait: str, **where) -> np.ndarray:
     """The mean of `trait` over the scans of each patient, of rows whose columns equal `where`; NaN is left out."""
     values = {}
     for row in rows:
-        value = float(row.get(trait) or "nan")
+        value = row.get(trait, "")
+        value = float("nan") if value in ("", None) else float(value)  # a porosity of 0 is a value
         if np.isfinite(value) and all(row[key] == wanted for key, wanted in where.items()):
             values.setdefault(row["patient"], []).append(value)
     return np.array([np.mean(v) for v in values.values()])

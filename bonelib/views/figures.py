@@ -140,6 +140,39 @@ def scatter(panels: list[dict], columns=None, width=10.0):
     return fig
 
 
+def crops(pictures: dict[str, np.ndarray], spacing, panels: list[dict] = (), width=10.0):
+    """Small volumes (z, y, x), a row each: two slices across the bone's axis and two along it, over line plots.
+
+    In true proportion and the house's grey window, `spacing` in mm (z, y, x), with a scale bar of 1 mm. `panels` are
+    as for `scatter`, of which the lines are drawn.
+    """
+    ratio = max((v.shape[1] * spacing[1] + 0.6) / (v.shape[2] * spacing[2]) for v in pictures.values())
+    rows = [width / 4 * ratio] * len(pictures) + [width / 4] * bool(panels)
+    with plt.rc_context(STYLE):
+        fig = plt.figure(figsize=(width, sum(rows)), layout="constrained")
+        fig.get_layout_engine().set(w_pad=0.1)  # inches; with less, the longest label of the line plots is cut
+        grid = fig.add_gridspec(len(rows), 4 * max(len(panels), 1), height_ratios=rows)
+        for i, (name, volume) in enumerate(pictures.items()):
+            thirds = [[n // 3, 2 * n // 3] for n in volume.shape]
+            cuts = [("across", volume[z]) for z in thirds[0]] + [("along", volume[:, y]) for y in thirds[1]]
+            for j, (way, cut) in enumerate(cuts):
+                axis = fig.add_subplot(grid[i, j * max(len(panels), 1) : (j + 1) * max(len(panels), 1)])
+                high, wide = cut.shape[0] * spacing[1 if way == "across" else 0], cut.shape[1] * spacing[2]
+                extent = (0, wide, high, 0)
+                axis.imshow(cut, cmap="gray", vmin=WINDOW[0], vmax=WINDOW[1], extent=extent, interpolation="none")
+                axis.plot([0, 1], [high + 0.2] * 2, color=INK, linewidth=2, solid_capstyle="butt", clip_on=False)
+                axis.text(1.1, high + 0.2, "1 mm", fontsize=7, va="center")
+                axis.set(xlim=(0, wide), ylim=(high, 0), title=f"{name}, {way} the axis")
+                axis.axis("off")
+        for j, panel in enumerate(panels):
+            axis = fig.add_subplot(grid[-1, 4 * j : 4 * j + 4])
+            for color, (name, (x, y)) in zip(ACCENTS, panel["lines"].items(), strict=False):
+                axis.plot(x, y, color=color, linewidth=1.5, label=name)
+            axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+            axis.legend(fontsize=7)
+    return fig
+
+
 def estimates(rows: list[dict], label: str, value: str, low: str, high: str, mark: str, xlabel: str, width=10.0):
     """One line a row: `value` with its interval `low` to `high` as a dot, and what was expected (`mark`) as a tick."""
     with plt.rc_context(STYLE):
