@@ -58,8 +58,12 @@ class Conv(nn.Module):
         self.stride, self.upsample, self.replicate, self.dtype = stride, upsample, padding == "replicate", dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.bias)
+
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with another bias, or with none."""
         dtype = working_dtype(x, self.dtype)
-        weight, bias = (self.weight * self.scale).to(dtype), self.bias.to(dtype)
+        weight, bias = (self.weight * self.scale).to(dtype), None if bias is None else bias.to(dtype)
         x, pad = x.to(dtype), self.pad
         if self.replicate and any(pad):
             x = F.pad(x, [p for p in reversed(pad) for _ in range(2)], mode="replicate")
@@ -77,17 +81,58 @@ class Conv(nn.Module):
         )
 
 
-class Dense(nn.Module):
-    """A fully connected layer with equalised learning rate."""
+def slowed(stored: Tensor, rate: float) -> Tensor:
+    """`rate` times a stored parameter, with the gradient passed back as it is: whatever the optimiser, the value in use
+    then learns exactly as if its learning rate were multiplied by `rate`.
 
-    def __init__(self, inputs, outputs, *, gain=1.0, bias=0.0):
+    Were the gradient multiplied too (Karras et al. 2020), it would be so small in the mapping network that Adam's
+    epsilon of Appendix B, 1e-7, is no longer small beside it, and that clipping the gradient's norm hardly sees it.
+    """
+    return stored if rate == 1 else stored.detach() * rate + (stored - stored.detach())
+
+
+class Dense(nn.Module):
+    """A fully connected layer with equalised learning rate.
+
+    `rate` multiplies its learning rate: weight and bias are stored divided by it (see `slowed`).
+    """
+
+    def __init__(self, inputs, outputs, *, gain=1.0, bias=0.0, rate=1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs))
-        self.bias = nn.Parameter(torch.full((outputs,), bias))
-        self.scale = gain / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / rate)
+        self.bias = nn.Parameter(torch.full((outputs,), bias / rate))
+        self.scale, self.rate = gain / math.sqrt(inputs), rate
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.scale, self.bias)
+        weight, bias = slowed(self.weight, self.rate), slowed(self.bias, self.rate)
+        return F.linear(x, weight * self.scale, bias)
+
+
+class ModulatedConv(Conv):
+    """A convolution whose kernels follow a style, sample by sample: every input channel is scaled by an affine map of
+    the style (n, style), then every output channel back to a kernel of norm `gain` (weight demodulation: Karras et
+    al. 2020, section 2.2; Angermann et al. 2023, section 3.2).
+
+    Scaling the input's and the output's channels around one shared convolution is the same map, and needs no kernels
+    per sample.
+    """
+
+    def __init__(self, style, inputs, outputs, *, gain=2**0.5, **how):
+        super().__init__(inputs, outputs, **how)
+        self.affine, self.gain = Dense(style, inputs, bias=1.0), gain
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        scale = self.affine(style)
+        power = (self.weight * self.scale).square().sum((2, 3, 4))  # of each pair of channels; float32, as `scale`
+        back = self.gain * torch.rsqrt(scale.square() @ power.T + 1e-8)
+        dtype = working_dtype(x, self.dtype)
+        y = self.convolve(x.to(dtype) * _by_channel(scale, dtype), None)
+        return torch.addcmul(_by_channel(self.bias[None], dtype), y, _by_channel(back, dtype))
+
+
+def _by_channel(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, channels) as factors of a feature map."""
+    return values.to(dtype)[:, :, None, None, None]
 
 
 def pixel_norm(x: Tensor) -> Tensor:
