@@ -99,13 +99,28 @@ class Preprocess(Section):
 
 
 class Generator(Section):
-    """`widths`: channels behind the dense layer and behind each stage. `noise` is not in the paper."""
+    """`widths`: channels of the coarsest grid (behind the dense layer, or of the constant) and behind each stage.
 
-    kind: Literal["progan"]
+    `noise` starts the scales of the noise inputs: a ProGAN has none where it is 0, and none in the paper; a StyleGAN
+    always has them, and learns them from there. `style` (the width of W, 512) and `mapping_rate` (what multiplies the
+    mapping network's learning rate, 0.02) belong to a StyleGAN alone; left out, they are as published.
+    """
+
+    kind: Literal["progan", "stylegan"]
     widths: tuple[Count, ...]
     latent: Count = 512
     noise: Annotated[float, Field(ge=0)] = 0.0
     padding: Literal["zeros", "replicate"] = "zeros"
+    style: Count | None = None
+    mapping_rate: Positive | None = None
+
+    @field_validator("style", "mapping_rate")
+    @classmethod
+    def _of_this_kind(cls, value, info):
+        kind = info.data.get("kind", "stylegan")  # a wrong kind is an error of its own
+        if value is not None and kind != "stylegan":
+            raise ValueError(f"only kind stylegan has this key, and this kind is {kind}; take it out")
+        return value
 
 
 class CriticNet(Section):
@@ -168,9 +183,40 @@ class Train(Section):
         return self
 
 
+class DetailLevels(Section):
+    """Networks that draw a generator's volumes twice as fine, `levels` times; not in the paper, where there are none.
+
+    `samples` (one entry a level) windows of `window` (z, y, x) voxels of the level's given grid are seen; `width` and
+    `convs` describe the network, `critic` is the width of the critic, `penalty` holds its slope towards zero.
+    """
+
+    levels: Annotated[int, Field(ge=0)] = 0
+    samples: tuple[Count, ...] = ()
+    window: Shape = (8, 20, 20)
+    width: Count = 32
+    convs: Count = 4
+    critic: Count = 32
+    batch: Count = 4
+    rate: Positive = 1e-2
+    penalty: Annotated[float, Field(ge=0)] = 3e-3
+    clip: Positive = 2.0
+    ema: Annotated[float, Field(ge=0)] = 40.0
+    final_decay: Share = 0.4
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if len(self.samples) != self.levels:
+            raise ValueError(f"samples {self.samples} must have one entry for each of the {self.levels} levels")
+        if any(n % 4 for n in self.window):
+            raise ValueError(f"window {self.window} must be divisible by 4")
+        return self
+
+
 class Grading(Section):
     """The network that grades motion (section 3.3), by default a ResNet-18 in 3D, and how it is trained.
 
+    Scans are averaged over blocks of 2^`halvings` voxels a side first; motion shows on a coarse grid as well.
     `samples` windows of `depth` slices are seen by each of the `folds` networks and by the last one, trained on all
     scans. `mirror` reflects windows at random along all axes, `decay` is the weight decay, `draws` are those of the
     intervals.
@@ -178,6 +224,7 @@ class Grading(Section):
 
     widths: tuple[Count, ...] = (64, 128, 256, 512)
     blocks: tuple[Count, ...] = (2, 2, 2, 2)
+    halvings: Annotated[int, Field(ge=0)] = 0
     folds: Annotated[int, Field(ge=2)] = 5
     depth: Count
     samples: Count
@@ -197,11 +244,15 @@ class Grading(Section):
 
 
 class Quality(Section):
-    """How image quality is measured: `truncation` of the samples, and the levels of Figure C.9 in `sweep`."""
+    """How image quality is measured: `samples` of each model, and per model the `truncation` of its latents.
+
+    `sweep` are the levels of Figures C.9 and C.10: bounds of the normal distribution for a ProGAN, shares of the way
+    from the mean style for a StyleGAN.
+    """
 
     samples: Count
-    truncation: Positive | None = None
-    sweep: tuple[Positive, ...] = (2.6, 1.8, 1.0, 0.2)
+    truncation: dict[str, Positive] = {}
+    sweep: dict[str, tuple[Positive, ...]] = {}
     draws: Count = 200
 
 
@@ -228,6 +279,7 @@ PROFILE = {
     "phantom": Phantom,
     "preprocess": Preprocess,
     "grading": Grading,
+    "detail": DetailLevels,
     "train": dict[str, Train],
     "quality": Quality,
     "phantom_check": PhantomCheck,
@@ -298,9 +350,11 @@ def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
                 continue
             for model, values_of_model in content.items():
                 how = section(Train, values_of_model, f"{where}.{model}")
-                slices, reached = profile["preprocess"]["stack_slices"], 2 ** (len(how.schedule.samples) + how.haar)
+                levels = (profile.get("detail") or {}).get("levels", 0)
+                slices = profile["preprocess"]["stack_slices"]
+                reached = 2 ** (len(how.schedule.samples) + how.haar + levels)
                 if slices != reached:
-                    says = f"its stages end at {reached} slices, but preprocess.stack_slices is {slices}"
+                    says = f"its stages and details end at {reached} slices, but preprocess.stack_slices is {slices}"
                     raise InputError(f"{path}: {where}.{model}: {says}")
     return values
 

@@ -21,15 +21,20 @@ def closing_lines(profile: str) -> str:
     def number(value: float | None) -> str:
         return "none" if value is None else f"{value + 0:.2f}".replace("-0.00", "0.00")
 
-    n, truncation = found["random3d.density.n_fake"], found["truncation"]
-    lines = [f"{n} samples of profile {profile}, truncated at {truncation}, beside real bones:"]
+    models = [key.removesuffix(".truncation") for key in found if key.endswith(".truncation")]
+    n = found[f"{models[0]}.random3d.density.n_fake"]
+    lines = [f"{n} samples of each model of profile {profile}, beside real bones:"]
+    lines.append(f"  {'':16}" + "".join(f"{model:24}" for model in models) + "real bones")
     for name in ("density", "coverage", "precision", "recall"):
-        key = f"random3d.{name}"
-        low, high, real = (number(found[f"{key}.{end}"]) for end in ("low", "high", "real_against_real"))
-        lines.append(f"  {name:14} {number(found[f'{key}.value'])} ({low} to {high}), real bones {real}")
-    for name in ("contours found", "closed slices", "stamp"):
-        ours, theirs = (number(found[f"measured.{group}.{name}"]) for group in ("generated", "held-out patients"))
-        lines.append(f"  {name:14} {ours}, real bones {theirs}")
+        values = []
+        for model in models:
+            value, low, high = (number(found[f"{model}.random3d.{name}.{end}"]) for end in ("value", "low", "high"))
+            values.append(f"{value} ({low} to {high})")
+        real = number(found[f"{models[0]}.random3d.{name}.real_against_real"])
+        lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values) + real)
+    for name in ("contours found", "closed slices", "stamp", "Tb.BMD", "Tb.Th", "Tb.N"):
+        values = [number(found[f"measured.{group}.{name}"]) for group in (*models, "held-out patients")]
+        lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values).rstrip())
     grades = json.loads((out / "metrics/02_motion_grading.json").read_text())
     if grades["trained"]:
         lines.append(f"{grades['balanced accuracy.n_scans']} scans of patients unknown to the motion grader:")

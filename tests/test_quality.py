@@ -19,10 +19,13 @@ def textures(n, seed, smooth=False):
 def test_a_perfect_generator_scores_as_real_bones_do():
     patients = [f"p{i // 2}" for i in range(24)]
     real, other = textures(24, 0), textures(24, 1)
-    good = {(r["features"], r["metric"]): r for r in iq.table(real, textures(24, 2), other, patients, seed=1, draws=20)}
+    good = {
+        (r["features"], r["metric"]): r
+        for r in iq.table(real, {"good": textures(24, 2)}, other, patients, seed=1, draws=20)
+    }
     bad = {
         (r["features"], r["metric"]): r
-        for r in iq.table(real, textures(24, 3, True), other, patients, seed=1, draws=20)
+        for r in iq.table(real, {"bad": textures(24, 3, True)}, other, patients, seed=1, draws=20)
     }
     for family in iq.FAMILIES:
         assert good[family, "kernel distance"]["value"] < 0.2 * bad[family, "kernel distance"]["value"]

@@ -56,6 +56,10 @@ class Critic(nn.Module):
         )
 
     def forward(self, x: Tensor, stage: int | None = None, fade: float = 1.0) -> Tensor:
+        return self.patches(x, stage, fade).mean(dim=1)
+
+    def patches(self, x: Tensor, stage: int | None = None, fade: float = 1.0) -> Tensor:
+        """The score of every patch, (n, patches)."""
         return self._run(x, self.stages if stage is None else stage, fade, lambda active: None)
 
     def _run(self, x: Tensor, stage: int, fade: float, seen) -> Tensor:
@@ -73,7 +77,7 @@ class Critic(nn.Module):
             if s == stage and s > 1 and fade < 1:
                 old = layer(self.from_image[s - 2], self._look(downsample(x), s - 1))
                 h = fade * h + (1 - fade) * old.to(h.dtype)
-        return self.out(h).float().mean(dim=(1, 2, 3, 4))
+        return self.out(h).float().flatten(1)
 
     def _look(self, x: Tensor, stage: int) -> Tensor:
         """The critic's view of a volume: its bands, standardised."""

@@ -78,6 +78,27 @@ def load_stacks(folder: str | Path, grades: str | Path | None = None) -> Stacks:
     return Stacks(np.load(folder / "volumes.npy", mmap_mode="r"), rows, meta)
 
 
+def halved(stacks: Stacks, times: int) -> Stacks:
+    """The same scans averaged over blocks of 2^times voxels a side; odd voxels at the end are left out."""
+    if times == 0:
+        return stacks
+    block, (_, *shape) = 2**times, stacks.volumes.shape
+    slices = tuple(slice(n // block * block) for n in shape)
+    halves = np.empty((len(stacks.volumes), *(n // block for n in shape)), np.float16)
+    for scan, half in zip(stacks.volumes, halves, strict=True):
+        values = torch.from_numpy(scan[slices].astype(np.float32))[None, None]
+        for _ in range(times):
+            values = downsample(values)
+        half[:] = values[0, 0]
+    rows = [{**row, "start": row["start"] // block} for row in stacks.rows]
+    meta = stacks.meta | dict(
+        spacing_mm=[mm * block for mm in stacks.meta["spacing_mm"]],
+        stack_slices=stacks.meta["stack_slices"] // block,
+        shape=[n // block for n in stacks.meta["shape"]],
+    )
+    return Stacks(halves, rows, meta)
+
+
 def band_statistics(stacks: Tensor, bands: bool) -> Tensor:
     """Mean and SD (2, bands) of stacks (n, 1, z, y, x), or of each of their eight Haar bands."""
     values = haar(stacks.float()) if bands else stacks.float()

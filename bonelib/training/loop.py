@@ -3,6 +3,8 @@
 import copy
 import csv
 import json
+import math
+import shutil
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from bonelib.provenance import code_hash
 from bonelib.pyramid import downsample, upsample
 from bonelib.randomness import torch_rng
 from bonelib.scans import dataset
-from bonelib.scans.dataset import Stacks, augmented, band_statistics, order
+from bonelib.scans.dataset import Stacks, augmented, band_statistics, halved, order
 from bonelib.training import checkpoint, losses, schedule
 
 STRIP = 8  # fixed latents whose samples are kept along the training
@@ -30,17 +32,32 @@ CODE = code_hash(networks, training, dataset, pyramid, randomness)
 CURVES = ("seen", "update", "stage", "fade", "critic_loss", "distance", "slope", "generator_loss", "overfit")
 
 
-def train(params: Train, data: Stacks, folder: str | Path, *, state: str | Path, seed: int, say=print) -> dict:
+def train(
+    params: Train,
+    data: Stacks,
+    folder: str | Path,
+    *,
+    state: str | Path,
+    seed: int,
+    details: str | Path | None = None,
+    say=print,
+) -> dict:
     """Train one model on the training stacks and write it to `folder`; returns the final entry of its curves.
 
     Writes generator.safetensors (its running average where `ema` > 0), critic.safetensors, config.json, curves.csv
     and growth.safetensors (samples of fixed latents along the training). Interrupted, the same call goes on from
     the newest state in `state`, bit for bit: every random number is keyed by the seed and a running count.
+
+    Where the stages end on a coarser grid than that of `data`, the rest is drawn by the trained networks in the folder
+    `details`, which are copied into the model.
     """
     folder, state = Path(folder), Path(state)
     run = fingerprint(params, data.meta["data_hash"], seed, CODE)
     plan, end = params.schedule, schedule.total(params.schedule)
     stages = len(plan.samples)
+    # Halvings from the grid of the data to the one that the last stage draws
+    coarser = round(math.log2(data.meta["stack_slices"] / 2 ** (stages + params.haar)))
+    meta, data = data.meta, halved(data, coarser)
     rows = {split: data.of(split) for split in ("train", "held-out")}
     some = rows["train"][:: max(1, len(rows["train"]) // 64)]
     statistics = torch.stack([band_statistics(data.pooled(some, stages - s - 1), params.haar) for s in range(stages)])
@@ -48,7 +65,7 @@ def train(params: Train, data: Stacks, folder: str | Path, *, state: str | Path,
     torch.manual_seed(torch_rng(seed, "weights").initial_seed())
     generator = build_generator(params.generator, haar=params.haar, precision=params.precision)
     critic = build_critic(params.critic, haar=params.haar, precision=params.precision, statistics=statistics)
-    average = copy.deepcopy(generator).requires_grad_(False)
+    average = new_average(generator)
     adam_g = torch.optim.Adam(generator.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=1e-7, fused=True)
     adam_c = torch.optim.Adam(critic.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=5e-5, fused=True)
     objects = dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
@@ -117,7 +134,8 @@ def train(params: Train, data: Stacks, folder: str | Path, *, state: str | Path,
             if mark != last_strip or seen >= end:
                 last_strip = mark
                 with torch.no_grad():
-                    kept = average.synthesize(strip_latent, now.stage, now.fade, torch_rng(seed, "strip noise"))
+                    styles = average.to_styles(strip_latent)
+                    kept = average.synthesize(styles, now.stage, now.fade, torch_rng(seed, "strip noise"))
                 growth[f"{seen:010d}"] = kept[:, 0].half()
             clock = time.monotonic()
             if clock - said > SAY_EVERY_S or seen >= end:
@@ -136,7 +154,7 @@ def train(params: Train, data: Stacks, folder: str | Path, *, state: str | Path,
                     state, kept, dict(seen=seen, update=update, curves=curves, last_strip=last_strip, fingerprint=run)
                 )
 
-    write_model(folder, params, data.meta, average, critic, curves, growth, run)
+    write_model(folder, params, meta, average, critic, curves, growth, run, details if coarser else None)
     return dict(zip(CURVES, curves[-1], strict=True))
 
 
@@ -148,6 +166,11 @@ def step(adam: torch.optim.Optimizer, loss: Tensor, clip: float) -> None:
     adam.step()
 
 
+def new_average(generator):
+    """The running average of a generator's weights at its start."""
+    return copy.deepcopy(generator).requires_grad_(False)
+
+
 def follow(average, generator, half_life: float, updates: int) -> None:
     """Move the running average of the weights; it starts afresh with each stage, whose new layers are random."""
     keep = min(0.5 ** (1 / half_life), (1 + updates) / (10 + updates)) if half_life else 0.0
@@ -157,7 +180,15 @@ def follow(average, generator, half_life: float, updates: int) -> None:
 
 
 def write_model(
-    folder: Path, params: Train, meta: dict, generator, critic, curves: list, growth: dict, run: str
+    folder: Path,
+    params: Train,
+    meta: dict,
+    generator,
+    critic,
+    curves: list,
+    growth: dict,
+    run: str,
+    details: str | Path | None,
 ) -> None:
     """A model folder: weights, the JSON that says how to use them, curves and the growing strip."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,13 +197,11 @@ def write_model(
     checkpoint.save_tensors(folder / "growth.safetensors", growth)
     with open(folder / "curves.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([CURVES, *curves])
-    checkpoint.write_json(
-        folder / "config.json",
-        {
-            "run": run,
-            "train": json.loads(params.model_dump_json()),
-            "data": meta,
-            "seen": curves[-1][0],
-            "sha256": {n: checkpoint.digest(folder / f"{n}.safetensors") for n in ("generator", "critic")},
-        },
-    )
+    parts = ["generator", "critic"]
+    content = {"run": run, "train": json.loads(params.model_dump_json()), "data": meta, "seen": curves[-1][0]}
+    if details is not None:
+        shutil.copyfile(Path(details) / "detail.safetensors", folder / "detail.safetensors")
+        content["detail"] = json.loads((Path(details) / "config.json").read_text())["detail"]
+        parts.append("detail")
+    content["sha256"] = {name: checkpoint.digest(folder / f"{name}.safetensors") for name in parts}
+    checkpoint.write_json(folder / "config.json", content)

@@ -1,6 +1,7 @@
 """The training losses, one function for each equation of Angermann et al. 2023."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,3 +24,11 @@ def critic_loss(on_real: Tensor, on_fake: Tensor, slope: Tensor, *, penalty: flo
 def generator_loss(on_fake: Tensor) -> Tensor:
     """Eq. (2)."""
     return -on_fake.mean()
+
+
+def relativistic(better: Tensor, worse: Tensor) -> Tensor:
+    """How far scores `better` fall short of scores `worse`, pair by pair (logistic; Jolicoeur-Martineau 2018).
+
+    The critic wants real above generated ones, the generator the reverse. Not in the paper.
+    """
+    return F.softplus(worse - better).mean()

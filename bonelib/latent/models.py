@@ -1,0 +1,113 @@
+"""Models from their folders, and the volumes they draw, as intensities or calibrated."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from bonelib import InputError
+from bonelib.networks import build_critic, build_detail, build_generator
+from bonelib.networks.detail import Refined
+from bonelib.params import DetailLevels, Train, section
+from bonelib.randomness import torch_rng
+from bonelib.scans.preprocessing import to_density
+from bonelib.scans.volumes import Volume
+
+
+class Model(NamedTuple):
+    """A generator, the critic it was trained against, and what config.json says of both."""
+
+    generator: Any
+    critic: Any
+    config: dict
+
+
+def load_model(folder: str | Path) -> Model:
+    """Open a model folder. Raises `InputError` naming a missing or damaged file."""
+    folder = Path(folder)
+    for name in ("config.json", "generator.safetensors", "critic.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder / name}: no such file; a model folder holds config.json and two safetensors files"
+            )
+    config = json.loads((folder / "config.json").read_text())
+    params = section(Train, config["train"], f"{folder / 'config.json'}: train")
+    parts = dict(
+        generator=build_generator(params.generator, haar=params.haar, precision=params.precision),
+        critic=build_critic(params.critic, haar=params.haar, precision=params.precision),
+    )
+    for name, network in parts.items():
+        _fill(network, folder / f"{name}.safetensors")
+    generator = Refined(parts["generator"], load_details(folder)) if "detail" in config else parts["generator"]
+    return Model(generator, parts["critic"], config)
+
+
+def load_details(folder: str | Path) -> torch.nn.ModuleList:
+    """The networks of detail.safetensors in a folder, coarsest first. Raises `InputError` naming what is missing."""
+    folder = Path(folder)
+    for name in ("config.json", "detail.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file; a folder of details holds it beside config.json")
+    config = json.loads((folder / "config.json").read_text())
+    levels = section(DetailLevels, config["detail"], f"{folder / 'config.json'}: detail")
+    details = torch.nn.ModuleList(build_detail(levels) for _ in range(levels.levels))
+    _fill(details, folder / "detail.safetensors")
+    return details
+
+
+def _fill(network: torch.nn.Module, file: Path) -> None:
+    """Load weights into a network, for use and not for training."""
+    try:
+        network.load_state_dict(load_file(file), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        says = str(error).strip().splitlines()[0]
+        raise InputError(f"{file}: not the weights that config.json describes ({says})") from None
+    network.requires_grad_(False).eval()
+
+
+def draw(model: Model, n: int, seed: int, truncation: float | None = None) -> np.ndarray:
+    """`n` volumes (n, z, y, x), float32 in [0, 1]. Number i is the same for every n: it depends on (seed, i) alone."""
+    volumes = []
+    for i in range(n):
+        latent = model.generator.sample_latent(1, torch_rng(seed, "sample", i))
+        styles = model.generator.to_styles(latent, truncation)
+        with torch.inference_mode():
+            volumes.append(model.generator.synthesize(styles, noise=torch_rng(seed, "sample noise", i))[0, 0])
+    return torch.stack(volumes).numpy()
+
+
+def growth_strip(folder: str | Path, seed: int) -> list[tuple[str, np.ndarray]]:
+    """The fixed latents of a training: (what it is, volumes (n, z, y, x)) of every grid, coarsest first.
+
+    Volumes of the stages were kept while they trained, the last of each is taken; those of the levels of detail are
+    drawn over the final ones.
+    """
+    stages = {}
+    for seen, values in sorted(load_file(Path(folder) / "growth.safetensors").items()):
+        stages[values.shape[1]] = (f"after {int(seen)} samples", values.numpy())
+    strip = [stages[depth] for depth in sorted(stages)]
+    if "detail" in json.loads((Path(folder) / "config.json").read_text()):
+        levels = refine(load_details(folder), strip[-1][1], seed)
+        strip += [(f"level of detail {i}", volumes) for i, volumes in enumerate(levels, 1)]
+    return strip
+
+
+def refine(details, coarse: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Volumes (n, z, y, x) in [0, 1], drawn twice as fine by every one of `details`: a list, coarsest first."""
+    drawn = [[] for _ in details]
+    for i, volume in enumerate(coarse):
+        x, rng = torch.from_numpy(np.asarray(volume, np.float32))[None, None], torch_rng(seed, "refine", i)
+        for level, detail in enumerate(details):
+            with torch.inference_mode():
+                x = detail(x, rng).clamp(0, 1)
+            drawn[level].append(x[0, 0].numpy())
+    return [np.stack(volumes) for volumes in drawn]
+
+
+def calibrated(values: np.ndarray, data: dict) -> Volume:
+    """Intensities (z, y, x) as a volume in mg HA/cm3; `data` is what the model's config.json says of its data."""
+    return Volume(to_density(values, data["intensity"]).astype(np.float32), tuple(data["spacing_mm"]), data["unit"])

@@ -1,0 +1,73 @@
+"""Detail: a local network that draws a volume twice as fine over a given one, and a generator refined by it.
+
+Laplacian pyramids of adversarial networks (Denton et al. 2015) with Haar bands. Not in the papers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bonelib.networks.layers import CHANNELS_LAST, Conv, pixel_norm
+from bonelib.pyramid import unhaar
+
+NOISE = 0.25  # SD of the weights of the noise inputs at the start
+
+
+class Detail(nn.Module):
+    """Maps volumes (n, 1, z, y, x) in [0, 1] and noise to volumes twice as fine.
+
+    The given volume is kept as the mean of every block of 2x2x2 voxels, so that no density is made or lost; the other
+    seven Haar bands are drawn by `convs` 3x3x3 convolutions of `width` channels on the given grid, a noise input
+    behind each. All is local: a network trained on windows draws volumes of any size. `statistics` (2, 8) are mean
+    and SD of the bands.
+    """
+
+    def __init__(self, width: int = 32, convs: int = 4, statistics=None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.register_buffer("statistics", torch.tensor([[0.0] * 8, [1.0] * 8]) if statistics is None else statistics)
+        inputs = [1, *[width] * convs]
+        self.convs = nn.ModuleList(Conv(i, width, padding="replicate", dtype=dtype) for i in inputs)
+        self.out = Conv(width, 7, gain=1.0, padding="replicate", dtype=dtype)
+        self.noise_scale = nn.Parameter(NOISE * torch.randn(convs + 1, width))
+
+    @property
+    def reach(self) -> int:
+        """Voxels of the given grid over which an edge of the volume is felt."""
+        return len(self.convs) + 1
+
+    def forward(self, coarse: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """`noise` draws the noise inputs; without it they are left out."""
+        mean, sd = self.statistics
+        low = coarse * 8**0.5
+        x = ((low - mean[0]) / sd[0]).contiguous(memory_format=CHANNELS_LAST)
+        for conv, scale in zip(self.convs, self.noise_scale, strict=True):
+            x = conv(x)
+            if noise is not None:
+                field = torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
+                x = torch.addcmul(x, field, scale.to(x.dtype).reshape(1, -1, 1, 1, 1))
+            x = pixel_norm(F.silu(x))
+        bands = self.out(x).float() * sd[1:].reshape(1, -1, 1, 1, 1)
+        return unhaar(torch.cat([low, bands], dim=1))
+
+
+class Refined(nn.Module):
+    """A generator whose volumes are refined by a chain of `Detail`, coarsest first. Answers all a generator answers."""
+
+    def __init__(self, generator: nn.Module, details: list[Detail]):
+        super().__init__()
+        self.generator, self.details = generator, nn.ModuleList(details)
+        self.stages = generator.stages + len(self.details)
+        self.sample_latent, self.to_styles = generator.sample_latent, generator.to_styles
+        self.factorized_weight = generator.factorized_weight
+
+    def synthesize(
+        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | None = None
+    ) -> Tensor:
+        """Volumes (n, 1, z, y, x) in [0, 1]; the stages beyond the generator's own are those of the details."""
+        own = self.generator.stages
+        stage = self.stages if stage is None else stage
+        volumes = self.generator.synthesize(styles, min(stage, own), fade, noise)
+        for detail in self.details[: max(0, stage - own)]:
+            # Finer is made of what can be shown, as when the details were trained
+            volumes = detail(volumes, noise).clamp(0, 1)
+        return volumes
