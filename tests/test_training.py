@@ -1,6 +1,8 @@
 """Losses by hand, Appendix B as a table, and training that continues bit for bit."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -142,6 +144,38 @@ def test_a_killed_training_continues_bit_for_bit(stacks, tmp_path, monkeypatch):
     run(stacks, tmp_path / "killed", SMALL)
     for name in ("generator.safetensors", "critic.safetensors", "growth.safetensors", "curves.csv", "config.json"):
         assert (tmp_path / "whole/model" / name).read_bytes() == (tmp_path / "killed/model" / name).read_bytes(), name
+
+
+def test_a_training_that_is_asked_to_stop_saves_itself(stacks, tmp_path, monkeypatch):
+    run(stacks, tmp_path / "whole", SMALL)
+    monkeypatch.setattr(loop, "SAY_EVERY_S", 0.0)
+    said = []
+
+    def ask(text, **_):
+        said.append(text)
+        if len(said) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    how, where = section(Train, SMALL, "train"), dict(state=tmp_path / "asked/state", seed=3)
+    with pytest.raises(InputError, match="stopped on request at 32 of 112 samples"):
+        loop.train(how, stacks, tmp_path / "asked/model", say=ask, **where)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    loop.train(how, stacks, tmp_path / "asked/model", say=lambda text, **_: said.append(text), **where)
+    assert "continues at 32 of 112 samples" in said
+    for name in ("generator.safetensors", "curves.csv"):
+        assert (tmp_path / "whole/model" / name).read_bytes() == (tmp_path / "asked/model" / name).read_bytes()
+
+
+def test_an_update_without_a_finite_gradient_is_left_out(stacks, tmp_path, monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(3))
+    adam = torch.optim.Adam([weight], lr=0.1)
+    assert not loop.step(adam, (weight * torch.tensor([1.0, float("nan"), 1.0])).sum(), clip=2)
+    assert torch.equal(weight, torch.ones(3))
+    assert loop.step(adam, weight.sum(), clip=2) and not torch.equal(weight, torch.ones(3))
+    monkeypatch.setattr(losses, "generator_loss", lambda on_fake: on_fake.mean() * float("inf"))
+    monkeypatch.setattr(loop, "LEFT_OUT", 0)
+    with pytest.raises(InputError, match="diverged at 8 samples"):
+        run(stacks, tmp_path, SMALL)
 
 
 def test_a_damaged_or_foreign_state_is_passed_over(stacks, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,23 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             raise InputError(f"{folder}: another training is running in this folder; wait for it or stop it") from None
         yield
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that holds a signal once SIGTERM has come, so that a training can save itself before it ends.
+
+    Outside of the main thread, which alone may listen to signals, it stays empty.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict) -> None:

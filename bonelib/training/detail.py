@@ -20,7 +20,7 @@ from bonelib.randomness import numpy_rng, torch_rng
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, band_statistics, halved
 from bonelib.training import checkpoint, losses
-from bonelib.training.loop import SAVE_EVERY_S, SAY_EVERY_S, follow, new_average, step
+from bonelib.training.loop import LEFT_OUT, SAVE_EVERY_S, SAY_EVERY_S, follow, new_average, step
 
 HALO = 2  # voxels of the given grid about a window that are cut off again, as its edges are drawn from too little
 FLAT = 0.06  # SD of a window, in the unit of the input, below which it shows hardly any bone
@@ -46,8 +46,9 @@ def train_details(
     tensors, curves = {}, []
     for level in range(1, params.levels + 1):
         grid = halved(data, params.levels - level)
-        with checkpoint.locked(state / f"level-{level}"):
-            weights, curve = _train_level(params, grid, level, state / f"level-{level}", run, seed, say)
+        own = state / f"level-{level}"
+        with checkpoint.locked(own), checkpoint.asked_to_stop() as asked:
+            weights, curve = _train_level(params, grid, level, own, run, seed, say, asked)
         tensors |= {f"{level - 1}.{name}": value for name, value in weights.items()}
         curves += [[level, *point] for point in curve]
     checkpoint.save_tensors(folder / "detail.safetensors", tensors)
@@ -89,7 +90,7 @@ def without_halo(fine: Tensor) -> Tensor:
     return fine[:, :, cut, cut, cut]
 
 
-def _train_level(params, data, level, state, run, seed, say) -> tuple[dict[str, Tensor], list]:
+def _train_level(params, data, level, state, run, seed, say, asked) -> tuple[dict[str, Tensor], list]:
     statistics = band_statistics(windows(params, data, level, 0, STATISTICS_FROM, seed), bands=True)
     torch.manual_seed(torch_rng(seed, "detail weights", level).initial_seed())
     detail = build_detail(params, statistics)
@@ -105,7 +106,7 @@ def _train_level(params, data, level, state, run, seed, say) -> tuple[dict[str, 
         seen, curve = found[1]["seen"], found[1]["curve"]
         say(f"detail level {level} continues at {seen} of {end} samples", flush=True)
     saved = said = time.monotonic()
-    said_seen = seen
+    said_seen, left_out = seen, 0
 
     while seen < end:
         for optimiser in (adam_g, adam_c):
@@ -121,14 +122,16 @@ def _train_level(params, data, level, state, run, seed, say) -> tuple[dict[str, 
         # The penalty is on the sum over patches at unit variance, so that it does not depend on the window's size
         slope = losses.slopes(critic.input_gradient(both)) * on_real.shape[1] ** 0.5
         loss_c = losses.relativistic(on_real, on_fake) + params.penalty * slope.square().mean()
-        step(adam_c, loss_c, params.clip)
+        left_out = 0 if step(adam_c, loss_c, params.clip) else left_out + 1
 
         critic.requires_grad_(False)
         fake = without_halo(detail(coarse, draws))
         with torch.no_grad():
             on_real = critic.patches(real)
         loss_g = losses.relativistic(critic.patches(fake), on_real)
-        step(adam_g, loss_g, params.clip)
+        left_out = 0 if step(adam_g, loss_g, params.clip) else left_out + 1
+        if left_out > LEFT_OUT:
+            raise InputError(f"{state}: the training diverged at {seen} samples; a lower rate may help")
         critic.requires_grad_(True)
         follow(average, detail, params.ema, seen // n)
         seen += n
@@ -146,9 +149,11 @@ def _train_level(params, data, level, state, run, seed, say) -> tuple[dict[str, 
                 flush=True,
             )
             said, said_seen = clock, seen
-        if clock - saved > SAVE_EVERY_S or seen >= end:
+        if asked or clock - saved > SAVE_EVERY_S or seen >= end:
             saved = clock
             checkpoint.save_state(state, checkpoint.pack(**objects), dict(seen=seen, curve=curve, fingerprint=run))
+        if asked:
+            raise InputError(f"{state}: stopped on request at {seen} of {end} samples; run it again to go on")
     return average.state_dict(), curve
 
 

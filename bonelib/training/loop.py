@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bonelib import networks, pyramid, randomness, training
+from bonelib import InputError, networks, pyramid, randomness, training
 from bonelib.networks import build_critic, build_generator
 from bonelib.params import Train, fingerprint
 from bonelib.provenance import code_hash
@@ -26,6 +26,7 @@ SAVE_EVERY_S = 20.0
 SAY_EVERY_S = 10.0
 CURVE_EVERY = 5  # generator updates between two points of the curves
 STRIP_PER_STAGE = 2
+LEFT_OUT = 20  # updates in a row without a finite gradient after which there is no hope
 WATCHED = 16  # train and held-out stacks on which the critic's gap is read
 # A state made by other code is not continued
 CODE = code_hash(networks, training, dataset, pyramid, randomness)
@@ -71,15 +72,15 @@ def train(
     objects = dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
     strip_latent = generator.sample_latent(STRIP, torch_rng(seed, "strip"))
 
-    with checkpoint.locked(state):
+    with checkpoint.locked(state), checkpoint.asked_to_stop() as asked:
         seen, update, curves, growth, last_strip = 0, 0, [], {}, None
         if found := checkpoint.load_state(state, run):
-            tensors, meta = found
+            tensors, known = found
             growth = {k.removeprefix("growth."): tensors.pop(k) for k in list(tensors) if k.startswith("growth.")}
             checkpoint.unpack(tensors, **objects)
-            seen, update, curves, last_strip = (meta[k] for k in ("seen", "update", "curves", "last_strip"))
+            seen, update, curves, last_strip = (known[k] for k in ("seen", "update", "curves", "last_strip"))
             say(f"continues at {seen} of {end} samples", flush=True)
-        pool, pooled_stage = {}, None
+        pool, pooled_stage, left_out = {}, None, 0
         saved = said = time.monotonic()
         said_seen = seen
 
@@ -110,7 +111,7 @@ def train(
                 on_real, on_fake = critic(torch.cat([x, fake]), now.stage, now.fade).split(now.batch)
                 slope = losses.slopes(critic.input_gradient(losses.mix(x, fake, draws), now.stage, now.fade))
                 loss_c = losses.critic_loss(on_real, on_fake, slope, penalty=params.penalty, drift=params.drift)
-                step(adam_c, loss_c, params.clip)
+                left_out = 0 if step(adam_c, loss_c, params.clip) else left_out + 1
                 seen += now.batch
 
             # Generator
@@ -119,8 +120,10 @@ def train(
             critic.requires_grad_(False)
             fake = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
             loss_g = losses.generator_loss(critic(fake, now.stage, now.fade))
-            step(adam_g, loss_g, params.clip)
+            left_out = 0 if step(adam_g, loss_g, params.clip) else left_out + 1
             critic.requires_grad_(True)
+            if left_out > LEFT_OUT:
+                raise InputError(f"{state}: the training diverged at {seen} samples; a lower rate may help")
             follow(average, generator, params.ema, now.into // (params.n_critic * now.batch))
             update += 1
 
@@ -147,23 +150,27 @@ def train(
                     flush=True,
                 )
                 said, said_seen = clock, seen
-            if clock - saved > SAVE_EVERY_S and seen < end:
+            if (asked or clock - saved > SAVE_EVERY_S) and seen < end:
                 saved = clock
                 kept = checkpoint.pack(**objects) | {f"growth.{k}": v for k, v in growth.items()}
                 checkpoint.save_state(
                     state, kept, dict(seen=seen, update=update, curves=curves, last_strip=last_strip, fingerprint=run)
                 )
+                if asked:
+                    raise InputError(f"{state}: stopped on request at {seen} of {end} samples; run it again to go on")
 
     write_model(folder, params, meta, average, critic, curves, growth, run, details if coarser else None)
     return dict(zip(CURVES, curves[-1], strict=True))
 
 
-def step(adam: torch.optim.Optimizer, loss: Tensor, clip: float) -> None:
-    """One update with the gradient's norm clipped (Appendix B)."""
+def step(adam: torch.optim.Optimizer, loss: Tensor, clip: float) -> bool:
+    """One update with the gradient's norm clipped (Appendix B); False, and none, where the gradient is not finite."""
     adam.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], clip)
-    adam.step()
+    norm = torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], clip)
+    if finite := bool(torch.isfinite(norm)):
+        adam.step()
+    return finite
 
 
 def new_average(generator):
