@@ -256,6 +256,18 @@ class Quality(Section):
     draws: Count = 200
 
 
+class Cost(Section):
+    """What is timed: the savings one by one at `stage`, plain and all of them at `stages`; in turns, `rounds` times."""
+
+    generators: dict[str, Generator]
+    critic: CriticNet
+    stage: Count
+    stages: tuple[Count, ...]
+    batch: Count = 1
+    n_critic: Count = 5
+    rounds: Count = 3
+
+
 class PhantomCheck(Section):
     """How many phantoms are drawn and measured on each grid, from many coarse ones to few on the scanner's own."""
 
@@ -282,6 +294,7 @@ PROFILE = {
     "detail": DetailLevels,
     "train": dict[str, Train],
     "quality": Quality,
+    "cost": Cost,
     "phantom_check": PhantomCheck,
 }
 
