@@ -194,11 +194,11 @@ class DetailLevels(Section):
     samples: tuple[Count, ...] = ()
     window: Shape = (8, 20, 20)
     width: Count = 32
-    convs: Count = 4
+    convs: Count = 2
     critic: Count = 32
     batch: Count = 4
     rate: Positive = 1e-2
-    penalty: Annotated[float, Field(ge=0)] = 3e-3
+    penalty: Annotated[float, Field(ge=0)] = 3e-4
     clip: Positive = 2.0
     ema: Annotated[float, Field(ge=0)] = 40.0
     final_decay: Share = 0.4

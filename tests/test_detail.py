@@ -43,7 +43,7 @@ def test_what_was_given_is_kept():
 
 def test_a_window_is_drawn_as_its_place_in_the_whole():
     torch.manual_seed(0)
-    detail, whole = Detail(8, 2), torch.rand(1, 1, 16, 18, 20)
+    detail, whole = Detail(8, 1), torch.rand(1, 1, 16, 18, 20)
     r, drawn = detail.reach, detail(whole)
     part = detail(whole[:, :, 2:14, 3:17, 4:18])
     inner = part[:, :, 2 * r : -2 * r, 2 * r : -2 * r, 2 * r : -2 * r]

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -206,15 +205,14 @@ def pipeline(tmp_path_factory):
 def test_the_pipeline_makes_what_it_promises(pipeline):
     out = pipeline / "out/tiny"
     metrics = json.loads((out / "metrics/04_image_quality.json").read_text())
-    for model, family in product(("progan", "stylegan"), ("random3d", "spectrum")):
+    for family in ("random3d", "spectrum"):
         for name in ("kernel distance", "precision", "recall", "density", "coverage"):
             keys = ("value", "low", "high", "real_against_real", "n_real", "n_fake")
-            assert all(isinstance(metrics[f"{model}.{family}.{name}.{key}"], (int, float)) for key in keys)
+            assert all(isinstance(metrics[f"progan.{family}.{name}.{key}"], (int, float)) for key in keys)
     for picture in (
         "01_preprocess/figure1_bones",
         "01_preprocess/figure2_steps",
         "03_train/progan/figure3_growth",
-        "03_train/stylegan/figure3_growth",
         "S3_detail/same_bones",
         "03_train/progan/curves",
         "04_image_quality/figure4_axial",
