@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense, pixel_norm
 from bonelib.pyramid import unhaar, upsample
+from bonelib.randomness import Part, drawn
 
 
 class ProGAN(nn.Module):
@@ -44,9 +45,9 @@ class ProGAN(nn.Module):
         scales = [nn.Parameter(noise * torch.randn(2, o)) for _, o in pairs]
         self.noise_scale = nn.ParameterList(scales) if noise else None
 
-    def sample_latent(self, n: int, rng: torch.Generator) -> Tensor:
+    def sample_latent(self, n: int, rng: torch.Generator | Part) -> Tensor:
         """`n` latents from N(0, I), shape (n, latent)."""
-        return torch.randn(n, self.latent, generator=rng)
+        return drawn(torch.randn, n, self.latent, rng=rng)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """The latents, redrawn beyond +-`truncation` by folding the normal distribution's quantiles onto those of
@@ -58,7 +59,7 @@ class ProGAN(nn.Module):
         return normal.icdf(low + (high - low) * normal.cdf(latent)).clamp(-truncation, truncation)
 
     def synthesize(
-        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | None = None
+        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | Part | None = None
     ) -> Tensor:
         """Volumes (n, 1, z, y, x) at `stage`; `fade` < 1 blends the new stage with the upsampled one before it.
 
@@ -79,9 +80,9 @@ class ProGAN(nn.Module):
         image = self.to_image[stage - 1](x).float()
         return torch.sigmoid(unhaar(image) if self.haar else image)
 
-    def _behind(self, x: Tensor, stage: int, layer: int, noise: torch.Generator | None) -> Tensor:
+    def _behind(self, x: Tensor, stage: int, layer: int, noise: torch.Generator | Part | None) -> Tensor:
         if self.noise_scale is not None and noise is not None:
-            field = torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
+            field = drawn(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
             x = torch.addcmul(x, field, self.noise_scale[stage][layer].to(x.dtype).reshape(1, -1, 1, 1, 1))
         return pixel_norm(F.silu(x))
 

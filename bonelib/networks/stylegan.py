@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from bonelib import InputError
 from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense, ModulatedConv
 from bonelib.pyramid import unhaar, upsample
-from bonelib.randomness import torch_rng
+from bonelib.randomness import Part, drawn, torch_rng
 
 MAPPING = 6  # dense layers from z to w: m1 ... m5 and w
 PER_STAGE = 3  # styles, one for each convolution: c_1 before the upsampling, c_3 and c_5 behind it
@@ -70,9 +70,9 @@ class StyleGAN(nn.Module):
         self.register_buffer("mean_style", torch.zeros(style))
         self.centre()
 
-    def sample_latent(self, n: int, rng: torch.Generator) -> Tensor:
+    def sample_latent(self, n: int, rng: torch.Generator | Part) -> Tensor:
         """`n` latents from N(0, I), shape (n, latent)."""
-        return torch.randn(n, self.latent, generator=rng)
+        return drawn(torch.randn, n, self.latent, rng=rng)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """The styles w (n, style) of latents (n, latent); `truncation` is psi of section 4.1, published 0.8: it draws
@@ -88,7 +88,7 @@ class StyleGAN(nn.Module):
         return torch.lerp(self.mean_style, latent, truncation)
 
     def synthesize(
-        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | None = None
+        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | Part | None = None
     ) -> Tensor:
         """Volumes (n, 1, z, y, x) at `stage`; `fade` < 1 blends the new stage with the upsampled one before it.
 
@@ -104,7 +104,7 @@ class StyleGAN(nn.Module):
                 before = x
             x = self.convs[layer](x, styles[:, layer])
             if noise is not None:
-                field = torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
+                field = drawn(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
                 x = x + field * self.noise_scale[layer].to(x.dtype)
             x = F.leaky_relu(x, SLOPE)
         image = self._image(x, stage)

@@ -106,22 +106,22 @@ def band_statistics(stacks: Tensor, bands: bool) -> Tensor:
     return torch.stack([values.mean(dim=(0, 2, 3, 4)), values.std(dim=(0, 2, 3, 4)).clamp(min=0.02)])
 
 
-def order(n: int, first: int, count: int, seed: int) -> list[int]:
-    """Which of `n` stacks the samples number `first` to `first + count` are: a new permutation every epoch."""
-    wanted = range(first, first + count)
+def order(n: int, first: int, count: int, seed: int, every: int = 1) -> list[int]:
+    """Which of `n` stacks are `count` samples, every `every`th from number `first`: a new permutation every epoch."""
+    wanted = range(first, first + count * every, every)
     epochs = {k // n: numpy_rng(seed, "order", k // n).permutation(n) for k in wanted}
     return [int(epochs[k // n][k % n]) for k in wanted]
 
 
-def augmented(stacks: Tensor, first: int, seed: int, how: Augment | None) -> Tensor:
-    """Rotate and zoom each stack (n, 1, z, y, x) in plane, sample number `first` onwards (section 3.1).
+def augmented(stacks: Tensor, first: int, seed: int, how: Augment | None, every: int = 1) -> Tensor:
+    """Rotate and zoom each stack (n, 1, z, y, x) in plane, every `every`th sample from number `first` (section 3.1).
 
     Bicubic, with the mirrored image beyond the edge; the slices along z stay as they are.
     """
     if how is None:
         return stacks
     n, _, _, height, width = stacks.shape
-    draws = torch.cat([torch.rand(1, 2, generator=torch_rng(seed, "augment", first + i)) for i in range(n)])
+    draws = torch.cat([torch.rand(1, 2, generator=torch_rng(seed, "augment", first + i * every)) for i in range(n)])
     angle = (2 * draws[:, 0] - 1) * math.radians(how.rotation)
     zoom = 1 + draws[:, 1] * (how.zoom - 1)
     cos, sin, none = torch.cos(angle) / zoom, torch.sin(angle) / zoom, torch.zeros(n)

@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bonelib.randomness import Part, drawn
 
-def mix(real: Tensor, fake: Tensor, rng: torch.Generator) -> Tensor:
+
+def mix(real: Tensor, fake: Tensor, rng: torch.Generator | Part) -> Tensor:
     """Points on the lines between real and generated volumes, uniform, for the gradient penalty of eq. (1)."""
-    share = torch.rand(len(real), 1, 1, 1, 1, generator=rng).to(real)
+    share = drawn(torch.rand, len(real), 1, 1, 1, 1, rng=rng).to(real)
     return share * real + (1 - share) * fake
 
 
