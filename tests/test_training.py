@@ -191,6 +191,16 @@ def test_a_damaged_or_foreign_state_is_passed_over(stacks, tmp_path, monkeypatch
     assert checkpoint.load_state(folder, mark)[1]["seen"] == json.loads(older.read_text())["seen"]
 
 
+def test_states_of_another_training_do_not_push_out_ones_own(tmp_path):
+    """They may have come further than the new training is, and were once kept in its place."""
+    for seen in (900, 950):
+        checkpoint.save_state(tmp_path, {"a": torch.ones(1)}, dict(seen=seen, fingerprint="before"))
+    for seen in (10, 20, 30):
+        checkpoint.save_state(tmp_path, {"a": torch.ones(1)}, dict(seen=seen, fingerprint="now"))
+        assert checkpoint.load_state(tmp_path, "now")[1]["seen"] == seen
+    assert [json.loads(p.read_text())["seen"] for p in sorted(tmp_path.glob("state-*.json"))] == [20, 30]
+
+
 def test_two_trainers_never_share_a_folder(tmp_path):
     with (
         checkpoint.locked(tmp_path),

@@ -76,13 +76,26 @@ def asked_to_stop() -> Iterator[list[int]]:
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Keep a state of the training at `meta["seen"]` samples: tensors first, then the JSON that makes them valid."""
+    """Keep a state of the training at `meta["seen"]` samples: tensors first, then the JSON that makes them valid.
+
+    Of the same training, by its `meta["fingerprint"]`, the newest are kept; those of others, which nothing would
+    continue in this folder any more, go, however far they had come.
+    """
     name = f"state-{meta['seen']:010d}"
     save_tensors(folder / f"{name}.safetensors", tensors)
     write_json(folder / f"{name}.json", {**meta, "sha256": digest(folder / f"{name}.safetensors")})
-    for old in sorted(folder.glob("state-*.json"))[:-KEEP]:
+    states = sorted(folder.glob("state-*.json"))
+    own = [path for path in states if _fingerprint(path) == meta["fingerprint"]]
+    for old in set(states) - set(own[-KEEP:]):
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def _fingerprint(path: Path) -> str | None:
+    try:
+        return json.loads(path.read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict] | None:
