@@ -5,6 +5,7 @@ import torch
 
 from bonelib import InputError
 from bonelib.evaluation.morphometry import measure
+from bonelib.processes import workers
 from bonelib.pyramid import haar
 from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
@@ -21,7 +22,8 @@ def traits(real: list[Volume], others: dict[str, list[Volume]], *, seed: int, dr
     no contours in any of the groups are left out of all.
     """
     groups = {"real": real, **others}
-    found = {name: [_measured(v) for v in volumes] for name, volumes in groups.items()}
+    with workers() as pool:
+        found = {name: list(pool.map(_measured, volumes)) for name, volumes in groups.items()}
     kept = [i for i in range(len(real)) if all(found[name][i] for name in groups)]
     rows = []
     for trait in SHOWN if kept else ():
