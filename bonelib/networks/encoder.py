@@ -1,0 +1,127 @@
+"""Encoders, the reversed generator, and the latent discriminator (Angermann et al. 2023, section 3.5)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bonelib.networks import BASE
+from bonelib.networks.critic import Critic
+from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
+from bonelib.params import Generator
+from bonelib.pyramid import haar
+
+SLOPE = 0.2  # of the leaky rectifier
+GAIN = 2**0.5  # of a layer, since its rectifier halves the power
+
+
+class Encoder(nn.Module):
+    """Maps volumes (n, 1, z, y, x) of shape `base` x 2^stages (twice that with `haar`) to codes (n, code).
+
+    Table A.2 read from its end: the image to the finest width, then every stage's two convolutions, the one that leaves
+    it with stride 2 where the generator's doubled the grid, and a dense layer. `widths` are the generator's, coarsest
+    first. There is no pixel norm. `dense` adds fully connected layers with leaky rectifiers: two in the paper for a
+    StyleGAN, whose codes come out of a leaky rectifier too; none for a ProGAN, whose codes are Gaussian.
+
+    Not in the paper: `norm` "instance" (Fetty et al. 2020, with four dense layers); `haar` looks at the eight bands of
+    a volume twice as fine; `statistics` (2, bands), their mean and SD, standardise the input.
+    """
+
+    def __init__(
+        self,
+        base=BASE,
+        widths=(128, 128, 128, 64, 32, 16),
+        code=512,
+        dense=0,
+        norm="none",
+        haar=False,
+        padding="zeros",
+        statistics=None,
+        dtype=torch.float32,
+    ):
+        super().__init__()
+        self.haar, self.instance = haar, norm == "instance"
+        bands, how = 8 if haar else 1, dict(padding=padding, dtype=dtype)
+        if statistics is None:
+            statistics = torch.tensor([[0.0], [1.0]]).expand(2, bands)
+        self.register_buffer("statistics", statistics.clone())
+        self.from_image = Conv(bands, widths[-1], **how)
+        stages = list(zip(widths[:-1], widths[1:], strict=True))
+        self.convs = nn.ModuleList(
+            conv
+            for coarse, fine in reversed(stages)
+            for conv in (Conv(fine, fine, **how), Conv(fine, coarse, stride=2, **how))
+        )
+        self.to_code = Dense(widths[0] * base[0] * base[1] * base[2], code)
+        self.dense = nn.ModuleList(Dense(code, code, gain=GAIN) for _ in range(dense))
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        mean, sd = self.statistics.reshape(2, -1, 1, 1, 1)
+        x = (((haar(volumes) if self.haar else volumes) - mean) / sd).contiguous(memory_format=CHANNELS_LAST)
+        for conv in (self.from_image, *self.convs):
+            x = conv(x)
+            x = F.silu(F.instance_norm(x) if self.instance and x[0, 0].numel() > 1 else x)
+        code = self.to_code(x.float().flatten(1))
+        for dense in self.dense:
+            code = F.leaky_relu(dense(code), SLOPE)
+        return code
+
+
+class LatentDiscriminator(nn.Module):
+    """Tells codes of the mapping network from codes of the encoder: D_W of eq. (8), as the logit of its probability.
+
+    (n, code) to (n,). The paper does not say how it is made: here `layers` dense layers with leaky rectifiers, as the
+    mapping network, then one to a number.
+    """
+
+    def __init__(self, code: int = 512, layers: int = 3):
+        super().__init__()
+        self.dense = nn.ModuleList(Dense(code, code, gain=GAIN) for _ in range(layers))
+        self.out = Dense(code, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        for dense in self.dense:
+            codes = F.leaky_relu(dense(codes), SLOPE)
+        return self.out(codes)[:, 0]
+
+
+def build_encoder(
+    generator: Generator,
+    *,
+    dense: int = 0,
+    norm: str = "none",
+    haar: bool = False,
+    precision: str = "float32",
+    statistics: Tensor | None = None,
+) -> Encoder:
+    """The reverse of the generator that a `Generator` section describes."""
+    code = generator.latent if generator.kind == "progan" else generator.style or 512
+    return Encoder(
+        BASE, generator.widths, code, dense, norm, haar, generator.padding, statistics, getattr(torch, precision)
+    )
+
+
+def trunk(generator: nn.Module) -> nn.Module:
+    """The generator itself, without the levels of detail that may follow it."""
+    return getattr(generator, "generator", generator)
+
+
+def style_layers(generator: nn.Module) -> int | None:
+    """How many styles a code may hold, one a layer (W+); None where a code is one vector."""
+    return getattr(trunk(generator), "layers", None)
+
+
+def critic_features(critic: Critic, volumes: Tensor, which: str = "penultimate") -> list[Tensor]:
+    """Feature maps of the critic at its last stage, float32, each (n, channel, z, y, x).
+
+    "penultimate": the one behind the last convolution but one, f_(L-1) of eq. (4). "first": one a resolution, behind
+    the first 3x3x3 convolution that sees it, finest first (eq. (2) of Fetty et al. 2020).
+    """
+    seen: list[Tensor] = []
+    critic._run(volumes, critic.stages, 1.0, seen.append)
+    if which == "penultimate":
+        return [seen[-1].float()]
+    firsts, place = [], 1  # behind the 1x1x1 convolution from the image
+    for block in reversed(critic.blocks):
+        firsts.append(seen[place].float())
+        place += len(block)
+    return firsts
