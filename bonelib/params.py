@@ -158,8 +158,10 @@ class Augment(Section):
 class Train(Section):
     """One model and how it is trained.
 
-    Not in the paper: `ema`, the half-life of the generator's running average in updates (0 is none), and `haar`,
-    which lets both networks work on the Haar bands of volumes twice as fine as their grids.
+    Not in the paper: `loss` relativistic, which pairs real and generated volumes and holds the critic's slope at both
+    towards zero with the weight `penalty` (its gamma); `ema`, the half-life of the generator's running average in
+    updates (0 is none); and `haar`, which lets both networks work on the Haar bands of volumes twice as fine as their
+    grids.
     """
 
     generator: Generator
@@ -168,6 +170,7 @@ class Train(Section):
     augment: Augment | None = Augment()
     n_critic: Count
     rate: Positive
+    loss: Literal["wasserstein", "relativistic"] = "wasserstein"
     penalty: Annotated[float, Field(ge=0)] = 10.0
     drift: Annotated[float, Field(ge=0)] = 1e-3
     clip: Positive = 2.0

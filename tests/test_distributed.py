@@ -36,6 +36,8 @@ STYLEGAN = PROGAN | dict(
     critic=dict(widths=[4, 4], whole=True),
     schedule=dict(samples=[48], fade=[0], batch=[4], final_decay=0.5),
     haar=True,
+    loss="relativistic",
+    penalty=1.0,
 )
 MODELS = dict(progan=PROGAN, stylegan=STYLEGAN)
 TIMEOUT_S = 60

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bonelib import InputError
-from bonelib.params import Augment, Schedule, Train, check_file, section
+from bonelib.networks import build_critic
+from bonelib.params import Augment, CriticNet, Schedule, Train, check_file, section
 from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.training import checkpoint, loop, losses, schedule
 
@@ -22,6 +23,7 @@ SMALL = dict(
     rate=4e-3,
     ema=2,
 )
+RELATIVISTIC = SMALL | dict(loss="relativistic", penalty=1.0)
 
 
 @pytest.fixture
@@ -52,6 +54,43 @@ def test_mixed_samples_lie_between():
     assert share.min() >= 0 and share.max() <= 1 and 0.4 < share.mean() < 0.6
 
 
+@pytest.mark.parametrize("fade", [1.0, 0.3])
+def test_the_relativistic_losses_have_the_gradients_of_plain_autograd(fade):
+    torch.manual_seed(0)
+    critic = build_critic(CriticNet(widths=(4, 4, 4), convs=2))
+    real, fake, gamma, drift = torch.rand(3, 1, 4, 36, 28), torch.rand(3, 1, 4, 36, 28), 5.0, 0.1
+    how = section(Train, {**SMALL, "loss": "relativistic", "penalty": gamma, "drift": drift}, "train")
+
+    def gradient(loss):
+        return torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True)
+                if g is not None
+            ]
+        )
+
+    x, y = real.clone().requires_grad_(), fake.clone().requires_grad_()
+    on_x, on_y = critic(x, 2, fade), critic(y, 2, fade)
+    r1, r2 = (
+        torch.autograd.grad(score.sum(), at, create_graph=True)[0].square().sum(dim=(1, 2, 3, 4)).mean()
+        for score, at in ((on_x, x), (on_y, y))
+    )
+    plain = -torch.nn.functional.logsigmoid(on_x - on_y).mean() + gamma / 2 * (r1 + r2)
+    loss, on_real, on_fake, slope = losses.of_critic(how, critic, real, fake, None, 2, fade)
+    assert slope.shape == (6,) and torch.allclose(on_real, on_x) and torch.allclose(on_fake, on_y)
+    expected, found = gradient(plain + drift * on_x.square().mean()), gradient(loss)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    unpenalised = gradient(-torch.nn.functional.logsigmoid(critic(real, 2, fade) - critic(fake, 2, fade)).mean())
+    assert (unpenalised - expected).norm() > 0.1 * expected.norm()  # the penalty is a good part of it
+
+    pull = torch.autograd.grad(losses.of_generator(how, critic, real, y, 2, fade), y)[0]
+    plain = torch.autograd.grad(-torch.nn.functional.logsigmoid(critic(y, 2, fade) - critic(real, 2, fade)).mean(), y)[
+        0
+    ]
+    assert torch.allclose(pull, plain, atol=1e-7) and pull.abs().max() > 1e-5
+
+
 def test_schedule_is_appendix_b():
     assert schedule.total(PAPER) == 1_620_000
     for seen, stage, batch in [
@@ -78,6 +117,7 @@ def test_published_profile_is_appendix_b():
     how = section(Train, train, "train")
     assert how.schedule == PAPER
     assert (how.n_critic, how.rate, how.clip, how.ema, how.haar, how.precision) == (5, 4e-3, 2, 0, False, "float32")
+    assert (how.loss, how.penalty, how.drift) == ("wasserstein", 10, 1e-3)
     assert not how.generator.noise and not how.critic.standardise and not how.critic.whole and how.critic.convs == 1
 
 
@@ -125,8 +165,9 @@ def run(stacks, folder, how, **more):
     )
 
 
-def test_a_killed_training_continues_bit_for_bit(stacks, tmp_path, monkeypatch):
-    run(stacks, tmp_path / "whole", SMALL)
+@pytest.mark.parametrize("how", [SMALL, RELATIVISTIC], ids=["wasserstein", "relativistic"])
+def test_a_killed_training_continues_bit_for_bit(how, stacks, tmp_path, monkeypatch):
+    run(stacks, tmp_path / "whole", how)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     for killed_after in (3, 9):  # in the first stage, and while the second fades in
         saves, save = [], checkpoint.save_state
@@ -139,9 +180,9 @@ def test_a_killed_training_continues_bit_for_bit(stacks, tmp_path, monkeypatch):
 
         monkeypatch.setattr(checkpoint, "save_state", dying)
         with pytest.raises(KeyboardInterrupt):
-            run(stacks, tmp_path / "killed", SMALL)
+            run(stacks, tmp_path / "killed", how)
         monkeypatch.setattr(checkpoint, "save_state", save)
-    run(stacks, tmp_path / "killed", SMALL)
+    run(stacks, tmp_path / "killed", how)
     for name in ("generator.safetensors", "critic.safetensors", "growth.safetensors", "curves.csv", "config.json"):
         assert (tmp_path / "whole/model" / name).read_bytes() == (tmp_path / "killed/model" / name).read_bytes(), name
 

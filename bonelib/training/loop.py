@@ -136,9 +136,8 @@ def train(
                 fakes = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
             for fake in fakes.split(batch):
                 x = real("train", seen + rank, batch, size)
-                on_real, on_fake = critic(torch.cat([x, fake]), now.stage, now.fade).split(batch)
-                slope = losses.slopes(critic.input_gradient(losses.mix(x, fake, draws), now.stage, now.fade))
-                loss_c = losses.critic_loss(on_real, on_fake, slope, penalty=params.penalty, drift=params.drift)
+                terms = losses.of_critic(params, critic, x, fake, draws, now.stage, now.fade)
+                loss_c, on_real, on_fake, slope = terms
                 left_out = 0 if step(adam_c, loss_c, params.clip, ranks) else left_out + 1
                 seen += now.batch
 
@@ -147,7 +146,7 @@ def train(
             latent = generator.sample_latent(batch, draws).to(device)
             critic.requires_grad_(False)
             fake = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
-            loss_g = losses.generator_loss(critic(fake, now.stage, now.fade))
+            loss_g = losses.of_generator(params, critic, x, fake, now.stage, now.fade)
             left_out = 0 if step(adam_g, loss_g, params.clip, ranks) else left_out + 1
             critic.requires_grad_(True)
             if left_out > LEFT_OUT:

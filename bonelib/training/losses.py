@@ -1,10 +1,44 @@
-"""The training losses, one function for each equation of Angermann et al. 2023."""
+"""The training losses: one function for each equation of Angermann et al. 2023, and a relativistic pair beside them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bonelib.params import Train
 from bonelib.randomness import Part, drawn
+
+
+def of_critic(
+    how: Train, critic, real: Tensor, fake: Tensor, rng: torch.Generator | Part, stage: int, fade: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The critic's loss by `how.loss`, its scores of `real` and of `fake` (n,), and its slopes where they are held.
+
+    Wasserstein is eq. (1), with slopes held at one between real and generated volumes, (n,). Relativistic compares
+    real and generated volumes in pairs, and holds the slopes at zero where the volumes are, (2 n,): with weight
+    `penalty` this is gamma / 2 (R1 + R2) of Huang et al. 2024. It leaves a constant of the scores free, and the drift
+    term takes it.
+    """
+    both = torch.cat([real, fake])
+    on_real, on_fake = critic(both, stage, fade).split(len(real))
+    if how.loss == "relativistic":
+        slope = slopes(critic.input_gradient(both, stage, fade))
+        loss = (
+            relativistic(on_real, on_fake) + how.penalty * slope.square().mean() + how.drift * on_real.square().mean()
+        )
+    else:
+        slope = slopes(critic.input_gradient(mix(real, fake, rng), stage, fade))
+        loss = critic_loss(on_real, on_fake, slope, penalty=how.penalty, drift=how.drift)
+    return loss, on_real, on_fake, slope
+
+
+def of_generator(how: Train, critic, real: Tensor, fake: Tensor, stage: int, fade: float) -> Tensor:
+    """The generator's loss by `how.loss`; `real` are the volumes that `fake` is paired with, if it is relativistic."""
+    on_fake = critic(fake, stage, fade)
+    if how.loss == "wasserstein":
+        return generator_loss(on_fake)
+    with torch.no_grad():
+        on_real = critic(real, stage, fade)
+    return relativistic(on_fake, on_real)
 
 
 def mix(real: Tensor, fake: Tensor, rng: torch.Generator | Part) -> Tensor:
