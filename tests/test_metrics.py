@@ -1,5 +1,6 @@
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -267,3 +268,100 @@ def test_bad_stamps_are_refused():
     ):
         with pytest.raises(InputError):
             metrics.stamp(v, m)
+
+
+def test_manifold_gives_what_the_metrics_give_one_by_one(small_blocks):
+    real, fake = draw("real", 31, 3), draw("fake", 26, 3, shift=0.7)
+    found = metrics.manifold(real, fake, 3, 5)
+    assert (found["precision"], found["recall"]) == metrics.precision_recall(real, fake, 3)
+    assert (found["density"], found["coverage"]) == metrics.density_coverage(real, fake, 5)
+
+
+RECORDED = {  # prdc 0.2 (nearest_k 5) and torchmetrics 1.9.0 (float64, kid of all samples) on the arrays below
+    "precision": 0.7325,
+    "recall": 0.855,
+    "density": 0.6150000000000001,
+    "coverage": 0.92,
+    "frechet": 1.8618536537170058,
+    "kernel": 0.035327853957895616,
+}
+
+
+def test_independent_code_found_the_same_numbers():
+    a, b = draw("recorded a", 400, 32), draw("recorded b", 400, 32, shift=0.1, scale=1.05)
+    found = metrics.manifold(a, b, 5, 5)
+    for name in ("precision", "recall", "density", "coverage"):
+        assert found[name] == pytest.approx(RECORDED[name], rel=1e-14)
+    assert metrics.frechet_distance(a, b) == pytest.approx(RECORDED["frechet"], rel=1e-9)
+    assert metrics.kernel_distance(a, b) == pytest.approx(RECORDED["kernel"], rel=1e-9)
+
+
+def test_rbf_mmd_agrees_with_loops(small_blocks):
+    a, b = draw("a", 23, 4) + 100, draw("b", 17, 4, shift=0.4) + 100
+
+    def mean(pairs):
+        return np.mean([math.exp(-(math.dist(x, y) ** 2) / (2 * 1.3**2)) for x, y in pairs])
+
+    expected = (
+        mean(itertools.permutations(a, 2)) + mean(itertools.permutations(b, 2)) - 2 * mean(itertools.product(a, b))
+    )
+    assert metrics.rbf_mmd(a, b, 1.3) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rbf_mmd_takes_the_median_distance_within_the_reals():
+    a, b = draw("a", 40, 4), draw("b", 30, 4, shift=0.4)
+    median = np.median([math.dist(x, y) for x, y in itertools.combinations(a, 2)])
+    assert metrics.rbf_mmd(a, b) == pytest.approx(metrics.rbf_mmd(a, b, median), rel=1e-9)
+    with pytest.raises(InputError, match="bandwidth is 0"):
+        metrics.rbf_mmd(np.ones((5, 3)), b[:, :3])
+
+
+def test_blocks_keep_the_memory_small():
+    a, b = draw("many a", 3500, 16).astype(np.float32), draw("many b", 3500, 16).astype(np.float32)
+    for statistic in (metrics.kernel_distance, metrics.rbf_mmd, metrics.manifold, metrics.realism):
+        tracemalloc.start()
+        statistic(a, b)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 60e6  # all pairs would take 98 MB
+
+
+def test_auc_counts_pairs():
+    positives, negatives = np.array([3, 1, 2, 2]), np.array([2, 0, 1])
+    wins = [(p > n) + 0.5 * (p == n) for p in positives for n in negatives]
+    assert metrics.auc(positives, negatives) == pytest.approx(np.mean(wins))
+    assert metrics.auc([1, 2], [-1, 0]) == 1 and metrics.auc([0], [0]) == 0.5
+
+
+def test_true_positives_at_a_false_positive_rate():
+    negatives = np.arange(100)
+    assert metrics.tpr_at([98.5, 99.5, 97.5, 3], negatives, 0.01) == 0.5  # one of 100 negatives may exceed
+    assert metrics.tpr_at([98.5, 99.5], negatives[:50], 0.01) == 1
+    assert metrics.tpr_at(negatives, negatives, 0.01) <= 0.01
+
+
+def test_two_samples_of_one_distribution_are_not_told_apart_and_shifted_ones_are():
+    patients = np.arange(120) // 2
+    same = [
+        metrics.two_sample_auc(draw(("r", i), 120, 20), draw(("f", i), 90, 20), patients, seed=i) for i in range(12)
+    ]
+    assert np.mean(same) == pytest.approx(0.5, abs=4 * np.std(same) / math.sqrt(12))
+    shifted = metrics.two_sample_auc(draw("r", 120, 20), draw("f", 90, 20, shift=0.5), patients)
+    # the best classifier of two Gaussians a distance d apart reaches Phi(d / sqrt 2)
+    best = 0.5 * (1 + math.erf(0.5 * math.sqrt(20) / 2))
+    assert best - 0.06 < shifted < best + 0.04
+
+
+def test_a_patient_is_in_one_fold_of_the_two_sample_test():
+    level = np.repeat(draw("patient", 20, 400), 6, axis=0)  # patients that anyone would know again
+    fake = np.repeat(draw("fake patient", 20, 400), 6, axis=0)
+    by_patient = metrics.two_sample_auc(level, draw("single fakes", 120, 400), np.arange(120) // 6)
+    leaking = metrics.two_sample_auc(level, fake, np.arange(120))
+    assert leaking > 0.95 and by_patient < 0.75
+
+
+def test_inception_score_of_certain_and_of_undecided_classes():
+    assert metrics.inception_score(np.eye(4)[np.arange(40) % 4]) == pytest.approx(4)
+    assert metrics.inception_score(np.full((9, 5), 0.2)) == pytest.approx(1)
+    with pytest.raises(InputError, match="sum"):
+        metrics.inception_score(np.ones((3, 2)))

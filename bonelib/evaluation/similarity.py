@@ -1,0 +1,68 @@
+"""Structural similarity of volumes on several scales, and how various a set of volumes is by it."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bonelib import InputError
+from bonelib.pyramid import downsample
+from bonelib.randomness import numpy_rng
+
+WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first: Wang et al. 2003
+SIGMA, WINDOW = 1.5, 7  # voxels: SD and length of the Gaussian window
+C1, C2 = 0.01**2, 0.03**2  # for intensities from 0 to 1
+PAIRS_AT_ONCE = 8
+
+
+def ms_ssim(a, b) -> np.ndarray:
+    """Multi-scale structural similarity of the pairs `a`, `b` (n, z, y, x) in [0, 1] -> (n,); 1 for equal volumes.
+
+    Wang et al. 2003 in three dimensions: contrast and structure on every scale, luminance on the coarsest, negative
+    similarities counted 0. There are as many scales, up to five, as leave the window of 7 voxels in the volume; the
+    weights of those are brought to a sum of 1. Raises `InputError` for shapes that differ or are smaller than the
+    window.
+    """
+    a, b = (torch.as_tensor(np.asarray(v)).float()[:, None] for v in (a, b))
+    if a.shape != b.shape or a.ndim != 5 or min(a.shape[2:]) < WINDOW:
+        raise InputError(f"a is {tuple(a[:, 0].shape)} and b {tuple(b[:, 0].shape)}; both need (n, z, y, x) from 7 on")
+    scales = min(len(WEIGHTS), 1 + int(np.log2(min(a.shape[2:]) / WINDOW)))
+    weights = np.array(WEIGHTS[:scales]) / sum(WEIGHTS[:scales])
+    product = torch.ones(len(a), dtype=torch.float64)
+    for scale, weight in enumerate(weights):
+        luminance, structure = _terms(a, b)
+        value = luminance * structure if scale == scales - 1 else structure
+        product *= value.mean(dim=(1, 2, 3, 4)).clamp(min=0).double() ** weight
+        a, b = (
+            downsample(v[:, :, : v.shape[2] // 2 * 2, : v.shape[3] // 2 * 2, : v.shape[4] // 2 * 2]) for v in (a, b)
+        )
+    return product.numpy()
+
+
+def diversity(volumes: np.ndarray, *, pairs: int = 100, seed: int = 0) -> np.ndarray:
+    """MS-SSIM of at most `pairs` random pairs of `volumes` (n, z, y, x): high where a set repeats itself.
+
+    Compare its mean with that of real bones: neither more nor less similar to each other is good.
+    """
+    first, second = np.triu_indices(len(volumes), 1)
+    order = numpy_rng(seed, "ms-ssim pairs").permutation(len(first))[:pairs]
+    parts = [order[i : i + PAIRS_AT_ONCE] for i in range(0, len(order), PAIRS_AT_ONCE)]
+    with torch.inference_mode():
+        return np.concatenate([ms_ssim(volumes[first[part]], volumes[second[part]]) for part in parts])
+
+
+def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Luminance, and contrast times structure, at every place where the window fits."""
+    mean_a, mean_b = _window(a), _window(b)
+    var_a, var_b, cov = _window(a * a) - mean_a**2, _window(b * b) - mean_b**2, _window(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    return luminance, (2 * cov + C2) / (var_a + var_b + C2)
+
+
+def _window(x: Tensor) -> Tensor:
+    """Gaussian means, along one axis after the other."""
+    taps = torch.exp(-0.5 * ((torch.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
+    taps = (taps / taps.sum()).to(x)
+    for shape in ((WINDOW, 1, 1), (1, WINDOW, 1), (1, 1, WINDOW)):
+        x = F.conv3d(x, taps.reshape(1, 1, *shape))
+    return x
