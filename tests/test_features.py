@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from scipy import ndimage
 
 from bonelib import InputError
 from bonelib.evaluation import features, metrics
+from bonelib.networks import resnet
 from bonelib.randomness import numpy_rng
 
 FAMILIES = (features.random3d, features.spectrum)
@@ -116,3 +119,50 @@ def test_bad_volumes_are_refused(family):
 def test_a_grid_without_frequencies_is_refused():
     with pytest.raises(InputError, match="grid"):
         features.spectrum(np.zeros((1, 1, 8, 8)))
+
+
+@pytest.fixture(scope="module")
+def grader():
+    config = {"grading": {"halvings": 1, "depth": 4}}
+    torch.manual_seed(0)
+    network = resnet.ResNet((8, 16), (1, 1)).eval()
+    torch.nn.init.normal_(network.head.weight)
+    return network, config
+
+
+def test_grader_features_are_means_over_its_windows_on_its_grid(grader):
+    volumes = torch.from_numpy(tubes(2, (24, 40, 32)))
+    halves = volumes.reshape(2, 12, 2, 20, 2, 16, 2).mean(dim=(2, 4, 6))
+    with torch.no_grad():
+        expected = torch.stack([grader[0].features(halves[:, None, s : s + 4]) for s in (0, 4, 8)]).mean(0)
+    np.testing.assert_allclose(features.graded(volumes, grader), expected, rtol=1e-4, atol=1e-5)
+    assert features.families(grader)["vgs"](volumes).shape == (2, 32)
+
+
+def test_chances_of_the_grades_are_probabilities(grader):
+    found = features.grade_chances(tubes(3), grader)
+    assert found.shape == (3, 5) and found.min() >= 0
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
+
+
+def test_features_of_the_same_content_are_computed_once(tmp_path, grader):
+    asked = []
+
+    def count(volumes, seed=0):
+        asked.append(seed)
+        return features.random3d(volumes, seed)
+
+    volumes = tubes(2)
+    first = features.cached("random3d", partial(count, seed=1), volumes, tmp_path)
+    again = features.cached("random3d", partial(count, seed=1), volumes.copy(), tmp_path)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, features.random3d(volumes, 1))
+    assert asked == [1]
+    features.cached("random3d", partial(count, seed=2), volumes, tmp_path)
+    features.cached("random3d", partial(count, seed=1), volumes * np.float32(0.999), tmp_path)
+    features.cached("random3d", partial(count, seed=1), volumes, None)
+    assert asked == [1, 2, 1, 1] and len(list(tmp_path.iterdir())) == 3
+    vgs = features.cached("vgs", features.families(grader)["vgs"], volumes, tmp_path)
+    with torch.no_grad():
+        grader[0].windows.add_(0.1)
+    assert not np.allclose(vgs, features.cached("vgs", features.families(grader)["vgs"], volumes, tmp_path))

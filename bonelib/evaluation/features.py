@@ -1,23 +1,119 @@
-"""Feature families that need no downloaded weights: a frozen random 3D network and power spectra.
+"""Feature families: published networks where their weights are at hand, the motion grader, and two that need none.
 
-Volumes are intensities in [0, 1], shape (n, z, y, x), as array or tensor; every family returns (n, d)
-float64. A distance on these features is named for the family (FD_random3d, KID_spectrum), never for
-Inception.
+Volumes are intensities in [0, 1], shape (n, z, y, x), as array or tensor; every family returns (n, d) float64. A
+distance on these features is named for the family that was used (FD_random3d, KID_spectrum), and for Inception or
+MedicalNet only with their weights.
 """
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
 from bonelib import InputError
-from bonelib.randomness import torch_rng
+from bonelib.evaluation import pretrained
+from bonelib.pyramid import downsample
+from bonelib.randomness import numpy_rng, torch_rng
 
 CHANNELS = (16, 24, 32, 32, 24)
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))  # the long axis has the fewest voxels
 SLOPE = 0.2
 VOXELS_AT_ONCE = 1 << 22
 SPECTRUM_BINS = 16
+SLICES = 2  # axial slices of each volume that the Inception network sees (section 3.3 of Angermann et al. 2023)
 POWER_FLOOR = 1e-12  # below the rounding of single precision, so that an empty volume has a finite logarithm
+
+
+def families(
+    grader=None, *, inception_weights=None, medicalnet_weights=None, seed: int = 0
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """The extractors that can be had, by the name that a metric's column bears: volumes (n, z, y, x) -> (n, d).
+
+    `inception` and `medicalnet` are among them if their weights are found at the path or in the usual cache, `vgs` if
+    a `grader` (network and configuration, as of `training.grading.load_grader`) is given, `random3d` and `spectrum`
+    always. `inception` has `SLICES` rows a volume, one after the other.
+    """
+    found = {}
+    for name, path, extract in (
+        ("inception", inception_weights, partial(inception, seed=seed)),
+        ("medicalnet", medicalnet_weights, medicalnet),
+    ):
+        file = pretrained.find_weights(name, path)
+        if file is not None:
+            found[name] = partial(extract, weights=pretrained.load_weights(file))
+    if grader is not None:
+        found["vgs"] = partial(graded, grader=grader)
+    return found | {"random3d": partial(random3d, seed=seed), "spectrum": spectrum}
+
+
+def cached(name: str, extract: Callable, volumes: np.ndarray, folder: str | Path | None) -> np.ndarray:
+    """`extract(volumes)`, kept in `folder` under a hash of the volumes, the name, and the code and weights behind it.
+
+    Features of the same volumes are computed once, whoever asks. Without a folder nothing is kept.
+    """
+    if folder is None:
+        return extract(volumes)
+    values = np.ascontiguousarray(volumes)
+    key = hashlib.sha256(f"{name} {values.dtype} {values.shape}".encode())
+    for part in (values, *(np.frombuffer(b, np.uint8) for b in _identity(extract))):
+        key.update(part.data if part.size else b"")
+    file = Path(folder) / f"{name}-{key.hexdigest()[:24]}.safetensors"
+    if file.is_file():
+        return load_file(file)["features"]
+    found = np.ascontiguousarray(extract(values))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file({"features": found}, part)
+    os.replace(part, file)
+    return found
+
+
+def inception(volumes, weights: dict, seed: int = 0, slices: int = SLICES) -> np.ndarray:
+    """Inception-v3 features of random axial slices, (n * slices, 2048), the rows of a volume one after the other.
+
+    Slices are drawn without repetition from (seed, number of the volume). Raises `InputError` as `random3d`, and for
+    fewer slices than wanted.
+    """
+    volumes = _checked(volumes)
+    if volumes.shape[1] < slices:
+        raise InputError(f"volumes have {volumes.shape[1]} slices; at least {slices} are needed")
+    rngs = (numpy_rng(seed, "inception slices", i) for i in range(len(volumes)))
+    chosen = [sorted(rng.choice(volumes.shape[1], slices, replace=False)) for rng in rngs]
+    pictures = torch.cat([volume[index] for volume, index in zip(volumes, chosen, strict=True)])
+    return _by_batch(pictures, lambda batch: pretrained.inception_v3(batch, weights))
+
+
+def medicalnet(volumes, weights: dict) -> np.ndarray:
+    """Pooled features of MedicalNet's 3D ResNet, (n, 512) or (n, 2048). Raises `InputError` as `random3d`."""
+    return _by_batch(_checked(volumes), lambda batch: pretrained.medicalnet(batch, weights))
+
+
+def graded(volumes, grader) -> np.ndarray:
+    """Features (n, d) of the network that grades motion (VGS), averaged over its windows along the bone.
+
+    `grader` is the network and its configuration, as `training.grading.load_grader` returns them. Raises `InputError`
+    as `random3d`.
+    """
+    network, config = grader
+    return _by_batch(_checked(volumes), lambda batch: _over_windows(batch, config["grading"], network.features))
+
+
+def grade_chances(volumes, grader) -> np.ndarray:
+    """The grader's probabilities (n, 5) of motion grades 1 to 5, the classes of an inception score."""
+    network, config = grader
+
+    def chances(batch):
+        above = torch.sigmoid(_over_windows(batch, config["grading"], network))
+        edges = torch.cat([torch.ones(len(above), 1), torch.cummin(above, 1).values, torch.zeros(len(above), 1)], 1)
+        return edges[:, :-1] - edges[:, 1:]
+
+    return _by_batch(_checked(volumes), chances)
 
 
 def random3d(volumes, seed: int = 0) -> np.ndarray:
@@ -96,8 +192,29 @@ def _bin_weights(frequency, bins, device):
     return (member / member.sum(dim=0).clamp(min=1)).to(device)
 
 
+def _over_windows(batch, how, compute):
+    """The mean of `compute` over windows of as many slices as the grader was trained on, on its grid."""
+    batch = batch[:, None]
+    for _ in range(how["halvings"]):
+        batch = downsample(batch[..., : batch.shape[-1] // 2 * 2])
+    slices = batch.shape[2]
+    depth = min(how["depth"], slices)
+    starts = np.linspace(0, slices - depth, -(-slices // depth)).round().astype(int)
+    return torch.stack([compute(batch[:, :, s : s + depth]) for s in starts]).mean(0)
+
+
+def _identity(extract):
+    """Bytes that differ between extractors: the source of this module, and the arguments that are bound."""
+    yield Path(__file__).read_bytes() + Path(pretrained.__file__).read_bytes()
+    for key, value in sorted(getattr(extract, "keywords", {}).items()):
+        tensors = value[0].state_dict() if key == "grader" else value if isinstance(value, dict) else None
+        yield f"{key} {None if tensors is not None else value!r}".encode()
+        for name, tensor in (tensors or {}).items():
+            yield name.encode() + tensor.contiguous().numpy().tobytes()
+
+
 def _by_batch(volumes, compute):
-    size = max(1, VOXELS_AT_ONCE // volumes[0].numel())
+    size = max(1, min(64, VOXELS_AT_ONCE // volumes[0].numel()))
     with torch.inference_mode():
         parts = [compute(batch.float()).double().cpu() for batch in volumes.split(size)]
     return torch.cat(parts).numpy()
