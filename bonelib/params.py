@@ -259,6 +259,55 @@ class Quality(Section):
     draws: Count = 200
 
 
+class Transition(Section):
+    """Morphs between bones of low density (section 4.2).
+
+    `weights` of the second bone are those of Figure 5, at which `pairs` of each density are measured, both of them
+    among the lowest share `low` of the bones; a path stays within its ends to `tolerance` times the SD of that density
+    over the bones. `frames` has the film, `points` a path whose smoothness is measured. `geodesics` of so many pairs
+    have `geodesic_points` each and are found in `steps` iterations at most. `draws` are those of the intervals.
+    """
+
+    weights: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    low: Share = 0.33
+    pairs: Count
+    tolerance: Annotated[float, Field(ge=0)] = 0.1
+    frames: Annotated[int, Field(ge=3)] = 12
+    points: Annotated[int, Field(ge=3)] = 33
+    geodesics: Count
+    geodesic_points: Annotated[int, Field(ge=3)] = 13
+    steps: Count = 40
+    draws: Count = 1000
+
+    @field_validator("weights")
+    @classmethod
+    def _from_end_to_end(cls, weights):
+        if len(weights) < 3 or (weights[0], weights[-1]) != (0, 1) or sorted(weights) != list(weights):
+            raise ValueError("weights must rise from 0 to 1 and have one between them at least")
+        return weights
+
+
+class Mixing(Section):
+    """Styles of two bones in one (section 4.3), for models whose codes have several styles.
+
+    `crossings` are the published ones, the first styles of `of` that are the source's, and are scaled to the number of
+    styles there are. `pairs` run from bones among the lowest share `extreme` of a density to those among the highest.
+    `swaps` bones get one style at a time of another bone. `twins` phantoms are drawn twice, the second time with
+    `mineral` times the density of both compartments, and refined in `steps` iterations. `draws` are those of the
+    intervals.
+    """
+
+    crossings: tuple[Count, ...] = (3, 7, 12)
+    of: Count = 15
+    extreme: Share = 0.33
+    pairs: Count
+    swaps: Count
+    twins: Annotated[int, Field(ge=2)]
+    mineral: Positive = 0.75
+    steps: Count = 100
+    draws: Count = 1000
+
+
 class Cost(Section):
     """What is timed: the savings one by one at `stage`, plain and all of them at `stages`; in turns, `rounds` times."""
 
@@ -297,6 +346,8 @@ PROFILE = {
     "detail": DetailLevels,
     "train": dict[str, Train],
     "quality": Quality,
+    "transition": Transition,
+    "mixing": Mixing,
     "cost": Cost,
     "phantom_check": PhantomCheck,
 }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.animation import PillowWriter
 
 from bonelib.scans.tables import write_table
 
@@ -171,6 +172,50 @@ def crops(pictures: dict[str, np.ndarray], spacing, panels: list[dict] = (), wid
             axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
             axis.legend(fontsize=7)
     return fig
+
+
+def paths(panels: list[dict], width=10.0):
+    """Many lines side by side. A panel has `title`, `x` and `y` (axis labels), `at` (points,) and `lines` (n, points),
+    thin but for the first of them, and may have `band` (low, high), a range in grey.
+    """
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(panels), figsize=(width, width * 0.3), layout="constrained", squeeze=False)
+        for axis, panel in zip(axes.flat, panels, strict=True):
+            if "band" in panel:
+                axis.axhspan(*panel["band"], color="0.93")
+            for i, values in reversed(list(enumerate(panel["lines"]))):
+                color, size = (ACCENTS[1], 2) if i == 0 else (ACCENTS[0], 0.7)
+                axis.plot(panel["at"], values, "o-", color=color, linewidth=size, markersize=2 + (i == 0))
+            axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+    return fig
+
+
+def film(path: str | Path, rows: list[tuple[str, list[np.ndarray]]], spacing, run: str, width=7.0) -> None:
+    """Middle axial slices as an endless animated GIF: `rows` of (title, volumes (z, y, x)), side by side in a frame.
+
+    The house's grey window, and as many frames as every row has volumes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _, y, x = rows[0][1][0].shape
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(rows), squeeze=False, layout="constrained")
+        fig.set_size_inches(width, width / len(rows) * y * spacing[1] / (x * spacing[2]) + LABEL_INCH)
+        fig.text(0.998, 0.002, run, ha="right", va="bottom", fontsize=5, color="0.6")
+        shown = []
+        for axis, (title, volumes) in zip(axes.flat, rows, strict=True):
+            extent = (0, x * spacing[2], y * spacing[1], 0)
+            first = plane(volumes[0], "axial")
+            shown.append(axis.imshow(first, cmap="gray", vmin=WINDOW[0], vmax=WINDOW[1], extent=extent))
+            axis.set_title(title, loc="left", pad=3)
+            axis.axis("off")
+        writer = PillowWriter(fps=6)
+        with writer.saving(fig, path, dpi=80):
+            for i in range(len(rows[0][1])):
+                for picture, (_, volumes) in zip(shown, rows, strict=True):
+                    picture.set_data(plane(volumes[i], "axial"))
+                writer.grab_frame()
+        plt.close(fig)
 
 
 def estimates(rows: list[dict], label: str, value: str, low: str, high: str, mark: str, xlabel: str, width=10.0):

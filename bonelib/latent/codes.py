@@ -1,0 +1,82 @@
+"""Codes of bones: those that inversion wrote, and the bones they stand for, always drawn with the same noise."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bonelib import InputError
+from bonelib.evaluation.attributes import COARSE_MM
+from bonelib.latent.models import Model, calibrated
+from bonelib.processes import workers
+from bonelib.randomness import torch_rng
+from bonelib.scans.preprocessing import subsample
+from bonelib.scans.tables import read_table
+from bonelib.scans.volumes import Volume
+
+PROGRESS_S = 20.0
+
+
+def load_codes(folder: str | Path, which: str = "refined") -> tuple[Tensor, list[dict]]:
+    """The codes (n, *code) of a folder of `05_inversion` and the scans they belong to, one row a code.
+
+    Raises `InputError` naming a file that is missing or damaged, or that does not fit the other.
+    """
+    folder = Path(folder)
+    file, rows = folder / "codes.safetensors", read_table(folder / "codes.csv")
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; a folder of codes holds it beside codes.csv")
+    try:
+        codes = load_file(file)[which]
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{file}: holds no codes under the name {which!r} ({error})") from None
+    if len(codes) != len(rows):
+        raise InputError(f"{file}: holds {len(codes)} codes, but codes.csv lists {len(rows)}")
+    return codes, rows
+
+
+def levels(model: Model) -> int:
+    """How many levels of detail refine what the generator itself draws."""
+    return model.config.get("detail", {}).get("levels", 0)
+
+
+def trunk(model: Model) -> Callable[[Tensor], Tensor]:
+    """Codes (n, *code) to the volumes (n, 1, z, y, x) that the generator itself draws, without detail and noise."""
+    stage = model.generator.stages - levels(model)
+    return lambda codes: model.generator.synthesize(codes, stage)
+
+
+def draw_bone(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> Volume:
+    """The bone of one code in mg HA/cm3, on the grid of the scans or, up to `voxel_mm`, on a coarser one.
+
+    All bones of a seed get the same noise, so that two of them differ by their codes alone. The coarser grid holds the
+    means of the finer one's blocks of voxels: levels of detail keep them, and need not be drawn for it.
+    """
+    data = model.config["data"]
+    halvings = int(math.log2(max(1.0, voxel_mm / min(data["spacing_mm"]))))
+    skipped = min(levels(model), halvings)
+    with torch.inference_mode():
+        noise = torch_rng(seed, "noise of codes")
+        values = model.generator.synthesize(code[None], model.generator.stages - skipped, noise=noise)[0, 0].numpy()
+    volume = calibrated(values, data | {"spacing_mm": [mm * 2**skipped for mm in data["spacing_mm"]]})
+    return subsample(volume, 2 ** (halvings - skipped))
+
+
+def each_measured(
+    model: Model, codes: Tensor, seed: int, measure: Callable[[Volume], object], voxel_mm: float = COARSE_MM
+) -> list:
+    """`measure` of the bone of every code (n, *code), a list: drawn here, measured by worker processes."""
+    last = time.monotonic()
+    with workers() as pool:
+        jobs = []
+        for i, code in enumerate(codes):
+            jobs.append(pool.submit(measure, draw_bone(model, code, seed, voxel_mm)))
+            if time.monotonic() - last > PROGRESS_S:
+                last = time.monotonic()
+                print(f"{i + 1} of {len(codes)} bones drawn", flush=True)
+        return [job.result() for job in jobs]

@@ -1,0 +1,140 @@
+"""From one bone to another: a path of codes, its smoothness, and whether an attribute stays within its ends
+(Angermann et al. 2023, section 4.2).
+
+Codes are what a generator's `synthesize` takes, one a bone; a path of `points` codes from one bone to another has the
+shape (points, *code).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bonelib import InputError
+from bonelib.evaluation.compartments import TRAITS, read
+from bonelib.evaluation.pairs import pair_mean
+from bonelib.latent.codes import each_measured
+from bonelib.latent.models import Model
+from bonelib.randomness import numpy_rng
+
+
+def line(first: Tensor, last: Tensor, weights) -> Tensor:
+    """The straight path: (1 - w) `first` + w `last` for every weight w, (weights, *code) for codes of one shape."""
+    weights = torch.as_tensor(weights, dtype=first.dtype).reshape(-1, *[1] * first.dim())
+    return (1 - weights) * first + weights * last
+
+
+def geodesic(draw: Callable[[Tensor], Tensor], path: Tensor, steps: int) -> Tensor:
+    """The path with the ends of `path` (points, *code) whose volumes change least: a geodesic of the metric that the
+    generator pulls back from voxels to codes (Shao et al. 2018).
+
+    The energy of the polygon, half the sum of squared voxel differences between neighbours times the number of
+    segments, is minimised over the inner codes by at most `steps` iterations of L-BFGS; at its minimum all segments
+    are equally long. `draw` maps codes to volumes, differentiably.
+    """
+    if len(path) < 3:
+        raise InputError(f"a path of {len(path)} codes has none between its ends; at least 3 are needed")
+    ends, inner = path[[0, -1]].detach(), path[1:-1].detach().clone().requires_grad_()
+    with torch.no_grad():
+        first, last = draw(ends)
+    search = torch.optim.LBFGS([inner], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def evaluated():
+        search.zero_grad()
+        volumes = torch.cat([first[None], draw(inner), last[None]])
+        value = energy(volumes)
+        value.backward()
+        return value
+
+    search.step(evaluated)
+    return torch.cat([ends[:1], inner.detach(), ends[1:]])
+
+
+def energy(volumes: Tensor) -> Tensor:
+    """Energy of the polygon through `volumes` (points, ...): the limit is half the integral of squared speed."""
+    return 0.5 * (len(volumes) - 1) * volumes.diff(dim=0).square().sum()
+
+
+def smoothness(features: np.ndarray) -> dict[str, float]:
+    """How smoothly a path runs through named features (points, d), at equal steps from 0 to 1.
+
+    `detour`: its length over the distance of its ends. `path length`: twice its energy over that distance squared, the
+    perceptual path length of Karras et al. 2019 for this step and these features, freed of their unit: 1 for a path
+    that is straight at even speed, and never less. `jolt`: the largest second derivative over the same distance, 0 for
+    such a path. NaN where the ends are the same.
+    """
+    segments = len(features) - 1
+    if segments < 2:
+        raise InputError(f"a path of {len(features)} points has no curvature; at least 3 are needed")
+    steps = np.diff(np.asarray(features, float), axis=0)
+    size, apart = np.linalg.norm(steps, axis=1), np.linalg.norm(steps.sum(axis=0))
+    apart = apart if apart > 0 else np.nan
+    return {
+        "detour": float(size.sum() / apart),
+        "path length": float(segments * (size**2).sum() / apart**2),
+        "jolt": float(segments**2 * np.linalg.norm(np.diff(steps, axis=0), axis=1).max() / apart),
+    }
+
+
+def beyond(values: np.ndarray) -> np.ndarray:
+    """How far an attribute leaves the interval of its two ends: paths (n, points) to (n,), 0 where it never does."""
+    values = np.asarray(values, float)
+    ends = values[:, [0, -1]]
+    return np.maximum(values.max(axis=1) - ends.max(axis=1), ends.min(axis=1) - values.min(axis=1))
+
+
+def low_pairs(values, patients, share: float, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """`count` pairs (all, if there are fewer) of bones of two patients, both among the lowest `share` of `values`.
+
+    `values` (n,) is the attribute of every bone, NaN where it is not known, and `patients` (n,) names theirs. Pairs
+    and their bones stand in random order. Raises `InputError` where fewer than two patients have low values.
+    """
+    values = np.asarray(values, float)
+    known = np.flatnonzero(np.isfinite(values))
+    low = known[values[known] <= np.quantile(values[known], share)] if len(known) else known
+    pairs = [(int(i), int(j)) for i in low for j in low if i < j and patients[i] != patients[j]]
+    if not pairs:
+        raise InputError(
+            f"the lowest {share:.0%} of {len(known)} known values belong to no two patients; take more codes"
+        )
+    chosen = rng.permutation(len(pairs))[:count]
+    return [pairs[k] if rng.random() < 0.5 else pairs[k][::-1] for k in chosen]
+
+
+def measured(model: Model, codes: Tensor, pairs: list[tuple[int, int]], weights, seed: int) -> dict[str, np.ndarray]:
+    """Area and densities along the straight path of every pair of `codes` (n, *code): {trait: (pairs, weights)}.
+
+    `weights` run from 0 to 1; bones that stand in several pairs are drawn once. NaN where no contours are found.
+    """
+    ends = sorted({i for pair in pairs for i in pair})
+    between = [line(codes[i], codes[j], weights[1:-1]) for i, j in pairs]
+    found = each_measured(model, torch.cat([codes[ends], *between]), seed, read)
+    values = np.array([[reading.traits[trait] for trait in TRAITS] for reading in found])
+    at, inner = dict(zip(ends, values, strict=False)), values[len(ends) :].reshape(len(pairs), -1, len(TRAITS))
+    paths = np.stack([np.vstack([at[i], part, at[j]]) for (i, j), part in zip(pairs, inner, strict=True)])
+    return {trait: paths[..., k] for k, trait in enumerate(TRAITS)}
+
+
+def staying(values: np.ndarray, patients: list[tuple[str, str]], tolerance: float, *, seed: int, draws: int) -> list:
+    """What the paths (n, points) of one density do between their ends, a row each, with intervals by patient.
+
+    The share that stays within the ends, exactly and up to `tolerance`; how far a path leaves them on average; and how
+    much its middle lies above the mean of its ends, which a code between two codes, being nearer to the mean bone,
+    would raise. In the unit of `values`; `patients` names the two of every path. Paths with a point that could not be
+    measured are left out, and counted.
+    """
+    values = np.asarray(values, float)
+    away, complete = beyond(values), np.isfinite(values).all(axis=1)
+    middle = values[:, values.shape[1] // 2] - values[:, [0, -1]].mean(axis=1)
+    shares = {
+        "share of paths within the ends": np.where(complete, away <= 0, np.nan),
+        f"share of paths within the ends, up to {tolerance:.3g}": np.where(complete, away <= tolerance, np.nan),
+        "distance beyond the ends": np.where(complete, away, np.nan),
+        "middle above the mean of the ends": np.where(complete, middle, np.nan),
+        "share of paths measured": complete.astype(float),
+    }
+    return [
+        {"": name} | pair_mean(numbers, patients, rng=numpy_rng(seed, "staying", name), draws=draws)
+        for name, numbers in shares.items()
+    ]

@@ -1,0 +1,115 @@
+"""Paths between codes: exact on maps whose geodesics are known, and on the oracle, whose attributes are."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle
+
+from bonelib import InputError
+from bonelib.evaluation.pairs import pair_mean
+from bonelib.latent import transition as tr
+from bonelib.randomness import torch_rng
+
+
+def test_the_published_weights():
+    first, last = torch.randn(2, 3, 5)
+    path = tr.line(first, last, (0, 0.25, 1))
+    assert path.shape == (3, 3, 5) and torch.equal(path[0], first) and torch.equal(path[2], last)
+    assert torch.allclose(path[1], 0.75 * first + 0.25 * last)
+
+
+def test_codes_that_share_an_attribute_share_it_with_all_between_them():
+    oracle = Oracle(latent=12)
+    oracle.M = oracle.M.double()
+    first, last = oracle.sample_latent(2, torch_rng(1, "test")).double()
+    along = oracle.direction("Tb.BMD").double()
+    last = last + (first - last) @ along * along  # as dense as the first, and another bone for all the rest
+    found = oracle.attributes(tr.line(first, last, np.linspace(0, 1, 9)))
+    assert (found["Tb.BMD"] / found["Tb.BMD"][0] - 1).abs().max() < 1e-6
+    assert tr.beyond(found["Tb.BMD"][None].numpy()) < 1e-6 * found["Tb.BMD"][0]
+    assert found["Tt.Ar"].std() > 1
+
+
+def test_a_geodesic_of_polar_coordinates_is_a_straight_line():
+    def draw(codes):
+        radius, angle = codes.T
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+    straight = tr.line(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0]), np.linspace(0, 1, 17))
+    found = tr.geodesic(draw, straight, 200)
+    before, after = (tr.smoothness(draw(path).numpy()) for path in (straight, found))
+    assert before["detour"] == pytest.approx(1 / np.sin(1), rel=2e-3)  # an arc of two radians over its chord
+    assert before["path length"] == pytest.approx(before["detour"] ** 2, rel=1e-3) and before["jolt"] > 1
+    assert after["detour"] == pytest.approx(1, abs=1e-3) and after["path length"] == pytest.approx(1, abs=2e-3)
+    assert torch.equal(found[[0, -1]], straight[[0, -1]])
+
+
+def test_a_geodesic_of_a_sphere_is_a_great_circle():
+    def draw(codes):
+        north, east = codes.T
+        return torch.stack([north.cos() * east.cos(), north.cos() * east.sin(), north.sin()], 1)
+
+    straight = tr.line(torch.tensor([0.9, 0.0]), torch.tensor([0.9, 2.0]), np.linspace(0, 1, 25))
+    volumes = draw(tr.geodesic(draw, straight, 300))
+    arc = torch.acos(volumes[0] @ volumes[-1])
+    assert volumes.diff(dim=0).norm(dim=1).sum() == pytest.approx(arc, rel=1e-3)
+    normal = torch.linalg.cross(volumes[0], volumes[-1])
+    assert (volumes @ normal).abs().max() < 1e-2
+
+
+def test_the_oracle_has_shorter_ways_than_the_straight_one():
+    oracle = Oracle()
+    path = tr.line(*oracle.sample_latent(2, torch_rng(2, "test")), np.linspace(0, 1, 9))
+    found = tr.geodesic(oracle.synthesize, path, 20)
+    assert tr.energy(oracle.synthesize(found)) < 0.98 * tr.energy(oracle.synthesize(path))
+
+
+def test_smoothness_has_no_unit_and_sees_a_jump():
+    even = np.linspace([0.0, 0.0], [3.0, 4.0], 9)
+    assert tr.smoothness(even) == pytest.approx({"detour": 1, "path length": 1, "jolt": 0}, abs=1e-9)
+    uneven = np.linspace(0, 1, 9)[:, None] ** 3 * [3.0, 4.0]
+    found = tr.smoothness(uneven)
+    assert found["detour"] == pytest.approx(1) and found["path length"] > 1.5 and found["jolt"] > 3
+    assert tr.smoothness(7 * uneven) == pytest.approx(found)
+    assert np.isnan(tr.smoothness(np.zeros((4, 2)))["detour"])
+    with pytest.raises(InputError, match="2 points"):
+        tr.smoothness(even[:2])
+
+
+def test_beyond_the_ends():
+    assert tr.beyond([[1, 1.5, 2], [2, 0.5, 1], [1, 5, 2]]).tolist() == [0, 0.5, 3]
+
+
+def test_pairs_are_low_and_of_two_patients():
+    values = np.array([5.0, 1, 2, np.nan, 1.5, 9, 8, 7])
+    patients = list("aabcdefg")
+    pairs = tr.low_pairs(values, patients, 0.4, 10, np.random.default_rng(1))
+    assert {frozenset(p) for p in pairs} == {frozenset(p) for p in ((1, 2), (1, 4), (2, 4))}
+    assert len(tr.low_pairs(values, patients, 0.4, 2, np.random.default_rng(1))) == 2
+    with pytest.raises(InputError, match="no two patients"):
+        tr.low_pairs(values[:2], "aa", 1, 3, np.random.default_rng(1))
+
+
+def test_staying_is_counted_by_path_and_resampled_by_patient():
+    inside, outside = [1.0, 1.2, 2.0], [1.0, 2.5, 2.0]
+    values = np.array([inside] * 6 + [outside] * 3 + [[1, np.nan, 2]])
+    patients = [(f"p{i}", f"q{i}") for i in range(10)]
+    rows = {row[""]: row for row in tr.staying(values, patients, 0.6, seed=1, draws=200)}
+    exact = rows["share of paths within the ends"]
+    assert exact["value"] == pytest.approx(6 / 9) and exact["N"] == 9 and exact["low"] < 6 / 9 < exact["high"]
+    assert rows["share of paths within the ends, up to 0.6"]["value"] == 1
+    assert rows["distance beyond the ends"]["value"] == pytest.approx(0.5 * 3 / 9)
+    assert rows["share of paths measured"]["value"] == 0.9
+
+
+def test_intervals_of_pairs_follow_the_patients():
+    rng = np.random.default_rng(1)
+    level = rng.normal(0, 1, 12)  # of a patient, so that pairs who share one are alike
+    pairs = [(i, j) for i in range(12) for j in range(i)]
+    values = [level[i] + level[j] for i, j in pairs]
+    found = pair_mean(values, pairs, rng=np.random.default_rng(2), draws=2000)
+    assert found["value"] == pytest.approx(np.mean(values)) and (found["N"], found["patients"]) == (66, 12)
+    known = 2 * level.std(ddof=1) / 12**0.5  # of the mean of a sum of two, over twelve patients
+    assert (found["high"] - found["low"]) / (2 * 1.96) == pytest.approx(known, rel=0.15)
+    assert pair_mean([2.0, 4.0], pairs[:2], over=[1.0, 3.0], rng=rng, draws=9)["value"] == 1.5
+    assert pair_mean([np.nan], pairs[:1], rng=rng, draws=9)["value"] is None
