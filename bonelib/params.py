@@ -293,8 +293,7 @@ class Mixing(Section):
     `crossings` are the published ones, the first styles of `of` that are the source's, and are scaled to the number of
     styles there are. `pairs` run from bones among the lowest share `extreme` of a density to those among the highest.
     `swaps` bones get one style at a time of another bone. `twins` phantoms are drawn twice, the second time with
-    `mineral` times the density of both compartments, and refined in `steps` iterations. `draws` are those of the
-    intervals.
+    `mineral` times the density of both compartments. `draws` are those of the intervals.
     """
 
     crossings: tuple[Count, ...] = (3, 7, 12)
@@ -303,8 +302,7 @@ class Mixing(Section):
     pairs: Count
     swaps: Count
     twins: Annotated[int, Field(ge=2)]
-    mineral: Positive = 0.75
-    steps: Count = 100
+    mineral: Positive = 0.8
     draws: Count = 1000
 
 

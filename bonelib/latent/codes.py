@@ -15,6 +15,7 @@ from bonelib.evaluation.attributes import COARSE_MM
 from bonelib.latent.models import Model, calibrated
 from bonelib.processes import workers
 from bonelib.randomness import torch_rng
+from bonelib.scans.dataset import Stacks
 from bonelib.scans.preprocessing import subsample
 from bonelib.scans.tables import read_table
 from bonelib.scans.volumes import Volume
@@ -38,6 +39,14 @@ def load_codes(folder: str | Path, which: str = "refined") -> tuple[Tensor, list
     if len(codes) != len(rows):
         raise InputError(f"{file}: holds {len(codes)} codes, but codes.csv lists {len(rows)}")
     return codes, rows
+
+
+def scan_of(data: Stacks, row: dict) -> Volume:
+    """The stack of slices, in mg HA/cm3, that a row of codes.csv names by its scan and first slice."""
+    found = [r for r in data.rows if r["scan"] == row["scan"] and r["start"] == int(row["start"])]
+    if not found:
+        raise InputError(f"codes.csv: scan {row['scan']} with first slice {row['start']} is not among the stacks")
+    return calibrated(data.pooled(found[:1], 0)[0, 0].float().numpy(), {"unit": "mgHA"} | data.meta)
 
 
 def levels(model: Model) -> int:
@@ -80,3 +89,16 @@ def each_measured(
                 last = time.monotonic()
                 print(f"{i + 1} of {len(codes)} bones drawn", flush=True)
         return [job.result() for job in jobs]
+
+
+def along(
+    model: Model, codes: Tensor, pairs: list[tuple[int, int]], between: list[Tensor], seed: int, measure: Callable
+) -> list[list]:
+    """`measure` along one path of bones a pair: [of the first bone, of those `between` (k, *code), of the last].
+
+    `pairs` are places in `codes` (n, *code); bones that end several paths are drawn and measured once.
+    """
+    ends = sorted({i for pair in pairs for i in pair})
+    found = each_measured(model, torch.cat([codes[ends], *between]), seed, measure)
+    at, rest = dict(zip(ends, found, strict=False)), iter(found[len(ends) :])
+    return [[at[i], *(next(rest) for _ in inner), at[j]] for (i, j), inner in zip(pairs, between, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.evaluation.compartments import TRAITS, read
 from bonelib.evaluation.pairs import pair_mean
-from bonelib.latent.codes import each_measured
+from bonelib.latent.codes import along
 from bonelib.latent.models import Model
 from bonelib.randomness import numpy_rng
 
@@ -107,13 +107,9 @@ def measured(model: Model, codes: Tensor, pairs: list[tuple[int, int]], weights,
 
     `weights` run from 0 to 1; bones that stand in several pairs are drawn once. NaN where no contours are found.
     """
-    ends = sorted({i for pair in pairs for i in pair})
     between = [line(codes[i], codes[j], weights[1:-1]) for i, j in pairs]
-    found = each_measured(model, torch.cat([codes[ends], *between]), seed, read)
-    values = np.array([[reading.traits[trait] for trait in TRAITS] for reading in found])
-    at, inner = dict(zip(ends, values, strict=False)), values[len(ends) :].reshape(len(pairs), -1, len(TRAITS))
-    paths = np.stack([np.vstack([at[i], part, at[j]]) for (i, j), part in zip(pairs, inner, strict=True)])
-    return {trait: paths[..., k] for k, trait in enumerate(TRAITS)}
+    paths = along(model, codes, pairs, between, seed, read)
+    return {trait: np.array([[reading.traits[trait] for reading in path] for path in paths]) for trait in TRAITS}
 
 
 def staying(values: np.ndarray, patients: list[tuple[str, str]], tolerance: float, *, seed: int, draws: int) -> list:
@@ -138,3 +134,20 @@ def staying(values: np.ndarray, patients: list[tuple[str, str]], tolerance: floa
         {"": name} | pair_mean(numbers, patients, rng=numpy_rng(seed, "staying", name), draws=draws)
         for name, numbers in shares.items()
     ]
+
+
+def summary(rows: list[dict], by: str, *, seed: int, draws: int) -> list[dict]:
+    """Mean and interval by patient of every number in `rows`, one row a path, for each value of the column `by`.
+
+    Rows name their patients in the columns first and last.
+    """
+    measures = [key for key, value in rows[0].items() if isinstance(value, float)]
+    table = []
+    for name in dict.fromkeys(row[by] for row in rows):
+        group = [row for row in rows if row[by] == name]
+        patients = [(row["first"], row["last"]) for row in group]
+        for measure in measures:
+            rng = numpy_rng(seed, "summary", name, measure)
+            found = pair_mean([row[measure] for row in group], patients, rng=rng, draws=draws)
+            table.append({by: name, "measure": measure} | found)
+    return table

@@ -1,0 +1,175 @@
+"""Styles of two bones in one: crossings, what each style carries, and what injecting a second contrast changes
+(Angermann et al. 2023, section 4.3; Fetty et al. 2020, style transfer).
+
+A code with several styles is (styles, width), from coarse to fine; `synthesize` takes (n, styles, width).
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bonelib import InputError
+from bonelib.evaluation.attributes import COARSE_MM
+from bonelib.evaluation.compartments import overlap, read
+from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.pairs import pair_mean
+from bonelib.latent.codes import along, each_measured
+from bonelib.latent.models import Model
+from bonelib.params import Preprocess
+from bonelib.processes import workers
+from bonelib.randomness import numpy_rng
+from bonelib.scans.phantom import make_radius
+from bonelib.scans.population import LIMITS
+from bonelib.scans.preprocessing import preprocess, to_unit
+from bonelib.scans.scanner import scan
+from bonelib.scans.volumes import Volume, mirrored
+
+UNSEEN = 100_000  # twins are patients of the phantom's from this number on, whom no cohort holds
+NOTHING = float("nan")
+CARRIED = ("Tt.Ar", "Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
+OUTLINE = "outline"
+
+
+def crossed(source: Tensor, target: Tensor, first: int) -> Tensor:
+    """Codes (..., styles, width) whose `first` styles are the source's, and the others the target's: x^a of section
+    4.3 is drawn from `crossed(w_s, w_t, a)`. Raises `InputError` for codes of one style, and a number beyond them."""
+    if source.dim() < 2 or source.shape[-2] < 2:
+        raise InputError(f"a code of the shape {tuple(source.shape)} has one style, and nothing in it can be crossed")
+    if not 0 <= first <= source.shape[-2]:
+        raise InputError(f"{first} styles of the source were asked for; accepted are 0 to {source.shape[-2]}")
+    return torch.cat([source[..., :first, :], target[..., first:, :]], -2)
+
+
+def crossings(styles: int, published, of: int) -> list[int]:
+    """The `published` numbers of styles out of `of`, scaled to `styles`: each once, rising, and none without a mix."""
+    return sorted({min(max(round(a * styles / of), 1), styles - 1) for a in published})
+
+
+def opposite_pairs(values, patients, share: float, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """`count` pairs (source, target) at random: a source among the lowest `share` of `values` (n,), a target among the
+    highest, of two patients. NaN values are left out. Raises `InputError` where there is no such pair."""
+    values = np.asarray(values, float)
+    known = np.flatnonzero(np.isfinite(values))
+    low, high = np.quantile(values[known], [share, 1 - share]) if len(known) else (NOTHING, NOTHING)
+    pairs = [
+        (int(i), int(j))
+        for i in known
+        for j in known
+        if values[i] <= low and values[j] >= high and values[i] < values[j] and patients[i] != patients[j]
+    ]
+    if not pairs:
+        raise InputError(f"{len(known)} known values hold no low and high one of two patients; more are needed")
+    return [pairs[k] for k in rng.permutation(len(pairs))[:count]]
+
+
+def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, trait: str, seed: int) -> list[dict]:
+    """One row for every pair (source, target) and every number of styles that are the source's, from 0 to all.
+
+    `overlap with source`: voxels within both outer contours over those within either, of the mix and the source;
+    `overlap with target` likewise; `distance to target`: absolute difference of `trait` from the target's, in its own
+    unit; `distance to source` likewise. NaN where no contours are found.
+    """
+    count = codes.shape[1]
+    mixes = [torch.stack([crossed(codes[i], codes[j], a) for a in range(count - 1, 0, -1)]) for i, j in pairs]
+    rows = []
+    for (i, j), readings in zip(pairs, along(model, codes, pairs, mixes, seed, read), strict=True):
+        source, target = readings[0], readings[-1]
+        for a, mix in zip(range(count, -1, -1), readings, strict=True):
+            numbers = {
+                "overlap with source": overlap(mix.outline, source.outline),
+                "overlap with target": overlap(mix.outline, target.outline),
+                "distance to target": abs(mix.traits[trait] - target.traits[trait]),
+                "distance to source": abs(mix.traits[trait] - source.traits[trait]),
+            }
+            rows.append({"styles of source": a, "first": patients[i], "last": patients[j]} | numbers)
+    return sorted(rows, key=lambda row: row["styles of source"])
+
+
+def traits_and_outline(volume: Volume) -> tuple[dict[str, float], np.ndarray]:
+    """`CARRIED` of one bone (NaN where there are no contours), and the mask within its outer contour."""
+    outline = read(volume).outline
+    found = measure(volume) if outline.any() else {}
+    return {trait: found.get(trait, NOTHING) for trait in CARRIED}, outline
+
+
+def swaps(model: Model, codes: Tensor, pairs: list[tuple[int, int]], seed: int) -> dict[str, np.ndarray]:
+    """What changes in the first bone of a pair when one style after the other, or every style, is the second's.
+
+    For every attribute of `CARRIED` the differences (pairs, styles + 1), the last column those of the whole other bone;
+    for `OUTLINE` the share of voxels within either outer contour that lies in one of them alone.
+    """
+    count = codes.shape[1]
+    ones = sorted({i for pair in pairs for i in pair})
+    swapped = [crossed(crossed(codes[i], codes[j], k), codes[i], k + 1) for i, j in pairs for k in range(count)]
+    found = each_measured(model, torch.cat([codes[ones], torch.stack(swapped)]), seed, traits_and_outline)
+    whole, parts = dict(zip(ones, found, strict=False)), found[len(ones) :]
+    changes = {trait: np.full((len(pairs), count + 1), NOTHING) for trait in (*CARRIED, OUTLINE)}
+    for row, (i, j) in enumerate(pairs):
+        own, outline = whole[i]
+        for k, (traits, other) in enumerate([*parts[row * count : (row + 1) * count], whole[j]]):
+            changes[OUTLINE][row, k] = 1 - overlap(outline, other)
+            for trait in CARRIED:
+                changes[trait][row, k] = traits[trait] - own[trait]
+    return changes
+
+
+def carried(changes: dict[str, np.ndarray], names: list[tuple[str, str]], *, seed: int, draws: int) -> list[dict]:
+    """Which style carries which attribute: one row each, with value, low, high, N and patients.
+
+    The mean squared change when this style alone is another bone's, over the mean squared difference of the two bones,
+    which is twice the variance of the attribute. 1: the style decides it alone; 0: it has no say. Over the styles the
+    shares add up to 1 only if they act independently. `names` are the two patients of every pair.
+    """
+    rows = []
+    for trait, values in changes.items():
+        known = np.where(np.isfinite(values).all(axis=1)[:, None], values, NOTHING) ** 2
+        for k in range(values.shape[1] - 1):
+            rng = numpy_rng(seed, "carried", trait, k)
+            share = pair_mean(known[:, k], names, over=known[:, -1], rng=rng, draws=draws)
+            rows.append({"attribute": trait, "style": k + 1} | share)
+    return rows
+
+
+def injected(draw, source: Tensor, target: Tensor, images: Tensor, intensity) -> np.ndarray:
+    """Mean absolute error (n, styles + 1) in mg HA/cm3 of the bones drawn with the target's styles from the a-th on.
+
+    Column a keeps a styles of the source: column 0 is the target alone, the last the source alone. `source` and
+    `target` are (n, styles, width), `images` (n, 1, z, y, x) in [0, 1] what should come out, such as the source's bone
+    in the target's contrast (Fetty et al. 2020); `draw` maps codes to such images, `intensity` are the densities of 0
+    and 1.
+    """
+    columns = []
+    for a in range(source.shape[1] + 1):
+        with torch.no_grad():
+            columns.append((draw(crossed(source, target, a)) - images).abs().flatten(1).mean(1))
+    return torch.stack(columns, 1).numpy() * (intensity[1] - intensity[0])
+
+
+def twins(count: int, mineral: float, how: Preprocess, spacing_mm: float, seed: int) -> np.ndarray:
+    """Phantoms in two contrasts (2, count, z, y, x) in [0, 1]: as they are, and with `mineral` times the density of
+    both compartments, or the least that a phantom may have, in an otherwise equal bone, pose and scan. No cohort
+    holds these patients.
+
+    They are drawn on voxels of up to `COARSE_MM`, `spacing_mm` times a power of two, scanned and preprocessed as `how`
+    says, and cut to a stack from the middle.
+    """
+    step = 2 ** int(math.log2(max(1.0, COARSE_MM / spacing_mm)))
+    shape = tuple(n // (how.subsample * step) for n in how.shape)
+    coarse = how.model_copy(update=dict(shape=shape, subsample=1, stack_slices=how.stack_slices // step))
+    with workers() as pool:
+        jobs = [pool.submit(_twins, k, mineral, coarse, spacing_mm * step, seed) for k in range(count)]
+        return np.stack([job.result() for job in jobs], 1)
+
+
+def _twins(number, mineral, how, voxel_mm, seed) -> np.ndarray:
+    patient, stacks = UNSEEN + number, []
+    volume, truth = make_radius(seed, voxel_mm=voxel_mm, patient=patient)
+    poorer = {name: max(mineral * truth[name], LIMITS[name][0]) for name in ("Tb.BMD", "Ct.BMD")}
+    for bone in (volume, make_radius(seed, voxel_mm=voxel_mm, patient=patient, **poorer)[0]):
+        seen = scan(bone, numpy_rng(seed, "noise of twins", patient), noise_sd=truth["noise_sd"])
+        voxels = preprocess(mirrored(seen) if seen.side == "left" else seen, how).voxels
+        start = (len(voxels) - how.stack_slices) // 2
+        stacks.append(to_unit(voxels[start : start + how.stack_slices], how.intensity))
+    return np.stack(stacks).astype(np.float32)
