@@ -13,6 +13,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.evaluation.attributes import COARSE_MM
 from bonelib.latent.models import Model, calibrated
+from bonelib.networks.encoder import trunk
 from bonelib.processes import workers
 from bonelib.randomness import torch_rng
 from bonelib.scans.dataset import Stacks
@@ -49,17 +50,6 @@ def scan_of(data: Stacks, row: dict) -> Volume:
     return calibrated(data.pooled(found[:1], 0)[0, 0].float().numpy(), {"unit": "mgHA"} | data.meta)
 
 
-def levels(model: Model) -> int:
-    """How many levels of detail refine what the generator itself draws."""
-    return model.config.get("detail", {}).get("levels", 0)
-
-
-def trunk(model: Model) -> Callable[[Tensor], Tensor]:
-    """Codes (n, *code) to the volumes (n, 1, z, y, x) that the generator itself draws, without detail and noise."""
-    stage = model.generator.stages - levels(model)
-    return lambda codes: model.generator.synthesize(codes, stage)
-
-
 def draw_bone(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> Volume:
     """The bone of one code in mg HA/cm3, on the grid of the scans or, up to `voxel_mm`, on a coarser one.
 
@@ -68,10 +58,11 @@ def draw_bone(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> V
     """
     data = model.config["data"]
     halvings = int(math.log2(max(1.0, voxel_mm / min(data["spacing_mm"]))))
-    skipped = min(levels(model), halvings)
+    stages = model.generator.stages
+    skipped = min(stages - trunk(model.generator).stages, halvings)
     with torch.inference_mode():
         noise = torch_rng(seed, "noise of codes")
-        values = model.generator.synthesize(code[None], model.generator.stages - skipped, noise=noise)[0, 0].numpy()
+        values = model.generator.synthesize(code[None], stages - skipped, noise=noise)[0, 0].numpy()
     volume = calibrated(values, data | {"spacing_mm": [mm * 2**skipped for mm in data["spacing_mm"]]})
     return subsample(volume, 2 ** (halvings - skipped))
 
