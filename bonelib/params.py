@@ -155,13 +155,39 @@ class Augment(Section):
     zoom: Annotated[float, Field(ge=1)] = 1.15
 
 
+class Adaptive(Section):
+    """Adaptive augmentation (see `training.adaptive`).
+
+    The probability of every change is steered so that the critic's mean sign, of real over generated volumes in pairs,
+    stays near `target`; it may rise from 0 to 1 in `ramp` samples.
+    """
+
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    ramp: Count
+
+
+class Snapshots(Section):
+    """From which weights a training's best are chosen, by measurement (see `evaluation.selection`).
+
+    The generator, or its running average, is kept `number` times, evenly over the last `part` of the last stage and at
+    its end. `samples` of each are compared with the bones of a share of the training patients, `validation`, who are
+    set apart.
+    """
+
+    number: Annotated[int, Field(ge=2)]
+    part: Annotated[float, Field(gt=0, le=1)] = 0.5
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    samples: Annotated[int, Field(ge=4)] = 200
+    draws: Annotated[int, Field(ge=2)] = 200
+
+
 class Train(Section):
     """One model and how it is trained.
 
     Not in the paper: `loss` relativistic, which pairs real and generated volumes and holds the critic's slope at both
     towards zero with the weight `penalty` (its gamma); `ema`, the half-life of the generator's running average in
-    updates (0 is none); and `haar`, which lets both networks work on the Haar bands of volumes twice as fine as their
-    grids.
+    updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes twice as fine as their
+    grids; `adaptive` augmentation; and `snapshots` to choose from.
     """
 
     generator: Generator
@@ -177,12 +203,18 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0)] = 0.0
     haar: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    adaptive: Adaptive | None = None
+    snapshots: Snapshots | None = None
 
     @model_validator(mode="after")
     def _stages(self):
-        n = len(self.schedule.samples)
+        n, plan = len(self.schedule.samples), self.schedule
         if not len(self.generator.widths) == len(self.critic.widths) == n + 1:
             raise ValueError(f"{n} stages need {n + 1} widths in generator and critic")
+        if self.adaptive and self.loss != "relativistic":
+            raise ValueError(f"adaptive is steered by pairs of scores, which loss relativistic has and {self.loss} not")
+        if self.snapshots and plan.fade[-1] > (1 - self.snapshots.part) * plan.samples[-1]:
+            raise ValueError(f"snapshots.part {self.snapshots.part} reaches into the fade-in of the last stage")
         return self
 
 

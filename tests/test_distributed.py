@@ -38,6 +38,8 @@ STYLEGAN = PROGAN | dict(
     haar=True,
     loss="relativistic",
     penalty=1.0,
+    adaptive=dict(target=0.1, ramp=50),
+    snapshots=dict(number=2),
 )
 MODELS = dict(progan=PROGAN, stylegan=STYLEGAN)
 TIMEOUT_S = 60

@@ -1,5 +1,6 @@
 """Losses by hand, Appendix B as a table, and training that continues bit for bit."""
 
+import csv
 import json
 import os
 import signal
@@ -10,9 +11,9 @@ import torch
 
 from bonelib import InputError
 from bonelib.networks import build_critic
-from bonelib.params import Augment, CriticNet, Schedule, Train, check_file, section
-from bonelib.scans.dataset import Stacks, augmented, order
-from bonelib.training import checkpoint, loop, losses, schedule
+from bonelib.params import Adaptive, Augment, CriticNet, Schedule, Train, check_file, section
+from bonelib.scans.dataset import Stacks, augmented, order, set_apart
+from bonelib.training import adaptive, checkpoint, loop, losses, schedule
 
 PAPER = Schedule(samples=(180_000, *[360_000] * 4), fade=(0, *[180_000] * 4), batch=(24, 24, 12, 6, 3))
 SMALL = dict(
@@ -23,7 +24,9 @@ SMALL = dict(
     rate=4e-3,
     ema=2,
 )
-RELATIVISTIC = SMALL | dict(loss="relativistic", penalty=1.0)
+RELATIVISTIC = SMALL | dict(
+    loss="relativistic", penalty=1.0, adaptive=dict(target=0.1, ramp=100), snapshots=dict(number=3, validation=0.2)
+)
 
 
 @pytest.fixture
@@ -165,6 +168,13 @@ def run(stacks, folder, how, **more):
     )
 
 
+def same_files(one, other, count):
+    files = sorted(path.relative_to(one) for path in one.glob("**/*.*"))
+    assert files == sorted(path.relative_to(other) for path in other.glob("**/*.*")) and len(files) == count
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("how", [SMALL, RELATIVISTIC], ids=["wasserstein", "relativistic"])
 def test_a_killed_training_continues_bit_for_bit(how, stacks, tmp_path, monkeypatch):
     run(stacks, tmp_path / "whole", how)
@@ -183,8 +193,7 @@ def test_a_killed_training_continues_bit_for_bit(how, stacks, tmp_path, monkeypa
             run(stacks, tmp_path / "killed", how)
         monkeypatch.setattr(checkpoint, "save_state", save)
     run(stacks, tmp_path / "killed", how)
-    for name in ("generator.safetensors", "critic.safetensors", "growth.safetensors", "curves.csv", "config.json"):
-        assert (tmp_path / "whole/model" / name).read_bytes() == (tmp_path / "killed/model" / name).read_bytes(), name
+    same_files(tmp_path / "whole/model", tmp_path / "killed/model", 5 + 3 * ("snapshots" in how))
 
 
 def test_a_training_that_is_asked_to_stop_saves_itself(stacks, tmp_path, monkeypatch):
@@ -215,8 +224,128 @@ def test_an_update_without_a_finite_gradient_is_left_out(stacks, tmp_path, monke
     assert loop.step(adam, weight.sum(), clip=2) and not torch.equal(weight, torch.ones(3))
     monkeypatch.setattr(losses, "generator_loss", lambda on_fake: on_fake.mean() * float("inf"))
     monkeypatch.setattr(loop, "LEFT_OUT", 0)
-    with pytest.raises(InputError, match="diverged at 8 samples"):
+    with pytest.raises(InputError, match="diverged at 8 samples, even with 1/4 of the rate"):
         run(stacks, tmp_path, SMALL)
+
+
+def spoiled_above(rate, after, monkeypatch):
+    """Losses of the generator that are not finite from update `after` on, as long as the rate is above `rate`."""
+    step = loop.step
+
+    def spoil(adam, loss, *args):
+        group = adam.param_groups[0]
+        generators = group["eps"] == 1e-7
+        steps = int(adam.state[group["params"][0]]["step"]) if adam.state else 0
+        bad = generators and steps >= after and group["lr"] > rate
+        return step(adam, loss * float("nan") if bad else loss, *args)
+
+    monkeypatch.setattr(loop, "step", spoil)
+    monkeypatch.setattr(loop, "LEFT_OUT", 0)
+
+
+def test_a_training_that_diverges_goes_back_with_half_the_rate_bit_for_bit(stacks, tmp_path, monkeypatch):
+    spoiled_above(1.5e-3, 4, monkeypatch)  # the rate is 4e-3 at first, so it takes two halvings
+    monkeypatch.setattr(loop, "MARKS", 5)
+    how, said, rates = section(Train, RELATIVISTIC, "train"), [], []
+
+    def train(folder):
+        where = dict(state=folder / "state", seed=3)
+        loop.train(how, stacks, folder / "model", say=lambda text, **_: said.append(text), **where)
+        return folder / "model"
+
+    whole = train(tmp_path / "whole")
+    back = [text for text in said if "diverged" in text]
+    assert back == [
+        "diverged at 40 samples; goes back to 24, with 1/2 of the rate",
+        "diverged at 40 samples; goes back to 24, with 1/4 of the rate",
+    ]
+    save = checkpoint.save_state
+
+    def dying(folder, tensors, meta):
+        save(folder, tensors, meta)
+        rates.append(meta["halved"])
+        if len(rates) in (6, 9, 12):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_state", dying)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "killed")
+    same_files(whole, train(tmp_path / "killed"), 8)
+    assert {0, 1, 2} == set(rates)
+
+
+def test_snapshots_are_taken_where_the_schedule_says_and_augmentation_begins(stacks, tmp_path):
+    plan = section(Train, RELATIVISTIC, "train").schedule
+    counts = [schedule.snapshots(plan, 3, 0.5, seen) for seen in (0, 79, 80, 95, 96, 111, 112, 119)]
+    assert counts == [0, 0, 1, 1, 2, 2, 3, 3]
+    run(stacks, tmp_path, RELATIVISTIC)
+    names = sorted(path.name for path in (tmp_path / "model/candidates").iterdir())
+    assert names == ["0000000080.safetensors", "0000000096.safetensors", "0000000112.safetensors"]
+    table = list(csv.DictReader((tmp_path / "model/curves.csv").read_text().splitlines()))
+    assert float(table[0]["augmented"]) < max(float(row["augmented"]) for row in table) > 0.1
+    first, last = (tmp_path / "model/candidates" / names[i] for i in (0, -1))
+    assert last.read_bytes() == (tmp_path / "model/generator.safetensors").read_bytes() != first.read_bytes()
+
+
+def test_patients_set_apart_are_whole_and_no_training_sees_them(stacks, tmp_path, monkeypatch):
+    doubled = Stacks(stacks.volumes, [row for row in stacks.rows for _ in range(2)], stacks.meta)
+    apart = set_apart(doubled, 0.34)
+    splits = {split: {row["patient"] for row in apart.of(split)} for split in ("train", "validation", "held-out")}
+    assert [len(patients) for patients in splits.values()] == [4, 2, 2] and len(apart.of("validation")) == 4
+    assert set.union(*splits.values()) == {f"p{i}" for i in range(8)}
+    shuffled = Stacks(stacks.volumes, doubled.rows[::-1], stacks.meta)
+    assert {row["patient"] for row in set_apart(shuffled, 0.34).of("validation")} == splits["validation"]
+    pooled, seen = Stacks.pooled, set()
+
+    def watched(self, rows, halvings):
+        seen.update(row["patient"] for row in rows)
+        return pooled(self, rows, halvings)
+
+    monkeypatch.setattr(Stacks, "pooled", watched)
+    hidden = {row["patient"] for row in set_apart(stacks, 0.2).of("validation")}
+    short = dict(samples=[8, 32], fade=[0, 0], batch=[4, 4])
+    run(stacks, tmp_path, {**RELATIVISTIC, "schedule": short})
+    assert hidden and seen == {f"p{i}" for i in range(8)} - hidden
+
+
+def test_adaptive_changes_are_keyed_by_number_and_as_frequent_as_asked():
+    volumes = torch.rand(400, 1, 4, 36, 28)
+    changed = adaptive.augmented(volumes, "real", 0, 1, 5, 0.2)
+    same = (changed - volumes).abs().amax(dim=(1, 2, 3, 4)) < 1e-4
+    assert 0.8**5 - 0.08 < same.float().mean() < 0.8**5 + 0.08
+    assert adaptive.augmented(volumes, "real", 0, 1, 5, 0.0) is volumes
+    of_rank = adaptive.augmented(volumes[3:9:2], "real", 3, 2, 5, 0.2)
+    assert torch.allclose(of_rank, changed[3:9:2], atol=1e-6)
+    assert not torch.allclose(adaptive.augmented(volumes, "generated", 0, 1, 5, 0.2), changed)
+
+
+def test_adaptive_changes_keep_a_bone_a_bone_and_let_gradients_through():
+    y, x = torch.meshgrid(torch.arange(36) - 17.5, torch.arange(28) - 13.5, indexing="ij")
+    disc = (((y / 11) ** 2 + (x / 8) ** 2) < 1).float() * torch.tensor([0.2, 0.4, 0.6, 0.8])[:, None, None]
+    volumes = disc.expand(200, 1, 4, 36, 28).clone().requires_grad_()
+    changed = adaptive.augmented(volumes, "real", 0, 1, 5, adaptive.LIMIT)
+    weight = torch.autograd.grad(changed.square().sum(), volumes)[0].abs().sum(dim=(1, 2, 3, 4))
+    assert (weight > 0).all() and weight.isfinite().all()
+    profile = changed.detach().amax(dim=(3, 4))[:, 0]
+    upside_down = (profile[:, 0] > profile[:, 3]).float().mean()
+    assert 0.7 < upside_down < 0.9  # mirrored along the bone in a share of LIMIT
+    assert 0.2 < (changed.detach() > 0.3).float().sum() / (volumes.detach() > 0.3).float().sum() < 1.5
+    assert changed.min() > -0.3 and changed.max() < 1.3
+
+
+def test_the_probability_of_changes_is_steered_and_bounded():
+    how = Adaptive(target=0.6, ramp=100)
+    assert adaptive.steered(0.3, 0.7, 10, how) == pytest.approx(0.4)
+    assert adaptive.steered(0.3, 0.5, 10, how) == pytest.approx(0.2)
+    assert adaptive.steered(0.3, 0.6, 10, how) == 0.3 == adaptive.steered(0.3, float("nan"), 10, how)
+    assert adaptive.steered(0.02, 0.5, 10, how) == 0.0 and adaptive.steered(0.75, 0.9, 10, how) == adaptive.LIMIT
+
+
+def test_adaptive_augmentation_needs_pairs():
+    with pytest.raises(InputError, match="steered by pairs of scores, which loss relativistic has and wasserstein not"):
+        section(Train, {**RELATIVISTIC, "loss": "wasserstein"}, "train")
 
 
 def test_a_damaged_or_foreign_state_is_passed_over(stacks, tmp_path, monkeypatch):

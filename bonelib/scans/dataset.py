@@ -33,7 +33,7 @@ class Stacks:
     meta: dict
 
     def of(self, split: str) -> list[dict]:
-        """The rows of "train" or "held-out"."""
+        """The rows of "train" or "held-out" (or "validation", see `set_apart`)."""
         rows = [row for row in self.rows if row["split"] == split]
         if not rows:
             raise InputError(f"stacks.csv holds no stacks with split {split!r}")
@@ -97,6 +97,24 @@ def halved(stacks: Stacks, times: int) -> Stacks:
         shape=[n // block for n in stacks.meta["shape"]],
     )
     return Stacks(halves, rows, meta)
+
+
+def set_apart(stacks: Stacks, share: float) -> Stacks:
+    """The same stacks with a share of the training patients, at least one, in the split "validation" instead.
+
+    Who they are depends on their names alone. Raises `InputError` if nobody would be left to learn from.
+    """
+    patients = sorted(
+        {row["patient"] for row in stacks.of("train")}, key=lambda name: hashlib.sha256(name.encode()).digest()
+    )
+    chosen = set(patients[: max(1, round(share * len(patients)))])
+    if len(chosen) == len(patients):
+        raise InputError(f"stacks.csv: of {len(patients)} training patients, none is left beside those set apart")
+    rows = [
+        {**row, "split": "validation"} if row["split"] == "train" and row["patient"] in chosen else row
+        for row in stacks.rows
+    ]
+    return Stacks(stacks.volumes, rows, stacks.meta)
 
 
 def band_statistics(stacks: Tensor, bands: bool) -> Tensor:

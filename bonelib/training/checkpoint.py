@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,37 +78,46 @@ def asked_to_stop() -> Iterator[list[int]]:
 def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     """Keep a state of the training at `meta["seen"]` samples: tensors first, then the JSON that makes them valid.
 
-    Of the same training, by its `meta["fingerprint"]`, the newest are kept; those of others, which nothing would
-    continue in this folder any more, go, however far they had come.
+    Of the same training, by its `meta["fingerprint"]`, the newest are kept, and the newest with a true `meta["mark"]`,
+    to which it may go back; those of others, which nothing would continue in this folder any more, go, however far
+    they had come.
     """
     name = f"state-{meta['seen']:010d}"
     save_tensors(folder / f"{name}.safetensors", tensors)
     write_json(folder / f"{name}.json", {**meta, "sha256": digest(folder / f"{name}.safetensors")})
-    states = sorted(folder.glob("state-*.json"))
-    own = [path for path in states if _fingerprint(path) == meta["fingerprint"]]
-    for old in set(states) - set(own[-KEEP:]):
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    states = {path: _meta(path) for path in sorted(folder.glob("state-*.json"))}
+    own = [path for path, its in states.items() if its.get("fingerprint") == meta["fingerprint"]]
+    marked = [path for path in own if states[path].get("mark")]
+    _remove(set(states) - set(own[-KEEP:] + marked[-1:]))
 
 
-def _fingerprint(path: Path) -> str | None:
+def _meta(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError):
-        return None
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
-def load_state(folder: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict] | None:
-    """The newest whole state of the same parameters and data, or None. Damaged ones and others' are passed over."""
+def _remove(states: Iterable[Path]) -> None:
+    for path in states:
+        path.unlink()
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load_state(folder: Path, fingerprint: str, *, marked: bool = False) -> tuple[dict[str, Tensor], dict] | None:
+    """The newest whole state of the same parameters and data, or None. Damaged ones and others' are passed over.
+
+    `marked` asks for the newest with a mark, and removes those that are newer: the training goes back for good.
+    """
+    newer = []
     for path in sorted(folder.glob("state-*.json"), reverse=True):
-        tensors = path.with_suffix(".safetensors")
-        try:
-            meta = json.loads(path.read_text())
-            whole = meta["fingerprint"] == fingerprint and digest(tensors) == meta["sha256"]
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if whole:
+        tensors, meta = path.with_suffix(".safetensors"), _meta(path)
+        own = meta.get("fingerprint") == fingerprint and (meta.get("mark") or not marked)
+        if own and tensors.is_file() and digest(tensors) == meta.get("sha256"):
+            if marked:
+                _remove(newer)
             return load_file(tensors), meta
+        newer.append(path)
     return None
 
 

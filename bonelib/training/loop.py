@@ -18,6 +18,8 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,13 +27,13 @@ from torch import Tensor
 
 from bonelib import InputError, networks, pyramid, randomness, training
 from bonelib.networks import build_critic, build_generator
-from bonelib.params import Train, check_file, fingerprint, section
+from bonelib.params import Augment, Train, check_file, fingerprint, section
 from bonelib.provenance import code_hash
 from bonelib.pyramid import downsample, upsample
 from bonelib.randomness import Part, torch_rng
 from bonelib.scans import dataset
-from bonelib.scans.dataset import Stacks, augmented, band_statistics, halved, load_stacks, order
-from bonelib.training import checkpoint, distributed, losses, schedule
+from bonelib.scans.dataset import Stacks, augmented, band_statistics, halved, load_stacks, order, set_apart
+from bonelib.training import adaptive, checkpoint, distributed, losses, schedule
 from bonelib.training.distributed import Ranks
 
 STRIP = 8  # fixed latents whose samples are kept along the training
@@ -40,10 +42,27 @@ SAY_EVERY_S = 10.0
 CURVE_EVERY = 5  # generator updates between two points of the curves
 STRIP_PER_STAGE = 2
 LEFT_OUT = 20  # updates in a row without a finite gradient after which there is no hope
+MARKS = 20  # in a training, to which it can go back
+HALVINGS = 2  # of the rate, before a training that diverges is given up
 WATCHED = 16  # train and held-out stacks on which the critic's gap is read
 # A state made by other code is not continued
 CODE = code_hash(networks, training, dataset, pyramid, randomness)
 CURVES = ("seen", "update", "stage", "fade", "critic_loss", "distance", "slope", "generator_loss", "overfit")
+CURVES += ("sign", "augmented")  # of the scores of pairs; the probability of the adaptive augmentation
+
+
+@dataclass
+class Progress:
+    """How far a training is: with the tensors, all that the rest of it depends on."""
+
+    seen: int = 0  # samples, by the critic
+    update: int = 0  # of the generator
+    left_out: int = 0  # updates in a row without a finite gradient
+    halved: int = 0  # how often the rate was halved
+    p: float = 0.0  # probability of the adaptive augmentation
+    strip: list[int] | None = None  # the part of a stage in which the last samples of the fixed latents were kept
+    snapshots: list[int] = field(default_factory=list)  # samples seen at each
+    curves: list[list] = field(default_factory=list)
 
 
 def train(
@@ -59,9 +78,12 @@ def train(
 ) -> dict:
     """Train one model on the training stacks and write it to `folder`; returns the final entry of its curves.
 
-    Writes generator.safetensors (its running average where `ema` > 0), critic.safetensors, config.json, curves.csv
-    and growth.safetensors (samples of fixed latents along the training). Interrupted, the same call goes on from
+    Writes generator.safetensors (its running average where `ema` > 0), critic.safetensors, config.json, curves.csv,
+    growth.safetensors (samples of fixed latents along the training) and, where there are `snapshots`, what they kept as
+    candidates/SEEN.safetensors, for `evaluation.selection` to choose from. Interrupted, the same call goes on from
     the newest state in `state`, bit for bit: every random number is keyed by the seed and a running count.
+
+    A training that diverges goes back to its last mark, a state saved at a fixed number of samples, with half the rate.
 
     Where the stages end on a coarser grid than that of `data`, the rest is drawn by the trained networks in the folder
     `details`, which are copied into the model.
@@ -74,7 +96,7 @@ def train(
     ranks = ranks or distributed.alone()
     rank, size, device = ranks.rank, ranks.size, ranks.device
     distributed.check_batches(params.schedule, ranks)
-    say = say if rank == 0 else lambda *_, **__: None
+    say = partial(say, flush=True) if rank == 0 else lambda *_: None
     run = fingerprint(params, data.meta["data_hash"], seed, CODE)
     plan, end = params.schedule, schedule.total(params.schedule)
     stages = len(plan.samples)
@@ -83,10 +105,151 @@ def train(
     if coarser and details is not None and not (Path(details) / "detail.safetensors").is_file():
         raise InputError(f"{details}: no detail.safetensors; the stages end on a grid too coarse to do without")
     meta, data = data.meta, halved(data, coarser)
+    data = set_apart(data, params.snapshots.validation) if params.snapshots else data
     rows = {split: data.of(split) for split in ("train", "held-out")}
-    some = rows["train"][:: max(1, len(rows["train"]) // 64)]
-    statistics = torch.stack([band_statistics(data.pooled(some, stages - s - 1), params.haar) for s in range(stages)])
+    objects = build(params, data, seed, device)
+    generator, critic, average, adam_g, adam_c = objects.values()
+    weights = [*generator.parameters(), *critic.parameters()]
+    strip_latent = generator.sample_latent(STRIP, torch_rng(seed, "strip")).to(device)
 
+    lock = checkpoint.locked(state) if rank == 0 else contextlib.nullcontext()
+    with lock, checkpoint.asked_to_stop() as asked:
+        at, growth = begin(state, run, objects, ranks)
+        if at.seen:
+            say(f"continues at {at.seen} of {end} samples")
+        distributed.same_everywhere(weights, ranks, at.update)
+        pool, pooled_stage = {}, None
+        saved = said = time.monotonic()
+        said_seen = at.seen
+
+        def shown(volumes: Tensor, purpose: str) -> Tensor:
+            return adaptive.augmented(volumes, purpose, at.seen + rank, size, seed, at.p)
+
+        while at.seen < end:
+            now, begun = schedule.at(plan, at.seen), at.seen
+            batch = now.batch // size  # of this rank
+            if now.stage != pooled_stage:
+                # One stage finer than needed, so that rotations are interpolated before the last halving.
+                halvings = max(0, stages - now.stage - 1)
+                pool = {split: data.pooled(rows[split], halvings) for split in rows}
+                pooled_stage = now.stage
+            slices = data.meta["stack_slices"] >> (stages - now.stage)
+            real = partial(real_volumes, now=now, slices=slices, seed=seed, augment=params.augment, device=device)
+            for adam in (adam_g, adam_c):
+                adam.param_groups[0]["lr"] = params.rate * now.rate * 0.5**at.halved
+
+            # Critic: n_c updates, whose generated volumes are made in one batch, as the generator rests meanwhile
+            draws = Part(torch_rng(seed, "critic", at.update), rank, size)
+            latent = generator.sample_latent(params.n_critic * batch, draws).to(device)
+            with torch.no_grad():
+                fakes = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
+            sign = 0.0
+            for fake in fakes.split(batch):
+                x = real(pool["train"], at.seen + rank, batch, size)
+                pair = shown(x, "real"), shown(fake, "generated")
+                terms = losses.of_critic(params, critic, *pair, draws, now.stage, now.fade)
+                loss_c, on_real, on_fake, slope = terms
+                at.left_out = 0 if step(adam_c, loss_c, params.clip, ranks) else at.left_out + 1
+                sign += torch.sign(on_real - on_fake).mean().item() / params.n_critic
+                at.seen += now.batch
+
+            # Generator
+            draws = Part(torch_rng(seed, "generator", at.update), rank, size)
+            latent = generator.sample_latent(batch, draws).to(device)
+            critic.requires_grad_(False)
+            fake = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
+            pair = shown(x, "real beside it"), shown(fake, "to be improved")
+            loss_g = losses.of_generator(params, critic, *pair, now.stage, now.fade)
+            at.left_out = 0 if step(adam_g, loss_g, params.clip, ranks) else at.left_out + 1
+            critic.requires_grad_(True)
+
+            if at.left_out > LEFT_OUT:
+                diverged = at.seen
+                at, growth = go_back(at, state, run, objects, ranks)
+                say(f"diverged at {diverged} samples; goes back to {at.seen}, with 1/{2**at.halved} of the rate")
+                said, said_seen = time.monotonic(), at.seen
+                continue
+
+            follow(average, generator, params.ema, now.into // (params.n_critic * now.batch))
+            at.update += 1
+            distributed.same_everywhere(weights, ranks, at.update)
+            read = (loss_c, on_real.mean() - on_fake.mean(), slope.mean(), loss_g, sign)
+            *read, sign = distributed.means(read, ranks)
+            if params.adaptive:
+                at.p = adaptive.steered(at.p, sign, at.seen - begun, params.adaptive)
+            if at.update % CURVE_EVERY == 0 or at.seen >= end:
+                with torch.no_grad():
+                    scores = [critic(real(pool[s], at.seen, WATCHED), now.stage, now.fade).mean().item() for s in rows]
+                gap = scores[0] - scores[1]
+                at.curves.append([at.seen, at.update, now.stage, round(now.fade, 4), *read, gap, sign, at.p])
+            part = [now.stage, now.into * STRIP_PER_STAGE // plan.samples[now.stage - 1]]
+            if part != at.strip or at.seen >= end:
+                at.strip = part
+                with torch.no_grad():
+                    styles, noise = average.to_styles(strip_latent), torch_rng(seed, "strip noise")
+                    kept = average.synthesize(styles, now.stage, now.fade, noise)
+                growth[f"{at.seen:010d}"] = kept[:, 0].half().cpu()
+            if params.snapshots and snapshots_due(params, at.seen) > snapshots_due(params, begun):
+                at.snapshots.append(at.seen)
+                if rank == 0:
+                    checkpoint.save_tensors(snapshot(state, at.seen), average.state_dict())
+
+            clock = time.monotonic()
+            if clock - said > SAY_EVERY_S or at.seen >= end:
+                pace = (clock - said) / (at.seen - said_seen)
+                left = schedule.seconds_left(plan, at.seen, pace) / 60
+                say(
+                    f"stage {now.stage} fade {now.fade:.2f} | {at.seen}/{end} samples | {1 / pace:.1f}/s | "
+                    f"distance {read[1]:.2f} slope {read[2]:.2f} | about {left:.1f} min left"
+                )
+                said, said_seen = clock, at.seen
+            stop = any(distributed.means((bool(asked),), ranks))  # a request that reached one rank holds for all
+            mark = at.seen * MARKS // end > begun * MARKS // end and not at.left_out
+            if rank == 0 and (stop or mark or clock - saved > SAVE_EVERY_S) and at.seen < end:
+                saved = clock
+                save(state, run, at, objects, growth, mark=mark)
+            if stop and at.seen < end:
+                distributed.meet(ranks)  # when the state is saved
+                raise InputError(f"{state}: stopped on request at {at.seen} of {end} samples; run it again to go on")
+
+        if rank == 0:
+            candidates = [snapshot(state, seen) for seen in at.snapshots]
+            parts = dict(average=average, critic=critic, curves=at.curves, growth=growth, candidates=candidates)
+            write_model(folder, params, meta, run=run, details=details if coarser else None, **parts)
+    return dict(zip(CURVES, at.curves[-1], strict=True))
+
+
+def begin(state: Path, run: str, objects: dict, ranks: Ranks) -> tuple[Progress, dict[str, Tensor]]:
+    """Fill `objects` from the newest state, or save their start as the first mark; progress and strip of latents."""
+    found = distributed.from_first(checkpoint.load_state(state, run) if ranks.rank == 0 else None, ranks)
+    if not found and ranks.rank == 0:
+        save(state, run, Progress(), objects, {}, mark=True)
+        shutil.rmtree(snapshot(state, 0).parent, ignore_errors=True)
+    return restore(found, objects) if found else (Progress(), {})
+
+
+def go_back(lost: Progress, state: Path, run: str, objects: dict, ranks: Ranks) -> tuple[Progress, dict[str, Tensor]]:
+    """Fill `objects` from the last mark of a training that diverged, with half its rate; progress and strip of latents.
+
+    Raises `InputError` where the rate was halved often enough.
+    """
+    again = ranks.rank == 0 and lost.halved < HALVINGS
+    mark = distributed.from_first(checkpoint.load_state(state, run, marked=True) if again else None, ranks)
+    if not mark:
+        tried = f", even with 1/{2**lost.halved} of the rate" if lost.halved else ""
+        raise InputError(f"{state}: the training diverged at {lost.seen} samples{tried}; a lower rate may help")
+    at, growth = restore(mark, objects)
+    at.halved = lost.halved + 1
+    if ranks.rank == 0:
+        save(state, run, at, objects, growth, mark=True)
+    return at, growth
+
+
+def build(params: Train, data: Stacks, seed: int, device: torch.device) -> dict:
+    """What is trained, at its start: generator, critic, the generator's running average, and an optimiser for both."""
+    rows, stages = data.of("train"), len(params.schedule.samples)
+    some = rows[:: max(1, len(rows) // 64)]
+    statistics = torch.stack([band_statistics(data.pooled(some, stages - s - 1), params.haar) for s in range(stages)])
     torch.manual_seed(torch_rng(seed, "weights").initial_seed())
     generator = build_generator(params.generator, haar=params.haar, precision=params.precision)
     critic = build_critic(params.critic, haar=params.haar, precision=params.precision, statistics=statistics)
@@ -94,103 +257,49 @@ def train(
     average = new_average(generator)
     adam_g = torch.optim.Adam(generator.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=1e-7, fused=True)
     adam_c = torch.optim.Adam(critic.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=5e-5, fused=True)
-    objects = dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
-    strip_latent = generator.sample_latent(STRIP, torch_rng(seed, "strip")).to(device)
+    return dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
 
-    lock = checkpoint.locked(state) if rank == 0 else contextlib.nullcontext()
-    with lock, checkpoint.asked_to_stop() as asked:
-        seen, update, curves, growth, last_strip = 0, 0, [], {}, None
-        if found := distributed.from_first(checkpoint.load_state(state, run) if rank == 0 else None, ranks):
-            tensors, known = found
-            growth = {k.removeprefix("growth."): tensors.pop(k) for k in list(tensors) if k.startswith("growth.")}
-            checkpoint.unpack(tensors, **objects)
-            seen, update, curves, last_strip = (known[k] for k in ("seen", "update", "curves", "last_strip"))
-            say(f"continues at {seen} of {end} samples", flush=True)
-        distributed.same_everywhere([*generator.parameters(), *critic.parameters()], ranks, update)
-        pool, pooled_stage, left_out = {}, None, 0
-        saved = said = time.monotonic()
-        said_seen = seen
 
-        while seen < end:
-            now = schedule.at(plan, seen)
-            batch = now.batch // size  # of this rank
-            if now.stage != pooled_stage:
-                # One stage finer than needed, so that rotations are interpolated before the last halving.
-                halvings = max(0, stages - now.stage - 1)
-                pool = {split: data.pooled(rows[split], halvings) for split in rows}
-                pooled_stage = now.stage
-            for adam in (adam_g, adam_c):
-                adam.param_groups[0]["lr"] = params.rate * now.rate
+def real_volumes(
+    pool: Tensor,
+    first: int,
+    count: int,
+    every: int = 1,
+    *,
+    now: schedule.Moment,
+    slices: int,
+    seed: int,
+    augment: Augment | None,
+    device: torch.device,
+) -> Tensor:
+    """`count` real volumes, every `every`th from sample number `first`, on the grid of `slices` and as faded as now."""
+    stacks = pool[order(len(pool), first, count, seed, every)].to(device).float()
+    stacks = augmented(stacks, first, seed, augment, every)
+    if stacks.shape[2] > slices:
+        stacks = downsample(stacks)
+    return now.fade * stacks + (1 - now.fade) * upsample(downsample(stacks)) if now.fade < 1 else stacks
 
-            def real(split: str, first: int, count: int, every: int = 1, now=now, pool=pool) -> Tensor:
-                stacks = pool[split][order(len(pool[split]), first, count, seed, every)].to(device).float()
-                stacks = augmented(stacks, first, seed, params.augment, every)
-                if stacks.shape[2] > data.meta["stack_slices"] >> (stages - now.stage):
-                    stacks = downsample(stacks)
-                return now.fade * stacks + (1 - now.fade) * upsample(downsample(stacks)) if now.fade < 1 else stacks
 
-            # Critic: n_c updates, whose generated volumes are made in one batch, as the generator rests meanwhile
-            draws = Part(torch_rng(seed, "critic", update), rank, size)
-            latent = generator.sample_latent(params.n_critic * batch, draws).to(device)
-            with torch.no_grad():
-                fakes = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
-            for fake in fakes.split(batch):
-                x = real("train", seen + rank, batch, size)
-                terms = losses.of_critic(params, critic, x, fake, draws, now.stage, now.fade)
-                loss_c, on_real, on_fake, slope = terms
-                left_out = 0 if step(adam_c, loss_c, params.clip, ranks) else left_out + 1
-                seen += now.batch
+def save(state: Path, run: str, at: Progress, objects: dict, growth: dict, *, mark: bool) -> None:
+    """Save a state, to continue from and, if it is a mark, to go back to."""
+    tensors = checkpoint.pack(**objects) | {f"growth.{key}": value for key, value in growth.items()}
+    checkpoint.save_state(state, tensors, asdict(at) | dict(fingerprint=run, mark=mark))
 
-            # Generator
-            draws = Part(torch_rng(seed, "generator", update), rank, size)
-            latent = generator.sample_latent(batch, draws).to(device)
-            critic.requires_grad_(False)
-            fake = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
-            loss_g = losses.of_generator(params, critic, x, fake, now.stage, now.fade)
-            left_out = 0 if step(adam_g, loss_g, params.clip, ranks) else left_out + 1
-            critic.requires_grad_(True)
-            if left_out > LEFT_OUT:
-                raise InputError(f"{state}: the training diverged at {seen} samples; a lower rate may help")
-            follow(average, generator, params.ema, now.into // (params.n_critic * now.batch))
-            update += 1
-            distributed.same_everywhere([*generator.parameters(), *critic.parameters()], ranks, update)
 
-            read = distributed.means((loss_c, on_real.mean() - on_fake.mean(), slope.mean(), loss_g), ranks)
-            if update % CURVE_EVERY == 0 or seen >= end:
-                with torch.no_grad():
-                    gap = [critic(real(split, seen, WATCHED), now.stage, now.fade).mean().item() for split in rows]
-                curves.append([seen, update, now.stage, round(now.fade, 4), *read, gap[0] - gap[1]])
-            mark = [now.stage, now.into * STRIP_PER_STAGE // plan.samples[now.stage - 1]]
-            if mark != last_strip or seen >= end:
-                last_strip = mark
-                with torch.no_grad():
-                    styles = average.to_styles(strip_latent)
-                    kept = average.synthesize(styles, now.stage, now.fade, torch_rng(seed, "strip noise"))
-                growth[f"{seen:010d}"] = kept[:, 0].half().cpu()
-            clock = time.monotonic()
-            if clock - said > SAY_EVERY_S or seen >= end:
-                pace = (clock - said) / (seen - said_seen)
-                say(
-                    f"stage {now.stage} fade {now.fade:.2f} | {seen}/{end} samples | {1 / pace:.1f}/s | "
-                    f"distance {read[1]:.2f} slope {read[2]:.2f} | "
-                    f"about {schedule.seconds_left(plan, seen, pace) / 60:.1f} min left",
-                    flush=True,
-                )
-                said, said_seen = clock, seen
-            stop = any(distributed.means((bool(asked),), ranks))  # a request that reached one rank holds for all
-            if rank == 0 and (stop or clock - saved > SAVE_EVERY_S) and seen < end:
-                saved = clock
-                kept = checkpoint.pack(**objects) | {f"growth.{k}": v for k, v in growth.items()}
-                checkpoint.save_state(
-                    state, kept, dict(seen=seen, update=update, curves=curves, last_strip=last_strip, fingerprint=run)
-                )
-            if stop and seen < end:
-                distributed.meet(ranks)  # when the state is saved
-                raise InputError(f"{state}: stopped on request at {seen} of {end} samples; run it again to go on")
+def restore(found: tuple[dict[str, Tensor], dict], objects: dict) -> tuple[Progress, dict[str, Tensor]]:
+    """Fill `objects` from a saved state; returns its progress and the strip of fixed latents."""
+    tensors, meta = found
+    growth = {key.removeprefix("growth."): tensors.pop(key) for key in list(tensors) if key.startswith("growth.")}
+    checkpoint.unpack(tensors, **objects)
+    return Progress(**{key.name: meta[key.name] for key in fields(Progress)}), growth
 
-    if rank == 0:
-        write_model(folder, params, meta, average, critic, curves, growth, run, details if coarser else None)
-    return dict(zip(CURVES, curves[-1], strict=True))
+
+def snapshot(state: Path, seen: int) -> Path:
+    return state / "snapshots" / f"{seen:010d}.safetensors"
+
+
+def snapshots_due(params: Train, seen: int) -> int:
+    return schedule.snapshots(params.schedule, params.snapshots.number, params.snapshots.part, seen)
 
 
 def step(adam: torch.optim.Optimizer, loss: Tensor, clip: float, ranks: Ranks | None = None) -> bool:
@@ -225,20 +334,26 @@ def write_model(
     folder: Path,
     params: Train,
     meta: dict,
-    generator,
+    *,
+    average,
     critic,
     curves: list,
     growth: dict,
+    candidates: list[Path],
     run: str,
     details: str | Path | None,
 ) -> None:
-    """A model folder: weights, the JSON that says how to use them, curves and the growing strip."""
+    """A model folder: weights, the JSON that says how to use them, curves, the growing strip and what was kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_tensors(folder / "generator.safetensors", generator.state_dict())
+    checkpoint.save_tensors(folder / "generator.safetensors", average.state_dict())
     checkpoint.save_tensors(folder / "critic.safetensors", critic.state_dict())
     checkpoint.save_tensors(folder / "growth.safetensors", growth)
     with open(folder / "curves.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([CURVES, *curves])
+    shutil.rmtree(folder / "candidates", ignore_errors=True)
+    for path in candidates:
+        (folder / "candidates").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "candidates" / path.name)
     parts = ["generator", "critic"]
     content = {"run": run, "train": json.loads(params.model_dump_json()), "data": meta, "seen": curves[-1][0]}
     if details is not None:
@@ -273,7 +388,8 @@ def main() -> int:
                 raise InputError(f"{args.params}: no {kind} {name!r}; accepted are {', '.join(known)}")
         train_values = values["profiles"][args.profile]["train"][args.model]
         how = section(Train, train_values, f"profiles.{args.profile}.train.{args.model}")
-        data = load_stacks(args.stacks or out / "stacks", args.grades or out / "grading" / "grades.csv")
+        stacks, grades = args.stacks or out / "stacks", args.grades or out / "grading" / "grades.csv"
+        data = load_stacks(stacks, grades)
         to = args.to or out / "models" / args.model
         with distributed.joined(args.timeout) as ranks:
             who = f"{ranks}: " if ranks.size > 1 else ""
@@ -288,6 +404,9 @@ def main() -> int:
             )
             if ranks.rank == 0:
                 print(f"the model is in {to}")
+                if how.snapshots:
+                    command = f"python -m bonelib.evaluation.selection {to} --stacks {stacks} --grades {grades}"
+                    print(f"the best of its snapshots is chosen by {command}")
     except InputError as error:
         print(f"{who}{error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """The progressive schedule as a pure function of the samples seen (Angermann et al. 2023, Appendix B)."""
 
+import math
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,6 +34,12 @@ def at(plan: Schedule, seen: int) -> Moment:
     if seen > decay_from:
         rate *= max(0.02, (ends[-1] - seen) / (ends[-1] - decay_from))
     return Moment(stage + 1, fade, plan.batch[stage], rate, into)
+
+
+def snapshots(plan: Schedule, number: int, part: float, seen: int) -> int:
+    """How many of `number` snapshots are due after `seen` samples: evenly over the last `part` of the last stage."""
+    share = 1 - (total(plan) - seen) / (part * plan.samples[-1])  # of the way from the first to the last
+    return max(0, min(number, 1 + math.floor(share * (number - 1) + 1e-9))) if share >= 0 else 0
 
 
 def seconds_left(plan: Schedule, seen: int, seconds_per_sample: float) -> float:
