@@ -1,0 +1,228 @@
+"""Bones drawn to measure: what a step in latent space does to attributes, and the step that does what is asked.
+
+A *code* is what `synthesize` takes: (n, d), or (n, layers, d) with a style a layer. A *shift* is (n, d); it is added to
+all styles of a code alike. Whatever reads attributes is a function of codes, `read(codes) -> (n, attributes)`, which
+torch can differentiate.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bonelib import InputError
+from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge
+from bonelib.randomness import torch_rng
+
+BATCH = 64  # codes that are drawn at a time
+RANGE = (0.01, 0.99)  # quantiles of samples between which an attribute may be asked for
+PLAUSIBLE = 0.999  # share of samples that lie no farther out than a code may be moved
+REACH = 6.0  # length of a move in SDs of the latent distribution beyond which it is another bone
+TOLERANCE = 0.01  # of the range: where the closed loop stops
+STEPS = 16  # of the closed loop at most
+LONGEST, PARTS, ASIDE = 2.5, (1.0, 0.6, 0.3, 0.1), 0.3  # of its steps in SDs, parts of them, and how far these turn
+DAMPING = 3e-3  # of the mean squared effect, added before it is inverted
+
+
+class Instrument(NamedTuple):
+    """A generator whose attributes can be read and asked for.
+
+    `read(codes)` gives attributes `names` (n, k). `low`, `high` (k,): the calibrated range, outside of which nothing is
+    drawn. `mean` (d,), `spread` (d, d): of the generator's codes, a code is mean + spread @ white; `farthest`: the norm
+    of white that `PLAUSIBLE` of them do not exceed.
+    """
+
+    read: Callable[[Tensor], Tensor]
+    names: tuple[str, ...]
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    spread: Tensor
+    farthest: float
+
+    @property
+    def span(self) -> Tensor:
+        return self.high - self.low
+
+    def index(self, name: str) -> int:
+        if name not in self.names:
+            raise InputError(f"attribute {name!r} cannot be asked for; accepted are {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def distance(self, codes: Tensor) -> Tensor:
+        """How far out codes lie (n,): the norm of their white coordinates, of the mean style where there are several."""
+        return torch.linalg.solve(self.spread, (_flat(codes) - self.mean).T).norm(dim=0)
+
+
+def shifted(codes: Tensor, shift: Tensor) -> Tensor:
+    """Codes with a shift (n, d) or (d,) added to all their styles."""
+    return codes + (shift if codes.dim() == 2 or shift.dim() == 1 else shift[:, None])
+
+
+def reader(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
+    """`read(codes)` by a gauge on what the generator itself draws, without noise; `data` is of the model's config.json.
+
+    The levels of detail are left out: they keep the mean of every block of voxels, which is all that a gauge looks at.
+    """
+    own = getattr(generator, "generator", generator)
+    low, high = data["intensity"]
+    halvings = generator.stages - own.stages
+    spacing = [mm * 2**halvings for mm in data["spacing_mm"]]
+
+    def read(codes):
+        return gauge.read(low + (high - low) * own.synthesize(codes), spacing)
+
+    return read
+
+
+def readings(read: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
+    """Attributes of many codes (n, k), in batches and without gradients."""
+    with torch.no_grad():
+        return torch.cat([read(part) for part in codes.split(BATCH)])
+
+
+def jacobian(read: Callable[[Tensor], Tensor], codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Attributes (n, k) of codes, and their derivatives (n, k, d) by a shift."""
+    values, slopes = [], []
+    for part in codes.split(BATCH):
+        shift = torch.zeros(len(part), part.shape[-1], requires_grad=True)
+        found = read(shifted(part, shift))
+        parts = [torch.autograd.grad(column.sum(), shift, retain_graph=True)[0] for column in found.unbind(1)]
+        values.append(found.detach())
+        slopes.append(torch.stack(parts, 1))
+    return torch.cat(values), torch.cat(slopes)
+
+
+def calibrate(read, names, generator, *, seed: int, samples: int, truncation: float | None = None, within=None):
+    """An `Instrument` for a generator: range and plausible density from samples of its own, with their readings.
+
+    `within` (low, high), each (k,) with NaN for no bound, narrows the range, as to what a gauge was fitted on. Returns
+    the instrument, the codes (samples, d) and their readings (samples, k).
+    """
+
+    def drawn(n, purpose):
+        return generator.to_styles(generator.sample_latent(n, torch_rng(seed, purpose)), truncation).detach()
+
+    codes = drawn(samples, "codes of the range")
+    found = readings(read, codes)
+    many = drawn(8 * codes.shape[-1], "codes of the density")
+    mean, covariance = many.mean(0), torch.cov(many.T)
+    floor = 1e-3 * covariance.diagonal().mean()
+    spread = torch.linalg.cholesky(covariance + floor * torch.eye(len(mean)))
+    low, high = found[found.isfinite().all(1)].quantile(torch.tensor(RANGE), 0)
+    if within is not None:
+        low, high = torch.fmax(low, within[0]), torch.fmin(high, within[1])
+    made = Instrument(read, tuple(names), low, high, mean, spread, 0.0)
+    fresh = made.distance(drawn(8 * codes.shape[-1], "codes of the farthest"))
+    return made._replace(farthest=float(fresh.quantile(PLAUSIBLE))), codes, found
+
+
+class Moved(NamedTuple):
+    """A code (1, ...) after the closed loop, and what was `measured` (k,) on it.
+
+    `error`: the largest deviation from what was asked, in shares of the calibrated ranges; `length` of the move in SDs of
+    the latent distribution; `steps` taken.
+    """
+
+    code: Tensor
+    measured: Tensor
+    error: float
+    length: float
+    steps: int
+
+
+def closed_loop(tool: Instrument, code: Tensor, targets: Tensor, *, seed: int = 0, steps: int = STEPS) -> Moved:
+    """Move a code (1, ...) until its attributes are `targets` (k,), NaN where one may go anywhere.
+
+    Gauss-Newton on measured values: a step is the shortest, in SDs of the latent distribution, that corrects all errors
+    by the effects measured at the code, so that what is right already is held by their null space. Of its parts, and of
+    parts turned aside at random, the best is taken; what is read jumps where an outline opens or closes, and a way
+    around is needed then. No step leaves the plausible region (`Instrument`, `REACH`); a code that lies outside of it
+    may not move farther out. The best code of the way is returned, whether or not it is as asked.
+    """
+    asked, rng = targets.isfinite(), torch_rng(seed, "closed loop")
+    limit = max(tool.farthest, float(tool.distance(code)))
+
+    def errors(values):
+        return ((targets - values)[:, asked] / tool.span[asked]).nan_to_num(nan=torch.inf)
+
+    white = torch.zeros(1, code.shape[-1])
+    values = readings(tool.read, code)
+    best = Moved(code, values[0], float(errors(values).abs().max()), 0.0, 0)
+    for number in range(1, steps + 1):
+        if best.error <= TOLERANCE:
+            break
+        values, slopes = jacobian(tool.read, shifted(code, white @ tool.spread.T))
+        step = nearest((slopes[0] / tool.span[:, None])[asked] @ tool.spread, errors(values)[0])
+        step = step * min(1.0, LONGEST / float(step.norm()))
+        aside = torch.randn(len(PARTS), len(step), generator=rng) * ASIDE / len(step) ** 0.5
+        trials = white + torch.cat([torch.outer(torch.tensor(PARTS), step), torch.outer(torch.tensor(PARTS), step) + aside])
+        codes = shifted(code.expand(len(trials), *code.shape[1:]), trials @ tool.spread.T)
+        plausible = (trials.norm(dim=1) <= REACH) & (tool.distance(codes) <= limit)
+        found = readings(tool.read, codes)
+        miss = torch.where(plausible, errors(found).norm(dim=1), torch.inf)
+        if not miss.isfinite().any():
+            break
+        chosen = int(miss.argmin())
+        white, error = trials[chosen : chosen + 1], float(errors(found)[chosen].abs().max())
+        if error < best.error:
+            best = Moved(codes[chosen : chosen + 1], found[chosen], error, float(white.norm()), number)
+    return best
+
+
+def nearest(effect: Tensor, change: Tensor) -> Tensor:
+    """The shortest step (d,) whose `effect` (k, d) is `change` (k,), damped where effects are nearly the same."""
+    square = effect @ effect.T
+    square = square + DAMPING * square.diagonal().mean() * torch.eye(len(square))
+    return effect.T @ torch.linalg.solve(square, change)
+
+
+def move(tool: Instrument, code: Tensor, targets: dict[str, float], hold: bool = True) -> tuple[Tensor, dict[str, float]]:
+    """A code whose bone measures `targets`, {attribute: value in `UNITS`}, and what is measured on it, attribute by
+    attribute. With `hold` all attributes that are not named stay as they are on `code` (1, ...), a sample or a scan's.
+
+    Raises `InputError` for an unknown attribute, a target outside its calibrated range, and a target that is not met
+    within plausible latent density (to 2 % of the range): then nothing is drawn.
+    """
+    start = readings(tool.read, code)[0]
+    if not start.isfinite().all():
+        raise InputError("the bone of this code has no closed cortex and cannot be measured; take another code")
+    wanted = start.clone() if hold else torch.full_like(start, torch.nan)
+    for name, value in targets.items():
+        i = tool.index(name)
+        low, high, unit = float(tool.low[i]), float(tool.high[i]), UNITS.get(name, "")
+        if not low <= value <= high:
+            raise InputError(f"{name} {value:g} {unit} is outside of the calibrated range {low:.4g} to {high:.4g} {unit}")
+        wanted[i] = value
+    found = closed_loop(tool, code, wanted)
+    if found.error > 2 * TOLERANCE:
+        got = ", ".join(f"{name} {float(found.measured[tool.index(name)]):.4g}" for name in targets)
+        raise InputError(
+            f"no plausible bone near this one measures {targets}{' with all else held' if hold else ''}: reached were {got}"
+        )
+    return found.code, dict(zip(tool.names, found.measured.tolist(), strict=True))
+
+
+def save_instrument(tool: Instrument, gauge: Gauge, path: str | Path) -> None:
+    """Write all of an instrument but the generator, for `load_instrument`; safetensors."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: getattr(tool, key).contiguous() for key in ("low", "high", "mean", "spread")}
+    tensors |= {f"gauge.{key}": value.contiguous() for key, value in gauge._asdict().items()}
+    save_file(tensors | {"farthest": torch.tensor(tool.farthest)}, path)
+
+
+def load_instrument(path: str | Path, generator, data: dict) -> Instrument:
+    """The instrument that stage `attribute_editing` wrote, for the generator it was calibrated with."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; it is written by 08_attribute_editing")
+    tensors = load_file(path)
+    gauge = Gauge(**{key.removeprefix("gauge."): value for key, value in tensors.items() if key.startswith("gauge.")})
+    rest = {key: tensors[key] for key in ("low", "high", "mean", "spread")}
+    return Instrument(reader(generator, gauge, data), ATTRIBUTES, **rest, farthest=float(tensors["farthest"]))
+
+
+def _flat(codes: Tensor) -> Tensor:
+    return codes if codes.dim() == 2 else codes.mean(1)

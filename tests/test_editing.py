@@ -1,0 +1,159 @@
+"""Effects of directions, and bones drawn to measure, on a renderer whose attributes are known."""
+
+import numpy as np
+import pytest
+import torch
+
+from bonelib import InputError
+from bonelib.evaluation import gauge
+from bonelib.latent import editing, sefa
+from bonelib.randomness import torch_rng
+from tests.oracle import GRID, INTENSITY, SPACING, TRAITS, Oracle, render
+
+NAMES = ("Tt.Ar", "Tb.BMD", "Ct.BMD", "Ct.Th")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    oracle = Oracle(latent=12, entangled=True).float()
+
+    def read(codes):
+        found = oracle.attributes(codes)
+        return torch.stack([found[name] for name in NAMES], 1)
+
+    made, codes, found = editing.calibrate(read, NAMES, oracle, seed=1, samples=400)
+    assert codes.shape == (400, 12) and found.shape == (400, 4)
+    return made
+
+
+def test_sefa_equals_the_eigenvectors():
+    oracle = Oracle(latent=16, entangled=True)
+    weight = oracle.factorized_weight()
+    values, vectors = np.linalg.eigh((weight.T @ weight).numpy())
+    found = sefa.directions(weight, 8)
+    for i in range(8):
+        expected = vectors[:, -1 - i] * np.sign(vectors[np.abs(vectors[:, -1 - i]).argmax(), -1 - i])
+        assert np.abs(found.vectors[i].numpy() - expected).max() < 1e-6
+    assert np.allclose(found.values, values[::-1][:8], rtol=1e-5)
+    assert (found.vectors @ oracle.right).diagonal().abs().min() > 0.999
+    every = sefa.directions(weight, 16).vectors
+    assert torch.allclose(every @ every.T, torch.eye(16), atol=1e-5)
+
+
+def test_sefa_of_rows_of_length_one_differs_and_forgets_their_lengths():
+    weight = torch.randn(30, 6, generator=torch_rng(0, "weight"))
+    scaled = weight * torch.linspace(0.1, 3, 30)[:, None]
+    assert torch.allclose(
+        sefa.directions(weight, 6, normalise=True).vectors, sefa.directions(scaled, 6, normalise=True).vectors, atol=1e-5
+    )
+    assert not torch.allclose(sefa.directions(weight, 6).vectors, sefa.directions(scaled, 6).vectors, atol=1e-2)
+
+
+@pytest.mark.parametrize("weight, k", [(torch.ones(3), 1), (torch.ones(3, 4), 5), (torch.full((2, 2), torch.nan), 1)])
+def test_sefa_refuses(weight, k):
+    with pytest.raises(InputError):
+        sefa.directions(weight, k)
+
+
+def test_effects_at_a_code_are_the_derivatives(tool):
+    codes = torch.randn(3, 12, generator=torch_rng(0, "codes"))
+    values, slopes = editing.jacobian(tool.read, codes)
+    step = 1e-2 * torch.randn(12, generator=torch_rng(0, "step"))
+    change = tool.read(codes + step) - tool.read(codes - step)
+    assert torch.allclose(change / 2, slopes @ step, rtol=1e-2, atol=1e-3)
+    layered = codes[:, None].expand(-1, 3, -1)
+    assert torch.allclose(editing.jacobian(tool.read, layered)[1], slopes, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_a_bone_is_drawn_to_measure_and_keeps_the_rest(tool, layers):
+    code = 0.5 * torch.randn(1, 12, generator=torch_rng(2, "code"))
+    code = code[:, None].expand(-1, 3, -1) if layers else code
+    before = tool.read(code)[0]
+    wanted = float(tool.low[1] + 0.8 * tool.span[1])
+    moved, measured = editing.move(tool, code, {"Tb.BMD": wanted})
+    after = tool.read(moved)[0]
+    assert moved.shape == code.shape and abs(measured["Tb.BMD"] - wanted) < 0.01 * tool.span[1]
+    assert torch.allclose(after, torch.tensor([measured[name] for name in NAMES]), rtol=1e-4)
+    assert ((after - before).abs() / tool.span)[[0, 2, 3]].max() < 0.011
+    if layers:
+        assert torch.allclose(moved - code, (moved - code)[:, :1].expand_as(code))  # one shift for all styles
+    free, _ = editing.move(tool, code, {"Tb.BMD": wanted}, hold=False)
+    assert (free - code).norm() < (moved - code).norm()
+
+
+def test_what_cannot_be_drawn_is_refused(tool):
+    code = torch.zeros(1, 12)
+    for target in (2 * float(tool.high[1]), float(tool.low[1]) / 2):
+        with pytest.raises(InputError, match=r"Tb.BMD .* outside of the calibrated range"):
+            editing.move(tool, code, {"Tb.BMD": target})
+    with pytest.raises(InputError, match="'Tb.Sp' cannot be asked for"):
+        editing.move(tool, code, {"Tb.Sp": 1.0})
+    narrow = tool._replace(farthest=0.2)
+    with pytest.raises(InputError, match="no plausible bone near this one"):
+        editing.move(narrow, code, {"Tb.BMD": float(tool.high[1])})
+    nothing = tool._replace(read=lambda codes: torch.full((len(codes), 4), torch.nan))
+    with pytest.raises(InputError, match="no closed cortex"):
+        editing.move(nothing, code, {"Tb.BMD": float(tool.high[1])})
+
+
+def traits(n, seed=0, **fixed):
+    """Traits of `n` oracle bones, drawn as the oracle draws them."""
+    rng = torch_rng(seed, "traits")
+    drawn = {
+        name: change * torch.randn(n, generator=rng) if name in ("angle", "taper") else typical * (change * torch.randn(n, generator=rng)).exp()
+        for name, (typical, change, _) in TRAITS.items()
+    }
+    drawn |= {name: torch.full((n,), float(value)) for name, value in fixed.items()}
+    return {name.replace(".", "_"): values for name, values in drawn.items()}
+
+
+def density(found):
+    return INTENSITY[0] + (INTENSITY[1] - INTENSITY[0]) * render(**found)
+
+
+def test_a_gauge_reads_other_bones_than_it_was_fitted_on():
+    known, others = traits(120, 1, contrast=20), traits(60, 2, contrast=20)
+    table = torch.stack([known[name.replace(".", "_")] for name in gauge.FITTED], 1).numpy()
+    fitted = gauge.fit(gauge.features(density(known), [SPACING] * 3), table)
+    read = fitted.read(density(others), [SPACING] * 3)
+    seen = read.isfinite().all(1)
+    assert seen.float().mean() > 0.9
+    for i, name in enumerate(gauge.FITTED):
+        truth = others[name.replace(".", "_")][seen].numpy()
+        assert np.corrcoef(read[seen, i], truth)[0, 1] > 0.95, name
+    turned = torch.rad2deg(others["angle"])[seen].numpy()
+    assert abs(np.corrcoef(read[seen, 4], turned)[0, 1]) > 0.9
+
+
+def test_a_gauge_averages_fine_voxels_and_differentiates():
+    coarse = density(traits(4, 3, contrast=0)).requires_grad_()
+    found = gauge.features(coarse, [SPACING] * 3)
+    fine = coarse.detach().repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    assert torch.allclose(gauge.features(fine, [SPACING / 2] * 3), found.detach(), rtol=1e-4, atol=1e-3)
+    (slope,) = torch.autograd.grad(found[:, gauge.FEATURES.index("core")].sum(), coarse)
+    assert slope.abs().sum() > 0 and coarse.shape[2:] == GRID
+
+
+def test_a_gauge_refuses_what_it_cannot_read():
+    nothing = torch.zeros(2, 1, *GRID)
+    ring = density(traits(1, 4))
+    ring[:, :, :, 18:] = 0  # half of the cortex is missing
+    assert gauge.features(torch.cat([nothing, ring]), [SPACING] * 3).isnan().all()
+    with pytest.raises(InputError, match="too few for a gauge"):
+        gauge.fit(gauge.features(density(traits(5)), [SPACING] * 3), np.ones((5, 4)))
+
+
+def test_an_instrument_is_written_and_opened(tmp_path):
+    oracle = Oracle().float()
+    known = traits(40, 5)
+    table = torch.stack([known[name.replace(".", "_")] for name in gauge.FITTED], 1).numpy()
+    fitted = gauge.fit(gauge.features(density(known), [SPACING] * 3), table)
+    data = dict(intensity=INTENSITY, spacing_mm=[SPACING] * 3)
+    read = editing.reader(oracle, fitted, data)
+    made, codes, found = editing.calibrate(read, gauge.ATTRIBUTES, oracle, seed=1, samples=40)
+    editing.save_instrument(made, fitted, tmp_path / "instrument.safetensors")
+    again = editing.load_instrument(tmp_path / "instrument.safetensors", oracle, data)
+    assert torch.equal(again.read(codes).nan_to_num(), found.nan_to_num()) and torch.equal(again.low, made.low)
+    with pytest.raises(InputError, match="no such file"):
+        editing.load_instrument(tmp_path / "other", oracle, data)
