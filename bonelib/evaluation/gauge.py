@@ -1,8 +1,8 @@
 """A fast ruler for loops of thousands of bones: area, densities and cortex read on voxels of about a millimetre.
 
-On such voxels a cortex is one voxel thick and `morphometry` finds no contours. What can be read on them, sums of density
-in and about the bone, is differentiable; `fit` learns from measured scans how it goes with what `morphometry` reads on
-fine voxels. Whoever uses it owes the reader `agreement` on bones of patients that were not fitted.
+On such voxels a cortex is one voxel thick and `morphometry` finds no contours. What can be read on them, sums of
+density in and about the bone, is differentiable; `fit` learns from measured scans how it goes with what `morphometry`
+reads on fine voxels. How well it does must be shown on bones of patients that were not fitted (`agreement`).
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class Gauge(NamedTuple):
     high: Tensor
 
     def read(self, density: Tensor, spacing) -> Tensor:
-        """`ATTRIBUTES` (n, ...) of densities (n, 1, z, y, x) in mg HA/cm3, differentiable; NaN without a closed cortex."""
+        """`ATTRIBUTES` (n, 5) of densities (n, 1, z, y, x) in mg HA/cm3, differentiable; NaN if no cortex closes."""
         found = features(density, spacing)
         fitted = (_terms(found) @ self.powers).exp()
         return torch.cat([fitted, found[:, len(FEATURES) :]], 1)
@@ -53,8 +53,8 @@ def features(density: Tensor, spacing) -> Tensor:
     """What a coarse grid tells of bones (n, 1, z, y, x) in mg HA/cm3: (n, `FEATURES` and rotation), differentiable.
 
     area in mm2 and outline in mm of the soft outer contour; mean density of the core, of the rim about it per length of
-    outline (mg/cm3 mm), the rim's density weighted by itself, the mean density within; rotation in degrees. Which voxels
-    are looked at, the radius and not the ulna, is decided without a gradient. All are NaN without a closed cortex.
+    outline (mg/cm3 mm), the rim's density weighted by itself, the mean density within; rotation in degrees. Which
+    voxels are looked at, the radius and not the ulna, is decided without a gradient. NaN if no cortex closes.
     """
     spacing = list(spacing)
     while min(spacing) < GRID_MM and not any(n % 2 for n in density.shape[2:]):
@@ -147,3 +147,29 @@ def fit(found: Tensor, measured: np.ndarray) -> Gauge:
         raise InputError(f"{len(x)} measured scans are too few for a gauge; at least {LEAST * x.shape[1]} are needed")
     powers = torch.linalg.lstsq(x, y.log()).solution
     return Gauge(*(t.float() for t in (powers, y.amin(0), y.amax(0))))
+
+
+def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: int, draws: int) -> list[dict]:
+    """How a gauge's readings (n, ...) agree with what `morphometry` measured (n, `FITTED`): one row an attribute.
+
+    N scans and patients, correlation r, bias (read - measured) and SD of the error, r and bias with 95 % intervals by
+    resampling patients.
+    """
+    x, y = read[:, : len(FITTED)].double().numpy(), np.asarray(measured, float)
+    kept = np.isfinite(x).all(1) & np.isfinite(y).all(1)
+    names, patient = np.unique(np.asarray(patients)[kept], return_inverse=True)
+    x, y = x[kept], y[kept]
+    rng, members = numpy_rng(seed, "agreement"), [np.flatnonzero(patient == i) for i in range(len(names))]
+    some = [np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))]) for _ in range(draws)]
+    rows = []
+    for k, name in enumerate(FITTED):
+        found = {"attribute": name, "unit": UNITS[name], "N": len(x), "patients": len(names)}
+        for key, statistic in (("r", _correlation), ("bias", lambda a, b: float((a - b).mean()))):
+            low, high = np.nanquantile([statistic(x[i, k], y[i, k]) for i in some], [0.025, 0.975])
+            found |= {key: statistic(x[:, k], y[:, k]), f"{key} low": float(low), f"{key} high": float(high)}
+        rows.append(found | {"SD of error": float((x[:, k] - y[:, k]).std()), "SD": float(y[:, k].std())})
+    return rows
+
+
+def _correlation(a, b):
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else float("nan")

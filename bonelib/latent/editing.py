@@ -53,7 +53,7 @@ class Instrument(NamedTuple):
         return self.names.index(name)
 
     def distance(self, codes: Tensor) -> Tensor:
-        """How far out codes lie (n,): the norm of their white coordinates, of the mean style where there are several."""
+        """How far out codes lie (n,): the norm of their white coordinates, of the mean of several styles."""
         return torch.linalg.solve(self.spread, (_flat(codes) - self.mean).T).norm(dim=0)
 
 
@@ -123,8 +123,8 @@ def calibrate(read, names, generator, *, seed: int, samples: int, truncation: fl
 class Moved(NamedTuple):
     """A code (1, ...) after the closed loop, and what was `measured` (k,) on it.
 
-    `error`: the largest deviation from what was asked, in shares of the calibrated ranges; `length` of the move in SDs of
-    the latent distribution; `steps` taken.
+    `error`: the largest deviation from what was asked, in shares of the calibrated ranges; `length` of the move in SDs
+    of the latent distribution; `steps` taken.
     """
 
     code: Tensor
@@ -159,7 +159,9 @@ def closed_loop(tool: Instrument, code: Tensor, targets: Tensor, *, seed: int = 
         step = nearest((slopes[0] / tool.span[:, None])[asked] @ tool.spread, errors(values)[0])
         step = step * min(1.0, LONGEST / float(step.norm()))
         aside = torch.randn(len(PARTS), len(step), generator=rng) * ASIDE / len(step) ** 0.5
-        trials = white + torch.cat([torch.outer(torch.tensor(PARTS), step), torch.outer(torch.tensor(PARTS), step) + aside])
+        trials = white + torch.cat(
+            [torch.outer(torch.tensor(PARTS), step), torch.outer(torch.tensor(PARTS), step) + aside]
+        )
         codes = shifted(code.expand(len(trials), *code.shape[1:]), trials @ tool.spread.T)
         plausible = (trials.norm(dim=1) <= REACH) & (tool.distance(codes) <= limit)
         found = readings(tool.read, codes)
@@ -180,7 +182,9 @@ def nearest(effect: Tensor, change: Tensor) -> Tensor:
     return effect.T @ torch.linalg.solve(square, change)
 
 
-def move(tool: Instrument, code: Tensor, targets: dict[str, float], hold: bool = True) -> tuple[Tensor, dict[str, float]]:
+def move(
+    tool: Instrument, code: Tensor, targets: dict[str, float], hold: bool = True
+) -> tuple[Tensor, dict[str, float]]:
     """A code whose bone measures `targets`, {attribute: value in `UNITS`}, and what is measured on it, attribute by
     attribute. With `hold` all attributes that are not named stay as they are on `code` (1, ...), a sample or a scan's.
 
@@ -195,13 +199,15 @@ def move(tool: Instrument, code: Tensor, targets: dict[str, float], hold: bool =
         i = tool.index(name)
         low, high, unit = float(tool.low[i]), float(tool.high[i]), UNITS.get(name, "")
         if not low <= value <= high:
-            raise InputError(f"{name} {value:g} {unit} is outside of the calibrated range {low:.4g} to {high:.4g} {unit}")
+            raise InputError(
+                f"{name} {value:g} {unit} is outside of the calibrated range {low:.4g} to {high:.4g} {unit}"
+            )
         wanted[i] = value
     found = closed_loop(tool, code, wanted)
     if found.error > 2 * TOLERANCE:
         got = ", ".join(f"{name} {float(found.measured[tool.index(name)]):.4g}" for name in targets)
         raise InputError(
-            f"no plausible bone near this one measures {targets}{' with all else held' if hold else ''}: reached were {got}"
+            f"no plausible bone near this one measures {targets}{' with all else held' if hold else ''}; reached: {got}"
         )
     return found.code, dict(zip(tool.names, found.measured.tolist(), strict=True))
 
