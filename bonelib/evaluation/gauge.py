@@ -2,7 +2,8 @@
 
 On such voxels a cortex is one voxel thick and `morphometry` finds no contours. What can be read on them, sums of
 density in and about the bone, is differentiable; `fit` learns from measured scans how it goes with what `morphometry`
-reads on fine voxels. How well it does must be shown on bones of patients that were not fitted (`agreement`).
+reads on fine voxels. Of so thin a cortex, thickness and density are told apart in part only.
+How well it does must be shown on bones of patients that were not fitted (`agreement`).
 """
 
 from typing import NamedTuple
