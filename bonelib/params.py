@@ -218,6 +218,12 @@ class Train(Section):
         return self
 
 
+class Published(Section):
+    """A model of the store in the repository, by its hash (see `bonelib.published`), in place of a `Train` section."""
+
+    published: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
+
+
 class DetailLevels(Section):
     """Networks that draw a generator's volumes twice as fine, `levels` times; not in the paper, where there are none.
 
@@ -427,6 +433,10 @@ def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
         raise InputError(
             f"{path}: profile {values['profile']!r} does not exist; accepted are {', '.join(values['profiles'])}"
         )
+    known = values["profiles"][values["profile"]].get("train", {})
+    if missing := [model for model in values["models"] if model not in known]:
+        has = f"has no {missing[0]!r} in its section train; accepted are {', '.join(known) or 'none yet'}"
+        raise InputError(f"{path}: models: profile {values['profile']!r} {has}")
     source = section(Cohort, values["cohort"], "cohort").source
     if not Path(source).exists():
         raise InputError(
@@ -446,6 +456,9 @@ def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
                 section(PROFILE[key], content, where)
                 continue
             for model, values_of_model in content.items():
+                if "published" in values_of_model:
+                    section(Published, values_of_model, f"{where}.{model}")
+                    continue
                 how = section(Train, values_of_model, f"{where}.{model}")
                 levels = (profile.get("detail") or {}).get("levels", 0)
                 slices = profile["preprocess"]["stack_slices"]

@@ -12,7 +12,6 @@ from bonelib.evaluation import selection
 from bonelib.networks import build_critic, build_generator
 from bonelib.params import Train, section
 from bonelib.scans.dataset import Stacks, set_apart
-from bonelib.scans.tables import read_table
 from bonelib.training import checkpoint, loop
 
 HOW = dict(
@@ -64,7 +63,7 @@ def test_the_nearest_candidate_is_kept(place):
     config, kept = json.loads((folder / "config.json").read_text()), load_file(folder / "generator.safetensors")
     assert config["seen"] == 20 and config["sha256"]["generator"] == checkpoint.digest(folder / "generator.safetensors")
     assert all(torch.equal(value, kept[name]) for name, value in generators[20].state_dict().items())
-    assert [row["seen"] for row in read_table(folder / "candidates.csv")] == ["10", "20", "30"]
+    assert selection.measured(folder) == table and not selection.measured(folder / "candidates")
     with pytest.raises(InputError, match="candidates: no candidates"):
         selection.choose(folder, data, seed=1)
 
@@ -78,4 +77,5 @@ def test_neither_held_out_patients_nor_a_metric_without_an_interval_decide(place
     )
     table = selection.choose(folder, Stacks(unlike, data.rows, data.meta), seed=1)
     assert [row["seen"] for row in table if row["chosen"]] == [20]
+    assert selection.measured(folder)[0]["low"] is None
     assert table[0]["patients"] == 2 == len(set_apart(data, 0.1).of("validation")) and table[0]["low"] is None

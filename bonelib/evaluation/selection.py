@@ -23,7 +23,7 @@ from bonelib.networks import build_generator
 from bonelib.params import Train, check_file, section
 from bonelib.randomness import numpy_rng
 from bonelib.scans.dataset import Stacks, load_stacks, set_apart
-from bonelib.scans.tables import as_markdown, write_table
+from bonelib.scans.tables import as_markdown, read_table, write_table
 from bonelib.training.checkpoint import digest, write_json
 
 NAME = "kernel distance, random3d"
@@ -83,6 +83,13 @@ def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
     write_json(folder / "config.json", config)
     shutil.rmtree(folder / "candidates")
     return table
+
+
+def measured(folder: str | Path) -> list[dict]:
+    """The table that `choose` left in a model folder, as it returned it; empty where nothing was chosen."""
+    path = Path(folder) / "candidates.csv"
+    rows = read_table(path) if path.is_file() else []
+    return [{key: json.loads(value.lower()) if value else None for key, value in row.items()} for row in rows]
 
 
 def _pooled(data: Stacks, rows: list[dict], depth: int) -> np.ndarray:

@@ -1,0 +1,115 @@
+"""Weights in the repository: what is published can be fetched by a clone that has nothing else, and is checked."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bonelib import InputError, published
+from bonelib.networks import build_critic, build_generator
+from bonelib.params import Train, check_file, section
+from bonelib.training import checkpoint, loop
+
+ROOT = Path(__file__).parents[1]
+HOW = dict(
+    generator=dict(kind="progan", widths=[4, 4], latent=8),
+    critic=dict(widths=[4, 4]),
+    schedule=dict(samples=[8], fade=[0], batch=[4]),
+    n_critic=1,
+    rate=4e-3,
+)
+DATA = dict(spacing_mm=[0.1, 0.1, 0.1], intensity=[-500, 1500], shape=[2, 18, 14], stack_slices=2, data_hash="0")
+
+
+def write_model(folder):
+    how = section(Train, HOW, "train")
+    parts = dict(average=build_generator(how.generator), critic=build_critic(how.critic), curves=[[8]])
+    growth = {"0000000008": torch.zeros(1)}
+    loop.write_model(folder, how, DATA, **parts, growth=growth, candidates=[], run="0", details=None)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository in which a tiny model is published, and the hash that its publication gave."""
+    place = tmp_path_factory.mktemp("published")
+    for name in (".dvc/config", ".gitignore", "params.yaml", "bonelib/scans/phantom.py"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, place / name)
+    write_model(place / "model")
+    subprocess.run(["git", "init", "-q"], cwd=place, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        found = published.publish("model", "mine")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["add", "-A"], [*who, "commit", "-q", "-m", "published"]):
+        subprocess.run(["git", *command], cwd=place, check=True)
+    return place, found
+
+
+@pytest.fixture
+def inside(repository, monkeypatch):
+    monkeypatch.chdir(repository[0])
+    return repository[1]
+
+
+def test_a_clone_fetches_what_was_published(inside, monkeypatch, tmp_path):
+    sources = {path.name: path.read_bytes() for path in Path("model").iterdir()}
+    subprocess.run(["git", "clone", "-q", ".", tmp_path / "clone"], check=True)
+    monkeypatch.chdir(tmp_path / "clone")
+    assert not Path("published/mine").exists() and not Path(".dvc/cache").exists()
+    given = check_file()["profiles"]["published"]["train"]["mine"]
+    assert given == {"published": inside} and section(Train, HOW, "train") == published.fetch(
+        "mine", given, "out", DATA
+    )
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == sources
+    done = subprocess.run(["dvc", "pull", "-q", "published/mine.dvc"], capture_output=True, text=True)
+    assert done.returncode == 0 and Path("published/mine/generator.safetensors").is_file(), done.stderr
+
+
+def test_another_model_than_the_one_named_or_another_grid_is_refused(inside, tmp_path):
+    wrong = {"published": "0" * 32 + ".dir"}
+    with pytest.raises(InputError, match=f"train.mine.published: found {wrong['published']}, but .*holds {inside}"):
+        published.fetch("mine", wrong, tmp_path / "out", DATA)
+    with pytest.raises(InputError, match="published/yours.dvc: no published model"):
+        published.fetch("yours", wrong, tmp_path / "out", DATA)
+    other = {**DATA, "spacing_mm": [0.2, 0.2, 0.2]}
+    with pytest.raises(InputError, match=r"trained on spacing_mm \[0.1, 0.1, 0.1\], but that of the stacks is \[0.2"):
+        published.fetch("mine", {"published": inside}, tmp_path / "out", other)
+
+
+def test_what_is_no_whole_model_or_too_large_is_not_published(inside, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    write_model(folder)
+    (folder / "notes.pkl").write_bytes(b"")
+    with pytest.raises(InputError, match="notes.pkl: not a part of a published model"):
+        published.publish(folder, "mine")
+    (folder / "notes.pkl").unlink()
+    monkeypatch.setattr(published, "LARGEST", 1000)
+    with pytest.raises(InputError, match="config.json: 0.0 MB; accepted are at most 0 MB"):
+        published.publish(folder, "mine")
+    checkpoint.save_tensors(folder / "generator.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(InputError, match="generator.safetensors: not the weights whose hash config.json holds"):
+        published.publish(folder, "mine")
+    with pytest.raises(InputError, match="not a whole model folder"):
+        published.publish(tmp_path, "mine")
+
+
+def test_the_profile_names_the_models_that_the_repository_holds(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    named = check_file()["profiles"]["published"]["train"]
+    held = {}
+    for pointer in sorted(Path("published").glob("*.dvc")):
+        held[pointer.stem] = {"published": yaml.safe_load(pointer.read_text())["outs"][0]["md5"]}
+        assert all(path.stat().st_size <= published.LARGEST for path in published.stored(pointer))
+    assert named == held
+
+
+def test_a_model_that_is_replaced_leaves_nothing(inside, tmp_path):
+    before = {path for path in published.STORE.glob("*/*")}
+    write_model(tmp_path / "other")
+    assert published.publish(tmp_path / "other", "mine") != inside
+    after = set(published.STORE.glob("*/*"))
+    assert after == set(published.stored(Path("published/mine.dvc"))) and len(after) == len(before) and after != before
