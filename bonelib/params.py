@@ -285,16 +285,23 @@ class Grading(Section):
 
 
 class Quality(Section):
-    """How image quality is measured: `samples` of each model, and per model the `truncation` of its latents.
+    """How image quality is measured: `samples` of each model and setting, of which the first `measured` by the ruler.
 
-    `sweep` are the levels of Figures C.9 and C.10: bounds of the normal distribution for a ProGAN, shares of the way
-    from the mean style for a StyleGAN.
+    A setting is a model at a truncation of its codes: of Table 1 the two in `untruncated` and `truncation`, of Figures
+    C.9 and C.10 those of `sweep`: bounds of the normal distribution for a ProGAN, shares of the way from the mean style
+    for a StyleGAN. A model without entry takes that of its kind. `draws` are those of the intervals, `pairs` those
+    compared by MS-SSIM; `inception` and `medicalnet` are files of weights, looked for in the usual cache if null.
     """
 
-    samples: Count
+    samples: Annotated[int, Field(ge=8)]
+    measured: Annotated[int, Field(ge=2)] = 24
+    untruncated: dict[str, Positive] = {}
     truncation: dict[str, Positive] = {}
     sweep: dict[str, tuple[Positive, ...]] = {}
-    draws: Count = 200
+    draws: Annotated[int, Field(ge=2)] = 200
+    pairs: Count = 60
+    inception: str | None = None
+    medicalnet: str | None = None
 
 
 class Transition(Section):

@@ -205,10 +205,10 @@ def pipeline(tmp_path_factory):
 def test_the_pipeline_makes_what_it_promises(pipeline):
     out = pipeline / "out/tiny"
     metrics = json.loads((out / "metrics/04_image_quality.json").read_text())
-    for family in ("random3d", "spectrum"):
-        for name in ("kernel distance", "precision", "recall", "density", "coverage"):
-            keys = ("value", "low", "high", "real_against_real", "n_real", "n_fake")
-            assert all(isinstance(metrics[f"progan.{family}.{name}.{key}"], (int, float)) for key in keys)
+    for family in ("vgs", "random3d", "spectrum"):
+        for name in ("FD", "kernel distance", "precision", "recall", "density", "coverage", "C2ST"):
+            keys = ("value", "low", "high", "real_against_real", "n_real", "n_fake", "d")
+            assert all(isinstance(metrics[f"progan 1.8.{family}.{name}.{key}"], (int, float)) for key in keys)
     for picture in (
         "01_preprocess/figure1_bones",
         "01_preprocess/figure2_steps",

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from bonelib import InputError
 from bonelib.evaluation import quality as iq
-from bonelib.scans.tables import as_markdown
-from bonelib.scans.volumes import Volume
+from bonelib.evaluation.features import families
+from bonelib.scans.tables import as_markdown, read_table
 
 
 def textures(n, seed, smooth=False):
@@ -16,46 +17,97 @@ def textures(n, seed, smooth=False):
     return values.clip(0, 1).astype(np.float32)
 
 
-def test_a_perfect_generator_scores_as_real_bones_do():
-    patients = [f"p{i // 2}" for i in range(24)]
-    real, other = textures(24, 0), textures(24, 1)
-    good = {
-        (r["features"], r["metric"]): r
-        for r in iq.table(real, {"good": textures(24, 2)}, other, patients, seed=1, draws=20)
+@pytest.fixture(scope="module")
+def sets():
+    return {"real": textures(24, 0), "other real": textures(24, 1), "progan 5": textures(24, 2)} | {
+        "progan 1.8": textures(24, 3, True)
     }
-    bad = {
-        (r["features"], r["metric"]): r
-        for r in iq.table(real, {"bad": textures(24, 3, True)}, other, patients, seed=1, draws=20)
-    }
-    for family in iq.FAMILIES:
-        assert good[family, "kernel distance"]["value"] < 0.2 * bad[family, "kernel distance"]["value"]
-        assert good[family, "coverage"]["value"] > 0.5 > bad[family, "coverage"]["value"]
-        row = good[family, "kernel distance"]
-        assert row["low"] <= row["value"] <= row["high"]
-        assert row["low"] <= row["real_against_real"] <= row["high"]
+
+
+PATIENTS = [f"p{i // 2}" for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def features(sets):
+    return {name: iq.extracted(name, extract, sets) for name, extract in families().items()}
+
+
+@pytest.fixture(scope="module")
+def rows(features):
+    return iq.table(features, PATIENTS, seed=1, draws=10)
+
+
+def test_a_perfect_generator_scores_as_real_bones_do(rows):
+    found = {(r["setting"], r["features"], r["metric"]): r for r in rows}
+    for family in ("random3d", "spectrum"):
+        good, bad = ({k[2]: r for k, r in found.items() if k[:2] == (s, family)} for s in ("progan 5", "progan 1.8"))
+        for metric in ("FD", "kernel distance", "RBF-MMD"):
+            assert good[metric]["value"] < 0.4 * bad[metric]["value"], metric
+        for metric in ("precision", "density", "coverage"):
+            assert good[metric]["value"] > 2 * bad[metric]["value"], metric
+        assert good["C2ST"]["value"] < 0.8 and bad["C2ST"]["value"] > 0.95
+        row = good["kernel distance"]
+        assert row["low"] <= row["value"] <= row["high"] and row["low"] <= row["real_against_real"] <= row["high"]
         assert (row["n_real"], row["n_fake"], row["n_other"]) == (24, 24, 24)
 
 
-def ring(hole=True, gap=0, seed=0):
-    z, y, x = np.indices((8, 80, 60))
-    radius = np.hypot(y - 40, x - 30)
-    bone = (radius < 22) & ((radius > 17) if hole else True) & ~((x > 30) & (abs(y - 40) < gap))
-    density = 50.0 * (radius < 22) + 900.0 * bone + np.random.default_rng(seed).normal(0, 40, radius.shape)
-    return Volume(density.astype(np.float32), (0.3, 0.3, 0.3), "mgHA")
+def test_features_of_networks_stay_in_their_unit(sets):
+    found = iq.extracted("vgs", lambda v: 7 + v.mean(axis=(2, 3)).astype(float), sets)
+    assert found["real"].mean() > 7
+    found = iq.extracted("random3d", lambda v: 7 + v.mean(axis=(2, 3)).astype(float), sets)
+    assert abs(found["real"].mean()) < 1e-6 and list(found) == list(sets)
 
 
-def test_bones_without_contours_are_counted_not_measured():
-    found = iq.summary([ring(), ring(hole=False), ring(seed=1)], seed=1)
-    assert found["N"] == 3 and found["contours found"] == pytest.approx(2 / 3) and abs(found["stamp"]) < 0.1
-    assert found["Tt.Ar"] == pytest.approx(np.pi * (22 * 0.3) ** 2, rel=0.05) and found["closed slices"] == 1
-    assert iq.summary([ring(), ring()], seed=1)["stamp"] > 0.99
-    nothing = iq.summary([ring(hole=False)], seed=1)
-    assert nothing["contours found"] == 0 and nothing["stamp"] is None and nothing["Tt.Ar"] is None
+def test_table1_has_its_twelve_settings_and_our_numbers_beside_the_published(rows):
+    found = iq.table1(rows, ["progan"], "random3d")
+    assert len(found) == 12 and found[4]["published FID_inc"] == "21.59" and found[4]["published rec"] == "0.86"
+    assert [r["setting"] for r in found[:2]] == ["progan 5", "progan 1.8"]
+    fd = next(r for r in rows if (r["setting"], r["features"], r["metric"]) == ("progan 5", "random3d", "FD"))
+    assert found[0]["FD_random3d"].startswith(f"{fd['value']:.3g} [") and "FID_inc" not in found[0]
+    assert found[2]["FD_random3d"] == "not trained"
+    with pytest.raises(InputError, match="'progan 3'"):
+        iq.table1([fd | {"setting": "progan 3"}], ["progan"], "random3d")
 
 
-def test_an_open_ring_has_contours_but_no_closed_slices():
-    found = iq.summary([ring(gap=3), ring()], seed=1)
-    assert found["contours found"] == 1 and found["closed slices"] == 0.5
+def test_the_published_table_obeys_the_law_of_truncation():
+    published = read_table(iq.PUBLISHED)
+    for wide, narrow in zip(published[::2], published[1::2], strict=True):
+        assert wide["model"] == narrow["model"] and float(wide["tr"]) > float(narrow["tr"])
+        assert float(narrow["prec"]) > float(wide["prec"]) and float(narrow["rec"]) < float(wide["rec"])
+
+
+def test_the_law_is_found_where_samples_gather_in_the_middle():
+    rng = np.random.default_rng(5)
+    real, wide = rng.standard_normal((60, 3)), rng.standard_normal((60, 3))
+    family = {"f": {"real": real, "m 5": 1.3 * wide, "m 1": 0.3 * wide}}
+    found = iq.truncation_law(family, [("m 5", "m 1")], list(range(60)), seed=1, draws=20)
+    assert [r["metric"] for r in found] == ["precision", "recall"] and all(r["as_published"] for r in found)
+    assert found[0]["low"] > 0 > found[1]["high"]
+    none = iq.truncation_law(
+        {"f": family["f"] | {"m 1": 1.3 * wide}}, [("m 5", "m 1")], list(range(60)), seed=1, draws=5
+    )
+    assert not any(r["as_published"] for r in none)
+
+
+def test_a_plane_keeps_the_distances_of_a_plane_and_ellipses_overlap_by_their_areas():
+    rng = np.random.default_rng(6)
+    flat = rng.standard_normal((50, 2)) @ np.linalg.qr(rng.standard_normal((5, 2)))[0].T
+    found = iq.embedded({"a": flat[:20], "b": flat[20:]})
+    x, y = np.concatenate(list(found.values())), flat
+    np.testing.assert_allclose(np.linalg.norm(x[3] - x[30]), np.linalg.norm(y[3] - y[30]))
+    points = found["a"]
+    assert iq.ellipse_overlap(points, points) == 1
+    middle = points.mean(axis=0)
+    assert iq.ellipse_overlap(points, middle + (points - middle) / 2) == pytest.approx(1 / 4, abs=0.02)
+    assert iq.ellipse_overlap(points, points + 100) == 0
+    outline = (iq.ellipse(points) - middle) @ np.linalg.inv(np.linalg.cholesky(np.cov(points.T))).T
+    np.testing.assert_allclose(np.linalg.norm(outline, axis=1), 2, rtol=1e-6)
+
+
+def test_settings_of_a_kind_and_flat_names():
+    assert iq.setting("progan", 5.0) == "progan 5" and iq.setting("stylegan", 0.8) == "stylegan 0.8"
+    assert iq.of_kind({"progan": 5}, "progan-c12") == 5 and iq.of_kind({"progan": 5}, "stylegan") is None
+    assert iq.flat([dict(a="x", b="y", value=1, n=2)], "a", "b") == {"x.y.value": 1, "x.y.n": 2}
 
 
 def test_markdown_has_a_line_a_row():

@@ -1,33 +1,50 @@
-"""Image quality of one model against held-out bones: rows of a table, each with N, an interval and its reference."""
+"""Image quality of models against held-out bones: scores with N, an interval and what real bones reach.
+
+A setting is a model at a truncation of its codes, and is named for both, as in "progan 1.8".
+"""
+
+from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
 from bonelib import InputError
-from bonelib.evaluation.features import random3d, spectrum
-from bonelib.evaluation.metrics import (
-    bootstrap_interval,
-    density_coverage,
-    kernel_distance,
-    precision_recall,
-    stamp,
-)
-from bonelib.evaluation.morphometry import closed_slices, contours, measure
+from bonelib.evaluation import metrics
+from bonelib.evaluation.features import cached
+from bonelib.latent.models import draw, load_model
 from bonelib.processes import workers
 from bonelib.randomness import numpy_rng
-from bonelib.scans.volumes import Volume
+from bonelib.scans.tables import read_table
 
-FAMILIES = {"random3d": random3d, "spectrum": spectrum}
-METRICS = {
-    "kernel distance": kernel_distance,
-    "precision": lambda real, fake: precision_recall(real, fake)[0],
-    "recall": lambda real, fake: precision_recall(real, fake)[1],
-    "density": lambda real, fake: density_coverage(real, fake)[0],
-    "coverage": lambda real, fake: density_coverage(real, fake)[1],
-}
-CLOSED = "closed slices"
-SHOWN_TRAITS = (CLOSED, "Tt.Ar", "Tb.BMD", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
-DEPTH_MM = 0.5  # from the endosteal contour inwards, where the interior counts as trabecular texture
+PUBLISHED = Path(__file__).with_name("published_table1.csv")  # Table 1 of Angermann et al. 2023
+AS_THEY_ARE = ("inception", "medicalnet", "vgs")  # families of networks, of which distances are published unscaled
+COLUMNS = {"inception": "FID_inc", "medicalnet": "FID_res", "vgs": "FID_vgs"}  # others are FD_ and their name
+ELLIPSE_SD = 2.0
+GRID = 400  # points a side on which ellipses are compared
+
+
+def setting(model: str, truncation: float) -> str:
+    """The name of a setting."""
+    return f"{model} {truncation:g}"
+
+
+def of_kind(values: dict, model: str):
+    """The entry of `values` for a model, or for its kind, what stands before the first "-" of its name, or None."""
+    return values.get(model, values.get(model.split("-")[0]))
+
+
+def draw_settings(folders: dict[str, str], wanted: dict[tuple[str, float], int], seed: int) -> dict[str, np.ndarray]:
+    """The first samples of `seed` of every setting: {setting: volumes (n, z, y, x)}, float16 as real stacks are.
+
+    `folders` holds each model's, `wanted` is {(model, truncation): n}. Settings are drawn side by side.
+    """
+    with workers() as pool:
+        by_size = sorted(wanted.items(), key=lambda item: -item[1])  # the longest first
+        jobs = {key: pool.submit(_drawn, str(folders[key[0]]), n, seed, key[1]) for key, n in by_size}
+        return {setting(*key): jobs[key].result() for key in wanted}
+
+
+def _drawn(folder, n, seed, truncation):
+    return draw(load_model(folder), n, seed, truncation).astype(np.float16)
 
 
 def standardised(reference: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
@@ -36,61 +53,178 @@ def standardised(reference: np.ndarray, *others: np.ndarray) -> list[np.ndarray]
     return [(features - mean) / sd for features in (reference, *others)]
 
 
-def table(
-    real: np.ndarray, fake: dict[str, np.ndarray], other: np.ndarray, patients: list[str], *, seed: int, draws: int
-) -> list[dict]:
-    """Metrics of every model's samples against `real`, and of `other` real bones against the same, by feature family.
+def extracted(name: str, extract, volumes: dict[str, np.ndarray], cache=None) -> dict[str, np.ndarray]:
+    """Features of every set of `volumes` by one family, those of "real" at mean 0 and SD 1 unless as published."""
+    found = {key: cached(name, extract, values, cache) for key, values in volumes.items()}
+    if name in AS_THEY_ARE:
+        return found
+    others = {key: values for key, values in found.items() if key != "real"}
+    return dict(zip(["real", *others], standardised(found["real"], *others.values()), strict=True))
 
-    Volumes are (n, z, y, x) in [0, 1]; `fake` is {model: volumes}; `patients` names the patient of each volume of
-    `real`, whose patients are resampled for the 95 % interval. `other` are real bones of further patients: what a
-    perfect generator would get at this N. Rows: model, metric, features, value, low, high, real_against_real, n_real,
-    n_fake, n_other, d.
+
+def scores(real: np.ndarray, fake: np.ndarray, patients, seed: int = 0) -> dict[str, float]:
+    """All that is measured on a pair of feature sets (n, d), (m, d); `patients` are those of `real`.
+
+    FD (`frechet_distance`), kernel distance and RBF-MMD are distances; precision to coverage are shares; realism is
+    the median over the samples; C2ST is the area under the curve of a classifier, 0.5 where none can tell.
+    """
+    found = {
+        "FD": metrics.frechet_distance(real, fake),
+        "kernel distance": metrics.kernel_distance(real, fake),
+        "RBF-MMD": metrics.rbf_mmd(real, fake),
+        **metrics.manifold(real, fake),
+        "realism": float(np.median(metrics.realism(real, fake))),
+    }
+    folds = min(5, len(set(patients)), len(real) // 2, len(fake) // 2)
+    return found | {"C2ST": metrics.two_sample_auc(real, fake, patients, seed=seed, folds=folds)}
+
+
+def table(features: dict[str, dict[str, np.ndarray]], patients: list[str], *, seed: int, draws: int) -> list[dict]:
+    """One row a setting, family and metric of `scores`, with its 95 % interval and what further real bones reach.
+
+    `features` is {family: {"real": (n, d), "other real": (m, d), setting: (m, d), ...}}; `patients` names the patient
+    of each volume of "real", whose patients are resampled. "other real" are real bones of further patients: what a
+    perfect generator would get at this N. Rows: setting, features, metric, value, low, high, real_against_real,
+    n_real, n_fake, n_other, d.
     """
     rows = []
-    for family, extract in FAMILIES.items():
-        sets = standardised(extract(real), extract(other), *(extract(volumes) for volumes in fake.values()))
-        a, c, found = sets[0], sets[1], dict(zip(fake, sets[2:], strict=True))
-        for name, metric in METRICS.items():
-            reference = metric(a, c)
-            for model, b in found.items():
-                rng = numpy_rng(seed, "interval", family, name)
-                low, high = bootstrap_interval(metric, a, b, patients, rng=rng, draws=draws)
-                values = dict(value=metric(a, b), low=low, high=high, real_against_real=reference)
-                counts = dict(n_real=len(a), n_fake=len(b), n_other=len(c), d=a.shape[1])
-                rows.append(dict(model=model, metric=name, features=family) | values | counts)
+    for family, sets in features.items():
+        real, other = sets["real"], sets["other real"]
+        names = np.repeat(np.asarray(patients), len(real) // len(patients))  # some families have more rows a volume
+        reference = scores(real, other, names, seed)
+        for name, fake in sets.items():
+            if name in ("real", "other real"):
+                continue
+
+            def values(i, j, real=real, fake=fake, names=names):
+                i, j = i[:, 0].astype(int), j[:, 0].astype(int)
+                return list(scores(real[i], fake[j], names[i], seed).values())
+
+            point = scores(real, fake, names, seed)
+            numbers = np.arange(len(real))[:, None], np.arange(len(fake))[:, None]
+            rng = numpy_rng(seed, "interval", family)  # the same halves for every setting
+            ends = metrics.bootstrap_interval(values, *numbers, names, rng=rng, draws=draws)
+            counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other), d=real.shape[1])
+            for metric, low, high in zip(point, *ends, strict=True):
+                found = dict(value=point[metric], low=float(low), high=float(high), real_against_real=reference[metric])
+                rows.append(dict(setting=name, features=family, metric=metric) | found | counts)
     return rows
 
 
-def measured(volume: Volume) -> tuple[dict, np.ndarray] | None:
-    """The morphometry of a volume and its trabecular interior as a mask; None where no contours are found."""
-    try:
-        periosteal, endosteal = contours(volume)
-    except InputError:
-        return None
-    traits = measure(volume, compartments=(periosteal, endosteal))
-    interior = ndimage.distance_transform_edt(endosteal, volume.spacing) > DEPTH_MM
-    return traits | {CLOSED: closed_slices(volume, periosteal)}, interior
+def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
+    """Table 1: its twelve settings with the published values and, where the model was trained here, ours beside them.
 
-
-def summary(volumes: list[Volume], seed: int) -> dict[str, float | int | None]:
-    """What the ruler says of a group: N, the share with contours, the group's stamp, and mean and SD of its traits.
-
-    `closed slices` is the share of slices with a closed cortical ring. The stamp (`metrics.stamp`) is None where no
-    two interiors share voxels, and so are the traits where nothing could be measured. Volumes are measured by worker
-    processes.
+    FD columns are named for the features that were used; precision and recall are those of the features `judge`.
+    Every number of ours is followed by its interval and, after a stroke, by that of real against real.
     """
-    with workers() as pool:
-        found = list(pool.map(measured, volumes))
-    kept = [(volume.voxels, result[1]) for volume, result in zip(volumes, found, strict=True) if result]
-    traits = [result[0] for result in found if result]
-    try:
-        value = stamp(np.stack([v for v, _ in kept]), np.stack([m for _, m in kept]), sigma=1.5, seed=seed)
-    except (InputError, ValueError):  # no two interiors to compare
-        value = None
-    return {
-        "N": len(volumes),
-        "contours found": len(kept) / len(volumes),
-        "stamp": value,
-        **{key: float(np.mean([t[key] for t in traits])) if traits else None for key in SHOWN_TRAITS},
-        **{f"{key} SD": float(np.std([t[key] for t in traits])) if traits else None for key in SHOWN_TRAITS},
-    }
+    found = {(r["setting"], r["features"], r["metric"]): r for r in rows}
+    families = list(dict.fromkeys(r["features"] for r in rows))
+    out = []
+    for line in read_table(PUBLISHED):
+        name = setting(line["model"], float(line["tr"]))
+        row = {"setting": name, **{k: line[k] for k in ("c_c", "c_g", "alpha", "n_c")}}
+        row |= {f"published {k}": line[k] for k in ("FID_inc", "FID_res", "FID_vgs", "prec", "rec")}
+        wanted = {COLUMNS.get(f, f"FD_{f}"): (name, f, "FD") for f in families}
+        wanted |= {f"prec_{judge}": (name, judge, "precision"), f"rec_{judge}": (name, judge, "recall")}
+        out.append(row | {key: _cell(found.get(where)) for key, where in wanted.items()})
+    known = {row["setting"] for row in out}
+    if stray := {r["setting"] for r in rows if r["setting"] not in known and r["setting"].rsplit(" ", 1)[0] in models}:
+        raise InputError(f"quality: {sorted(stray)} are no settings of Table 1; accepted are {sorted(known)}")
+    return out
+
+
+def _cell(row):
+    if row is None:
+        return "not trained"
+    return f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] / {row['real_against_real']:.3g}"
+
+
+def truncation_law(
+    features: dict[str, dict[str, np.ndarray]], pairs: list[tuple[str, str]], patients, *, seed: int, draws: int
+) -> list[dict]:
+    """What truncation does: precision and recall of the truncated setting minus those of the other one.
+
+    `pairs` are (setting without, setting with truncation). One row a pair, family and metric: value, low, high,
+    `expected` sign (precision up, recall down), and whether the value has it.
+    """
+    rows = []
+    for family, sets in features.items():
+        names = np.repeat(np.asarray(patients), len(sets["real"]) // len(patients))
+        for wide, narrow in pairs:
+
+            def change(i, j, real=sets["real"], both=(sets[wide], sets[narrow])):
+                i, j = i[:, 0].astype(int), j[:, 0].astype(int)  # codes are the same, so that their pairs are kept
+                first, last = (metrics.manifold(real[i], fake[j]) for fake in both)
+                return [last[key] - first[key] for key in ("precision", "recall")]
+
+            numbers = np.arange(len(sets["real"]))[:, None], np.arange(len(sets[wide]))[:, None]
+            rng = numpy_rng(seed, "truncation interval", family)
+            ends = metrics.bootstrap_interval(change, *numbers, names, rng=rng, draws=draws)
+            signs = {"precision": 1, "recall": -1}
+            for (metric, sign), value, low, high in zip(signs.items(), change(*numbers), *ends, strict=True):
+                what = dict(settings=f"{wide} to {narrow}", features=family, metric=metric, change=value)
+                counts = dict(n_real=len(numbers[0]), n_fake=len(numbers[1]), d=sets["real"].shape[1])
+                rows.append(what | dict(low=float(low), high=float(high), as_published=bool(value * sign > 0)) | counts)
+    return rows
+
+
+def embedded(sets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every set (n, d) in one plane (n, 2) that keeps distances as well as it can: classical MDS (Torgerson 1952).
+
+    Sun et al. 2022, Figure 4. With Euclidean distances it is the plane of the two first principal components.
+    """
+    x = np.concatenate(list(sets.values()))
+    x = x - x.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(x, full_matrices=False)
+    flat = left[:, :2] * sizes[:2]
+    return dict(zip(sets, np.split(flat, np.cumsum([len(s) for s in sets.values()])[:-1]), strict=True))
+
+
+def ellipse(points: np.ndarray, count: int = 100) -> np.ndarray:
+    """The outline (count, 2) of `ELLIPSE_SD` standard deviations of points (n, 2)."""
+    turn = np.linspace(0, 2 * np.pi, count)
+    root = np.linalg.cholesky(np.cov(points.T) + 1e-12 * np.eye(2))
+    return points.mean(axis=0) + ELLIPSE_SD * np.stack([np.cos(turn), np.sin(turn)], 1) @ root.T
+
+
+def ellipse_overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of the ellipses of two sets of points (n, 2): 1 where they agree."""
+    outlines = np.concatenate([ellipse(a), ellipse(b)])
+    axes = [np.linspace(outlines[:, i].min(), outlines[:, i].max(), GRID) for i in range(2)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+    inside = []
+    for points in (a, b):
+        offset = grid - points.mean(axis=0)
+        form = np.linalg.inv(np.cov(points.T) + 1e-12 * np.eye(2))
+        inside.append(np.einsum("xyi,ij,xyj->xy", offset, form, offset) <= ELLIPSE_SD**2)
+    return float((inside[0] & inside[1]).sum() / max(1, (inside[0] | inside[1]).sum()))
+
+
+def overlaps(sets: dict[str, np.ndarray], patients, *, seed: int, draws: int) -> list[dict]:
+    """`ellipse_overlap` of every embedded setting with "real": value, interval, and that of "other real" with it."""
+    rows, reference = [], ellipse_overlap(sets["real"], sets["other real"])
+    names = np.repeat(np.asarray(patients), len(sets["real"]) // len(patients))
+    for name, points in sets.items():
+        if name not in ("real", "other real"):
+            rng = numpy_rng(seed, "overlap interval")
+            low, high = metrics.bootstrap_interval(ellipse_overlap, sets["real"], points, names, rng=rng, draws=draws)
+            row = dict(setting=name, value=ellipse_overlap(sets["real"], points), low=low, high=high)
+            rows.append(row | dict(real_against_real=reference, n_real=len(names), n_fake=len(points), d=2))
+    return rows
+
+
+def picture_of(sets: dict[str, np.ndarray], title: str) -> dict:
+    """The panel of `views.figures.scatter` of embedded sets and their ellipses; "other real" is left out."""
+    shown = {name: points for name, points in sets.items() if name != "other real"}
+    dots = {name: (points[:, 0], points[:, 1]) for name, points in shown.items()}
+    lines = {f"_{name}": ellipse(points).T for name, points in shown.items()}  # a legend leaves such names out
+    return dict(title=title, x="first axis", y="second axis", sets=dots, lines=lines)
+
+
+def flat(rows: list[dict], *names: str) -> dict[str, float]:
+    """Rows as one flat dictionary: the columns `names` are joined by dots and name the other ones."""
+    out = {}
+    for row in rows:
+        key = ".".join(str(row[name]) for name in names)
+        out |= {f"{key}.{column}": value for column, value in row.items() if column not in names}
+    return out

@@ -1,0 +1,86 @@
+"""Real against drawn bones by the ruler, on tubes of known size."""
+
+import numpy as np
+import pytest
+
+from bonelib.evaluation import comparison
+from bonelib.scans.volumes import Volume
+
+
+def summary(volumes, seed):
+    return comparison.summary(volumes, [comparison.measured(v) for v in volumes], seed)
+
+
+def ring(hole=True, gap=0, seed=0):
+    z, y, x = np.indices((8, 80, 60))
+    radius = np.hypot(y - 40, x - 30)
+    bone = (radius < 22) & ((radius > 17) if hole else True) & ~((x > 30) & (abs(y - 40) < gap))
+    density = 50.0 * (radius < 22) + 900.0 * bone + np.random.default_rng(seed).normal(0, 40, radius.shape)
+    return Volume(density.astype(np.float32), (0.3, 0.3, 0.3), "mgHA")
+
+
+def test_bones_without_contours_are_counted_not_measured():
+    found = summary([ring(), ring(hole=False), ring(seed=1)], seed=1)
+    assert found["N"] == 3 and found["contours found"] == pytest.approx(2 / 3) and abs(found["stamp"]) < 0.1
+    assert found["Tt.Ar"] == pytest.approx(np.pi * (22 * 0.3) ** 2, rel=0.05) and found["closed slices"] == 1
+    assert summary([ring(), ring()], seed=1)["stamp"] > 0.99
+    nothing = summary([ring(hole=False)], seed=1)
+    assert nothing["contours found"] == 0 and nothing["stamp"] is None and nothing["Tt.Ar"] is None
+
+
+def test_an_open_ring_has_contours_but_no_closed_slices():
+    found = summary([ring(gap=3), ring()], seed=1)
+    assert found["contours found"] == 1 and found["closed slices"] == 0.5
+
+
+def result(rng, shift=0.0, mix=0.0):
+    """A measured volume of which the traits are drawn."""
+    common = rng.standard_normal()
+    traits = {t: shift + (1 - mix) * rng.standard_normal() + mix * common for t in comparison.TRAITS}
+    power = dict.fromkeys(comparison.REGIONS, 4 + shift + 0.1 * rng.standard_normal(comparison.BINS))
+    return dict(traits=traits, spectra=power)
+
+
+def groups(**how):
+    rng = np.random.default_rng(0)
+    names = {"real": {}, "other real": {}, "good": {}, "bad": how}
+    return {name: [result(rng, **given) for _ in range(40)] for name, given in names.items()}
+
+
+def test_trait_distances_are_in_real_sds_and_see_lost_correlations():
+    patients = [f"p{i // 2}" for i in range(40)]
+    shifted = comparison.trait_distances(groups(shift=2.0), patients, seed=1, draws=20)
+    for row in shifted:
+        if row["setting"] == "bad" and row["trait"] != "correlations":
+            assert row["value"] == pytest.approx(2, abs=0.7) and row["low"] > row["real_against_real"]
+        if row["setting"] == "good":
+            assert row["value"] < 0.6
+    assert {row["trait"] for row in shifted} == {*comparison.TRAITS, "correlations"}
+    mixed = comparison.trait_distances(groups(mix=0.9), patients, seed=1, draws=20)
+    found = {row["setting"]: row["value"] for row in mixed if row["trait"] == "correlations"}
+    assert found["bad"] > 0.8 > 0.3 > found["good"]
+
+
+def test_spectral_distance_is_that_of_the_mean_log_power():
+    patients = [f"p{i // 2}" for i in range(40)]
+    rows, curves = comparison.spectral_distances(groups(shift=0.5), patients, seed=1, draws=20)
+    for row in rows:
+        expected = 0.5 if row["setting"] == "bad" else 0.0
+        assert row["value"] == pytest.approx(expected, abs=0.06) and row["low"] <= row["value"] <= row["high"]
+    assert len(curves) == comparison.BINS and curves[0]["background, real"] == pytest.approx(4, abs=0.1)
+
+
+def test_volumes_without_contours_have_no_distances():
+    assert comparison.trait_distances({"real": [None] * 9, "other real": [None] * 9}, ["p"] * 9, seed=1, draws=2) == []
+
+
+def test_a_wave_is_in_its_bin_and_white_noise_has_its_variance_whatever_the_region():
+    rng = np.random.default_rng(1)
+    noise = Volume(rng.normal(0, 50, (6, 64, 56)).astype(np.float32), (0.1,) * 3, "mgHA")
+    region = np.zeros(noise.shape, bool)
+    region[:, 10:50, 8:40] = True
+    for where in (region, np.ones_like(region)):
+        np.testing.assert_allclose(comparison.spectrum(noise, where), np.log10(50**2), atol=0.25)
+    wave = noise.with_voxels(300 * np.sin(2 * np.pi * 0.2 * np.arange(56)) + np.zeros(noise.shape, np.float32))
+    assert comparison.spectrum(wave, region).argmax() == int(np.ceil(0.2 / 0.5 * comparison.BINS)) - 1
+    assert np.isnan(comparison.spectrum(noise, region & False)).all()
