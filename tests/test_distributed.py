@@ -305,6 +305,28 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(place, tmp
     assert all(t.isfinite().all() for t in load_file(tmp_path / "model/generator.safetensors").values())
 
 
+def spoil_high_rates(rank, size):
+    """On the last rank alone, losses from the fifth step of a network on are not finite as long as the rate was never halved."""
+    step = loop.step
+
+    def spoiled(adam, loss, clip, ranks):
+        bad = rank == size - 1 and adam.state and adam.param_groups[0]["lr"] > PROGAN["rate"] / 2
+        steps = int(adam.state[adam.param_groups[0]["params"][0]]["step"]) if bad else 0
+        return step(adam, loss * float("nan") if steps >= 4 else loss, clip, ranks)
+
+    loop.step, loop.LEFT_OUT, loop.MARKS = spoiled, 1, 3
+
+
+def test_all_ranks_go_back_together_when_one_diverges(place, tmp_path):
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        args = arguments(place, folder, "progan")
+        assert ended(start(folder, size, call_main, args, spoil_high_rates, size)) == [0] * size
+        assert "diverged at 40 samples; goes back to 32, with 1/2 of the rate" in log(folder, 0)
+    assert log(tmp_path / "2", 1) == ""
+    same_model(tmp_path / "1/model", tmp_path / "2/model")
+
+
 def critic_and_volumes():
     torch.manual_seed(0)
     critic = build_critic(CriticNet(widths=(4, 4, 4)))
