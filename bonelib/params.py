@@ -15,6 +15,7 @@ from bonelib import InputError
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Voxel = Annotated[float, Field(ge=0.03, le=0.5)]
 Shape = tuple[Count, Count, Count]
 
@@ -351,6 +352,60 @@ class Mixing(Section):
     draws: Count = 1000
 
 
+class EncoderTraining(Section):
+    """How the encoder of a model is trained (section 3.5), with the published rates.
+
+    `prior` "normal" is eq. (5), "discriminator" eq. (8); `weights` are those of distortion, perceptual and latent loss
+    in eq. (6) or (9). `dense` adds fully connected layers, two for a StyleGAN. `pairs` "sampled" trains on drawn
+    volumes, whose codes are known, as Fetty et al. 2020 with `norm` "instance", four dense layers, radam, betas (0,
+    0.99) and truncation 0.7. Not in the paper: `final_decay`, the share of the training over which the rate falls,
+    `ema`, the half-life of a running average of the weights in updates (0 is none), and `clip`.
+    """
+
+    prior: Literal["normal", "discriminator"]
+    weights: tuple[NotNegative, NotNegative, NotNegative] = (1.0, 1.0, 1.0)
+    dense: Annotated[int, Field(ge=0)] = 0
+    norm: Literal["none", "instance"] = "none"
+    pairs: Literal["real", "sampled"] = "real"
+    truncation: Positive | None = None
+    samples: Count
+    batch: Count
+    optimiser: Literal["adam", "radam"] = "adam"
+    rate: Positive = 3e-3
+    betas: tuple[Share, Share] = (0.5, 0.9)
+    clip: Positive = 2.0
+    ema: NotNegative = 0.0
+    final_decay: Share = 0.0
+
+
+class Refinement(Section):
+    """How codes are refined. `loss` "squares" is eq. (7) with weights (1, 1, 1) and eq. (10) with (0, 1, 0); "norms" is
+    eq. (1) of Fetty et al. 2020, with radam, rate 1e-3, betas (0.9, 0.999) and 350 steps. `space` "w+" gives every
+    layer a style of its own.
+    """
+
+    steps: Count = 100
+    loss: Literal["squares", "norms"] = "squares"
+    weights: tuple[NotNegative, NotNegative, NotNegative] = (1.0, 1.0, 1.0)
+    optimiser: Literal["adam", "radam"] = "adam"
+    rate: Positive = 7e-3
+    betas: tuple[Share, Share] = (0.5, 0.9)
+    space: Literal["w", "w+"] = "w"
+
+
+class Inversion(Section):
+    """How real bones get codes (section 3.5): all held-out stacks, and `train_stacks` of the training stacks.
+
+    Reconstructions are compared on all held-out stacks, and `measured` of them, of as many patients, at full size.
+    """
+
+    encoder: EncoderTraining
+    refine: Refinement = Refinement()
+    train_stacks: Annotated[int, Field(ge=0)] = 0
+    measured: Annotated[int, Field(ge=0)] = 0
+    draws: Count = 200
+
+
 class Cost(Section):
     """What is timed: the savings one by one at `stage`, plain and all of them at `stages`; in turns, `rounds` times."""
 
@@ -391,6 +446,7 @@ PROFILE = {
     "quality": Quality,
     "transition": Transition,
     "mixing": Mixing,
+    "inversion": dict[str, Inversion],
     "cost": Cost,
     "phantom_check": PhantomCheck,
 }
@@ -459,6 +515,10 @@ def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
                 raise InputError(
                     f"{path}: unknown key {where}; did you mean {difflib.get_close_matches(key, PROFILE, 1, 0)[0]!r}?"
                 )
+            if key == "inversion":
+                for model, values_of_model in content.items():
+                    section(Inversion, values_of_model, f"{where}.{model}")
+                continue
             if key != "train":
                 section(PROFILE[key], content, where)
                 continue

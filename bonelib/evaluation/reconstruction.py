@@ -1,0 +1,140 @@
+"""How like a bone its reconstruction is: in voxels, in features, in what is measured, and in whose bone it is."""
+
+import numpy as np
+from scipy import ndimage
+
+from bonelib import InputError
+from bonelib.evaluation.features import random3d
+from bonelib.evaluation.morphometry import measure
+from bonelib.processes import workers
+from bonelib.randomness import numpy_rng
+from bonelib.scans.volumes import Volume
+
+WINDOW_SD, WINDOW_REACH = 1.5, 5  # voxels of the Gaussian window of SSIM (Wang et al. 2004)
+STABLE = (0.01**2, 0.03**2)  # of SSIM, at a range of 1
+SHOWN = ("Tt.Ar", "Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
+
+
+def psnr(real: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of volumes (n, z, y, x) in [0, 1], at a peak of 1: (n,)."""
+    return -10 * np.log10(np.square(real - drawn, dtype=np.float64).mean((1, 2, 3)))
+
+
+def ssim(real: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Structural similarity of volumes (n, z, y, x) in [0, 1], mean over all voxels: (n,).
+
+    Wang et al. 2004 with a Gaussian window of SD 1.5 voxels in all three directions; the volume is mirrored beyond its
+    faces.
+    """
+    return np.array([_ssim(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(real, drawn, strict=True)])
+
+
+def _ssim(a, b):
+    def local(values):
+        return ndimage.gaussian_filter(values, WINDOW_SD, radius=WINDOW_REACH, mode="reflect")
+
+    mean_a, mean_b, (c1, c2) = local(a), local(b), STABLE
+    var_a, var_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
+    both = local(a * b) - mean_a * mean_b
+    above = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    return (above / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
+
+
+def random3d_distance(real: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Distance of each volume to its reconstruction in the features of a frozen random 3D network: (n,).
+
+    The root mean square over features, each in SDs of it over `real`: near 1.4 for two bones picked at random.
+    """
+    a, b = random3d(real), random3d(drawn.clip(0, 1))
+    return np.sqrt((((a - b) / (a.std(0) + 1e-9)) ** 2).mean(1))
+
+
+def recognised(real: np.ndarray, drawn: np.ndarray, patients: list[str], *, own: bool = True) -> np.ndarray:
+    """Whether the real volume that is nearest to each reconstruction, voxel by voxel, is of the same patient: (n,).
+
+    Without `own`, the very volume that was reconstructed is no candidate, only others of its patient and of the rest.
+    """
+    a, b = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (drawn, real))
+    squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    if not own:
+        np.fill_diagonal(squared, np.inf)
+    patients = np.asarray(patients)
+    return (patients[squared.argmin(1)] == patients).astype(float)
+
+
+def mean_interval(values, patients: list[str], *, rng: np.random.Generator, draws: int) -> tuple[float, float, float]:
+    """The mean over patients of their means, and its 95 % interval with patients resampled. NaN is left out."""
+    values, names = np.asarray(values, float), np.asarray(patients)
+    known = np.isfinite(values)
+    by_patient = np.array([values[(names == name) & known].mean() for name in np.unique(names[known])])
+    if not len(by_patient):
+        return (np.nan,) * 3
+    picks = rng.integers(len(by_patient), size=(draws, len(by_patient)))
+    low, high = np.quantile(by_patient[picks].mean(1), [0.025, 0.975])
+    return float(by_patient.mean()), float(low), float(high)
+
+
+def compare(
+    real: np.ndarray,
+    drawn: dict[str, np.ndarray],
+    patients: list[str],
+    further: dict[str, dict[str, np.ndarray]],
+    *,
+    seed: int,
+    draws: int,
+) -> list[dict]:
+    """Every method's reconstructions `drawn` of volumes `real`, (n, z, y, x) in [0, 1]: one row a method and measure.
+
+    `further` {method: {measure: values (n,)}} are measures that the caller made. Rows: method, measure, value with its
+    interval by patient (low, high), N of volumes, patients.
+    """
+    rows = []
+    for method, volumes in drawn.items():
+        found = {
+            "PSNR, dB": psnr(real, volumes),
+            "SSIM": ssim(real, volumes),
+            "random3d distance": random3d_distance(real, volumes),
+            "own patient is nearest": recognised(real, volumes, patients),
+            "own patient is nearest, own stack left out": recognised(real, volumes, patients, own=False),
+            **further.get(method, {}),
+        }
+        for name, values in found.items():
+            rng = numpy_rng(seed, "reconstruction", name)  # the same patients for every method
+            value, low, high = mean_interval(values, patients, rng=rng, draws=draws)
+            counts = dict(N=len(values), patients=len(set(patients)))
+            rows.append(dict(method=method, measure=name, value=value, low=low, high=high) | counts)
+    return rows
+
+
+def attribute_errors(
+    real: list[Volume], drawn: dict[str, list[Volume]], patients: list[str], *, seed: int, draws: int
+) -> list[dict]:
+    """The error of every measured attribute of reconstructions at full size: one row a method and attribute.
+
+    Rows: method, attribute, N of bones with contours in both, mean error and mean absolute error with its interval by
+    patient, and the SD of the attribute over `real`, to judge them by.
+    """
+    groups = {"real": real, **drawn}
+    with workers() as pool:
+        found = {name: list(pool.map(_measured, volumes)) for name, volumes in groups.items()}
+    rows = []
+    for method in drawn:
+        for name in SHOWN:
+            true, seen = (np.array([t.get(name, np.nan) for t in found[g]]) for g in ("real", method))
+            error = seen - true
+            rng = numpy_rng(seed, "attribute error", name)
+            size, low, high = mean_interval(np.abs(error), patients, rng=rng, draws=draws)
+            known = np.isfinite(error)
+            rows.append(
+                {"method": method, "attribute": name, "N": int(known.sum())}
+                | {"mean error": float(error[known].mean()) if known.any() else np.nan}
+                | {"absolute error": size, "low": low, "high": high, "SD of real": float(np.nanstd(true))}
+            )
+    return rows
+
+
+def _measured(volume):
+    try:
+        return measure(volume)
+    except InputError:
+        return {}

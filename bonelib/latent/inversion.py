@@ -1,0 +1,403 @@
+"""GAN inversion: codes of real bones by an encoder, then by optimisation (Angermann et al. 2023, section 3.5).
+
+Codes are sought on the grid that the generator itself draws; levels of detail that follow it have no codes.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bonelib import InputError, networks, pyramid, randomness, training
+from bonelib.latent.models import Model
+from bonelib.networks.encoder import (
+    Encoder,
+    LatentDiscriminator,
+    build_encoder,
+    critic_features,
+    style_layers,
+    trunk,
+)
+from bonelib.params import EncoderTraining, Refinement, Train, fingerprint, section
+from bonelib.provenance import code_hash
+from bonelib.pyramid import downsample
+from bonelib.randomness import torch_rng
+from bonelib.scans import dataset
+from bonelib.scans.dataset import Stacks, augmented, order
+from bonelib.scans.tables import read_table, write_table
+from bonelib.training import checkpoint
+from bonelib.training.detail import rate_at
+from bonelib.training.loop import follow, new_average, step
+
+SAVE_EVERY_S = 20.0
+SAY_EVERY_S = 10.0
+CURVE_EVERY = 10  # updates between two points of the curves
+WATCHED = 8  # held-out volumes on which the curves are read as well
+AT_ONCE = 16  # volumes whose gradients are computed together
+LEFT_OUT = 20  # updates in a row without a finite gradient after which there is no hope
+CURVES = ("seen", "dist", "perc", "latent", "held_out_dist", "held_out_perc", "told_apart")
+CODE = code_hash(sys.modules[__name__], networks, training, dataset, pyramid, randomness)
+
+
+class Inverter(NamedTuple):
+    """A trained encoder, and the latent discriminator it was trained against (None where codes are Gaussian)."""
+
+    encoder: Encoder
+    judge: LatentDiscriminator | None
+
+
+# The losses, each (n,)
+
+
+def distortion(real: Tensor, drawn: Tensor) -> Tensor:
+    """Eq. (3): half the mean square difference of volumes (n, 1, z, y, x)."""
+    return 0.5 * (real - drawn).square().flatten(1).mean(1)
+
+
+def perceptual(real: list[Tensor], drawn: list[Tensor]) -> Tensor:
+    """Eq. (4): half the mean square difference of the critic's features, a list of maps (n, channel, z, y, x)."""
+    return 0.5 * torch.cat([(a - b).flatten(1) for a, b in zip(real, drawn, strict=True)], 1).square().mean(1)
+
+
+def normality(codes: Tensor) -> Tensor:
+    """Eq. (5): half the mean square of codes that should follow N(0, I)."""
+    return 0.5 * codes.square().flatten(1).mean(1)
+
+
+def foreignness(judge: LatentDiscriminator, codes: Tensor) -> Tensor:
+    """Eq. (8): -log D_W of the codes, whose 512 summands are all the same; of several styles a code their mean."""
+    return F.softplus(-judge(codes.flatten(0, -2))).reshape(len(codes), -1).mean(1)
+
+
+def feature_norms(real: list[Tensor], drawn: list[Tensor]) -> Tensor:
+    """Eq. (2) of Fetty et al. 2020: the Euclidean norms of the differences of features, summed over resolutions."""
+    return sum((a - b).flatten(1).norm(dim=1) for a, b in zip(real, drawn, strict=True))
+
+
+def told_apart(judge: LatentDiscriminator, mapped: Tensor, encoded: Tensor) -> float:
+    """How surely codes of the mapping network and of the encoder are told apart: the area under the ROC curve."""
+    with torch.no_grad():
+        difference = judge(mapped)[:, None] - judge(encoded)
+    return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
+
+
+# Volumes and codes
+
+
+def halvings(model: Model, slices: int) -> int:
+    """How often stacks of `slices` slices are averaged down to the grid that the model's generator draws."""
+    how = section(Train, model.config["train"], "train")
+    return max(0, round(slices / 2 ** (len(how.schedule.samples) + how.haar)).bit_length() - 1)
+
+
+def targets(model: Model, data: Stacks, rows: list[dict]) -> Tensor:
+    """The stacks of `rows` on the grid that the model's generator draws, (n, 1, z, y, x)."""
+    return data.pooled(rows, halvings(model, data.meta["stack_slices"])).float()
+
+
+def mean_code(model: Model, n: int) -> Tensor:
+    """`n` times the code at the middle of the latent space, (n, code)."""
+    generator = trunk(model.generator)
+    return generator.to_styles(generator.sample_latent(1, torch_rng(0, "any code")), 0.0).repeat(n, 1)
+
+
+def encode(encoder: Encoder, volumes: Tensor) -> Tensor:
+    """Codes (n, code) of volumes on the generator's grid, (n, 1, z, y, x)."""
+    with torch.no_grad():
+        return torch.cat([encoder(part) for part in volumes.split(AT_ONCE)])
+
+
+def draw_codes(model: Model, codes: Tensor) -> Tensor:
+    """What the generator itself draws of codes, without noise and without levels of detail, (n, 1, z, y, x)."""
+    with torch.no_grad():
+        return torch.cat([trunk(model.generator).synthesize(part) for part in codes.split(AT_ONCE)])
+
+
+def as_styles(model: Model, codes: Tensor) -> Tensor:
+    """Codes in the shape that they are kept in: (n, code), or (n, layers, code) of a generator with styles."""
+    layers = style_layers(model.generator)
+    return codes if layers is None or codes.dim() == 3 else codes[:, None].expand(-1, layers, -1).contiguous()
+
+
+# Encoder training
+
+
+def train_encoder(
+    params: EncoderTraining,
+    model: Model,
+    data: Stacks,
+    folder: str | Path,
+    *,
+    state: str | Path,
+    seed: int,
+    say=print,
+) -> tuple[Inverter, list[dict]]:
+    """Train the encoder of a model by eq. (6) or (9), or on sampled pairs (Fetty et al. 2020); returns its curves too.
+
+    Writes encoder.safetensors and encoder.json. The generator and its critic stay as they are. Killed, it goes on from
+    the newest state in `state`, bit for bit. Raises `InputError` if it diverges, or when asked to stop.
+    """
+    folder, state = Path(folder), Path(state)
+    run = fingerprint(params, model.config["sha256"], data.meta["data_hash"], seed, CODE)
+    with checkpoint.locked(state), checkpoint.asked_to_stop() as asked:
+        inverter, points = _train_encoder(params, model, data, state, run, seed, say, asked)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {name: part for name, part in inverter._asdict().items() if part is not None}
+    checkpoint.save_tensors(folder / "encoder.safetensors", checkpoint.pack(**parts))
+    content = {"run": run, "encoder": json.loads(params.model_dump_json()), "model": model.config["sha256"]}
+    checkpoint.write_json(folder / "encoder.json", content)
+    return inverter, [dict(zip(CURVES, point, strict=True)) for point in points]
+
+
+def load_inverter(folder: str | Path, model: Model) -> Inverter:
+    """The encoder of a model from the folder it was written to. Raises `InputError` for another model's, or none."""
+    folder = Path(folder)
+    if not (folder / "encoder.json").is_file():
+        raise InputError(f"{folder / 'encoder.json'}: no such file; 05_inversion writes it beside encoder.safetensors")
+    config = json.loads((folder / "encoder.json").read_text())
+    if config["model"] != model.config["sha256"]:
+        raise InputError(f"{folder / 'encoder.json'}: made for other weights than the model's; run 05_inversion again")
+    inverter = _new_inverter(section(EncoderTraining, config["encoder"], f"{folder / 'encoder.json'}: encoder"), model)
+    parts = {name: part for name, part in inverter._asdict().items() if part is not None}
+    checkpoint.unpack(load_file(folder / "encoder.safetensors"), **parts)
+    return _at_rest(inverter)
+
+
+def _new_inverter(params: EncoderTraining, model: Model) -> Inverter:
+    how = section(Train, model.config["train"], "train")
+    statistics = getattr(model.critic, "statistics", None)
+    encoder = build_encoder(
+        how.generator,
+        dense=params.dense,
+        norm=params.norm,
+        haar=how.haar,
+        precision=how.precision,
+        statistics=None if statistics is None else statistics[-1],
+    )
+    code = encoder.to_code.weight.shape[0]
+    return Inverter(encoder, LatentDiscriminator(code) if params.prior == "discriminator" else None)
+
+
+def _at_rest(inverter: Inverter) -> Inverter:
+    for part in inverter:
+        if part is not None:
+            part.requires_grad_(False).eval()
+    return inverter
+
+
+def _train_encoder(params, model, data, state, run, seed, say, asked) -> tuple[Inverter, list]:
+    augment = section(Train, model.config["train"], "train").augment
+    generator, critic = trunk(model.generator), model.critic
+    torch.manual_seed(torch_rng(seed, "encoder weights").initial_seed())
+    encoder, judge = _new_inverter(params, model)
+    average = new_average(encoder)
+    optimiser = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[params.optimiser]
+    adam_e = optimiser(encoder.parameters(), lr=params.rate, betas=params.betas)
+    objects = dict(encoder=encoder, average=average, adam_e=adam_e)
+    if judge is not None:
+        adam_j = optimiser(judge.parameters(), lr=params.rate, betas=params.betas)
+        objects |= dict(judge=judge, adam_j=adam_j)
+    seen, points, end, n = 0, [], params.samples, params.batch
+    if found := checkpoint.load_state(state, run):
+        checkpoint.unpack(found[0], **objects)
+        seen, points = found[1]["seen"], found[1]["points"]
+        say(f"encoder continues at {seen} of {end} samples", flush=True)
+    times = halvings(model, data.meta["stack_slices"])
+    # On a grid once finer than needed, so that rotations are interpolated before the last halving
+    pool = data.pooled(data.of("train"), max(0, times - 1))
+    watched = targets(model, data, data.of("held-out"))[:WATCHED]
+    watched_features = critic_features(critic, watched)
+    saved = said = time.monotonic()
+    said_seen, left_out = seen, 0
+
+    while seen < end:
+        rate = params.rate * rate_at(seen / end, params.final_decay)
+        for adam in (objects[name] for name in objects if name.startswith("adam")):
+            adam.param_groups[0]["lr"] = rate
+        draws = torch_rng(seed, "encoder", seen)
+        mapped = generator.to_styles(generator.sample_latent(n, draws), params.truncation)
+        if params.pairs == "sampled":
+            with torch.no_grad():
+                volumes = generator.synthesize(mapped, noise=draws)
+            codes = encoder(volumes)
+            drawn = generator.synthesize(codes)
+            # Fetty et al. 2020: the distance of the codes, and the l1 distance of the volumes
+            apart = (codes - mapped).norm(dim=1)
+            shown = (volumes - drawn).abs().flatten(1).mean(1), torch.zeros(n), apart
+            loss = (apart + shown[0]).mean()
+        else:
+            volumes = augmented(pool[order(len(pool), seen, n, seed)].float(), seen, seed, augment)
+            volumes = downsample(volumes) if times else volumes
+            with torch.no_grad():
+                features = critic_features(critic, volumes)
+            codes = encoder(volumes)
+            drawn = generator.synthesize(codes)
+            if judge is not None:
+                judge.requires_grad_(False)
+            latent = normality(codes) if judge is None else foreignness(judge, codes)
+            shown = distortion(volumes, drawn), perceptual(features, critic_features(critic, drawn)), latent
+            loss = sum(w * term.mean() for w, term in zip(params.weights, shown, strict=True))  # eqs. (6), (9)
+        left_out = 0 if step(adam_e, loss, params.clip) else left_out + 1
+        if judge is not None:
+            judge.requires_grad_(True)
+            codes = codes.detach()
+            loss_j = F.softplus(-judge(mapped)).mean() + F.softplus(judge(codes)).mean()
+            left_out = 0 if step(adam_j, loss_j, params.clip) else left_out + 1
+        if left_out > LEFT_OUT:
+            raise InputError(f"{state}: the encoder diverged at {seen} samples; a lower rate may help")
+        follow(average, encoder, params.ema, seen // n)
+        seen += n
+
+        if seen // n % CURVE_EVERY == 0 or seen >= end:
+            with torch.no_grad():
+                now = generator.synthesize(average(watched))
+                unseen = distortion(watched, now), perceptual(watched_features, critic_features(critic, now))
+            auc = told_apart(judge, mapped, codes) if judge is not None else None
+            points.append([seen, *(float(term.detach().mean()) for term in (*shown, *unseen)), auc])
+        clock = time.monotonic()
+        if clock - said > SAY_EVERY_S or seen >= end:
+            pace = (clock - said) / (seen - said_seen)
+            say(
+                f"encoder | {seen}/{end} samples | {1 / pace:.1f}/s | loss {float(loss.detach()):.4f} | "
+                f"about {(end - seen) * pace / 60:.1f} min left",
+                flush=True,
+            )
+            said, said_seen = clock, seen
+        if asked or clock - saved > SAVE_EVERY_S or seen >= end:
+            saved = clock
+            checkpoint.save_state(state, checkpoint.pack(**objects), dict(seen=seen, points=points, fingerprint=run))
+        if asked and seen < end:
+            raise InputError(f"{state}: stopped on request at {seen} of {end} samples; run it again to go on")
+    return _at_rest(Inverter(average, judge)), points
+
+
+# Refinement
+
+
+def objective(
+    how: Refinement, model: Model, volumes: Tensor, judge: LatentDiscriminator | None = None
+) -> partial[Tensor]:
+    """The function of codes (n, code) or (n, layers, code) that refinement minimises, one value a volume, (n,).
+
+    `how.loss` "squares": eqs. (7) and (10), which are twice the weighted sum of eqs. (3), (4) and (5) or (8); "norms":
+    eq. (1) of Fetty et al. 2020.
+    """
+    with torch.no_grad():
+        features = critic_features(model.critic, volumes, _features(how))
+    return partial(_objective, how, model, volumes, features, judge)
+
+
+def _features(how: Refinement) -> str:
+    return "penultimate" if how.loss == "squares" else "first"
+
+
+def _objective(how, model, volumes, features, judge, codes) -> Tensor:
+    drawn = trunk(model.generator).synthesize(codes)
+    seen = critic_features(model.critic, drawn, _features(how))
+    if how.loss == "norms":
+        return feature_norms(features, seen) + (volumes - drawn).flatten(1).norm(dim=1)
+    latent = normality(codes) if judge is None else foreignness(judge, codes)
+    terms = distortion(volumes, drawn), perceptual(features, seen), latent
+    return 2 * sum(w * term for w, term in zip(how.weights, terms, strict=True))
+
+
+def losses(
+    how: Refinement, model: Model, volumes: Tensor, codes: Tensor, judge: LatentDiscriminator | None = None
+) -> Tensor:
+    """What `objective` says of codes, (n,)."""
+    with torch.no_grad():
+        parts = zip(volumes.split(AT_ONCE), codes.split(AT_ONCE), strict=True)
+        return torch.cat([objective(how, model, x, judge)(z) for x, z in parts])
+
+
+def refine(
+    start: Tensor,
+    volumes: Tensor,
+    model: Model,
+    how: Refinement,
+    *,
+    judge: LatentDiscriminator | None = None,
+    state: str | Path | None = None,
+    say=print,
+) -> Tensor:
+    """Codes that draw `volumes` (n, 1, z, y, x) better than the codes `start`, by eq. (7) or (10).
+
+    `start` is (n, code), and so is the result; with `how.space` "w+" the result is (n, layers, code), every layer's
+    style on its own. All volumes take every step together, and each goes its own way. With a folder `state` it goes on
+    where it was killed. Raises `InputError` for "w+" where a generator has one style alone.
+    """
+    if how.space == "w+":
+        if style_layers(model.generator) is None:
+            raise InputError("refine.space: 'w+' needs a generator with a style a layer; accepted here is 'w'")
+        start = as_styles(model, start)
+    codes = nn.Parameter(start.clone())
+    optimiser = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[how.optimiser]
+    adam = optimiser([codes], lr=how.rate, betas=how.betas)
+    cuts = [slice(i, i + AT_ONCE) for i in range(0, len(codes), AT_ONCE)]
+    values = [objective(how, model, volumes[cut], judge) for cut in cuts]
+    run, done = None, 0
+    if state is not None:
+        state = Path(state)
+        data = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (start, volumes)]
+        run = fingerprint(how, model.config["sha256"], data, CODE)
+        if found := checkpoint.load_state(state, run):
+            done = found[1]["seen"]
+            codes.data.copy_(found[0].pop("codes"))
+            checkpoint.unpack(found[0], adam=adam)
+            say(f"refinement continues at step {done} of {how.steps}", flush=True)
+    saved = said = time.monotonic()
+    said_at = done
+    while done < how.steps:
+        adam.zero_grad()
+        for cut, value in zip(cuts, values, strict=True):
+            value(codes[cut]).sum().backward()
+        adam.step()
+        done += 1
+        clock = time.monotonic()
+        if clock - said > SAY_EVERY_S:
+            left = (how.steps - done) * (clock - said) / (done - said_at)
+            say(f"refinement of {len(codes)} | step {done}/{how.steps} | about {left / 60:.1f} min left", flush=True)
+            said, said_at = clock, done
+        if state is not None and (clock - saved > SAVE_EVERY_S or done == how.steps):
+            saved = clock
+            tensors = {"codes": codes.data, **checkpoint.pack(adam=adam)}
+            checkpoint.save_state(state, tensors, dict(seen=done, fingerprint=run))
+    return codes.detach()
+
+
+# Codes on disk
+
+
+def save_codes(folder: str | Path, model: Model, rows: list[dict], encoded: Tensor, refined: Tensor) -> None:
+    """codes.safetensors (`encoded` and `refined`, in the shape of styles) and codes.csv, one row a code.
+
+    `rows` are rows of stacks.csv; a scan's name ends in its visit.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_tensors(
+        folder / "codes.safetensors", dict(encoded=as_styles(model, encoded), refined=as_styles(model, refined))
+    )
+    table = [
+        {key: row[key] for key in ("scan", "patient")}
+        | {"visit": row["scan"].rpartition("_ses-")[2], "split": row["split"], "start": row["start"], "index": i}
+        for i, row in enumerate(rows)
+    ]
+    write_table(folder / "codes.csv", table)
+
+
+def load_codes(folder: str | Path) -> tuple[list[dict], Tensor, Tensor]:
+    """The rows of codes.csv, and the encoded and the refined codes. Raises `InputError` naming a missing file."""
+    folder = Path(folder)
+    if not (folder / "codes.safetensors").is_file():
+        raise InputError(f"{folder / 'codes.safetensors'}: no such file; 05_inversion writes it")
+    rows, codes = read_table(folder / "codes.csv"), load_file(folder / "codes.safetensors")
+    return rows, codes["encoded"], codes["refined"]

@@ -1,0 +1,225 @@
+"""Inversion on the oracle, whose codes are known; the losses by hand; killed and gone on, bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import GRID, SPACING, Oracle
+
+from bonelib import InputError
+from bonelib.latent import inversion
+from bonelib.latent.models import Model
+from bonelib.networks import build_critic, build_generator
+from bonelib.networks.encoder import LatentDiscriminator, critic_features
+from bonelib.params import CriticNet, EncoderTraining, Generator, Refinement
+from bonelib.randomness import torch_rng
+from bonelib.scans.dataset import Stacks
+
+WIDTHS = (12, 12, 12)
+TRAIN = dict(
+    generator=dict(kind="stylegan", widths=WIDTHS, latent=8, style=8, padding="replicate"),
+    critic=dict(widths=WIDTHS),
+    schedule=dict(samples=[1, 1], fade=[0, 0], batch=[8, 8]),
+    augment=None,
+    n_critic=1,
+    rate=1e-3,
+)
+
+
+def silent(*_, **__):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    statistics = torch.tensor([[0.3], [0.1]]).expand(2, 2, 1)
+    critic = build_critic(CriticNet(widths=WIDTHS, standardise=True), statistics=statistics).requires_grad_(False)
+    return Model(Oracle(), critic, dict(train=TRAIN, sha256=dict(generator="oracle")))
+
+
+def bones(model, n, purpose):
+    codes = model.generator.sample_latent(n, torch_rng(0, purpose))
+    return codes, inversion.draw_codes(model, codes)
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    """Stacks of 48 bones of 24 patients, the last eight of which are held out."""
+    _, volumes = bones(model, 48, "patients")
+    rows = [
+        dict(
+            scan=f"{i // 2}_ses-{i % 2}",
+            patient=str(i // 2),
+            volume=i,
+            start=0,
+            split="train" if i < 32 else "held-out",
+        )
+        for i in range(48)
+    ]
+    meta = dict(spacing_mm=[SPACING] * 3, stack_slices=GRID[0], data_hash="bones")
+    return Stacks(volumes[:, 0].numpy().astype(np.float16), rows, meta)
+
+
+def test_the_losses_are_those_of_the_paper():
+    x, y = torch.zeros(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2)
+    x[0, 0, 0, 0, 0], y[0, 0, 0, 0, 0] = 3.0, 1.0
+    assert inversion.distortion(x, y).tolist() == [0.5 / 8 * 4, 0]  # eq. (3)
+    assert inversion.perceptual([x], [y]).tolist() == [0.5 / 8 * 4, 0]  # eq. (4)
+    code = torch.zeros(1, 512)
+    code[0, :2] = 2.0
+    assert inversion.normality(code).tolist() == pytest.approx([8 / 1024])  # eq. (5)
+    judge = LatentDiscriminator(512, layers=0)
+    torch.nn.init.zeros_(judge.out.weight)
+    torch.nn.init.constant_(judge.out.bias, np.log(3))  # a probability of 3/4
+    assert inversion.foreignness(judge, code).tolist() == pytest.approx([-np.log(0.75)])  # eq. (8)
+    assert inversion.foreignness(judge, code[:, None].repeat(1, 5, 1)).tolist() == pytest.approx([-np.log(0.75)])
+    assert inversion.feature_norms([x, 2 * x], [y, 2 * y]).tolist() == [6, 0]  # eq. (2) of Fetty et al.
+
+
+def test_the_objective_is_eq_7(model):
+    codes, volumes = bones(model, 3, "objective")
+    other = codes + 0.5
+    drawn = inversion.draw_codes(model, other)
+    a, b = (critic_features(model.critic, v)[0] for v in (volumes, drawn))
+    parts = [
+        [float((p[i] - q[i]).square().mean()) for p, q in ((volumes, drawn), (a, b), (other, 0 * other))]
+        for i in range(3)
+    ]
+    expected = [sum(values) for values in parts]
+    assert inversion.losses(Refinement(), model, volumes, other).tolist() == pytest.approx(expected, rel=1e-5)
+    eq10 = inversion.losses(Refinement(weights=(0, 1, 0)), model, volumes, other)
+    assert eq10.tolist() == pytest.approx([values[1] for values in parts], rel=1e-5)
+
+
+def test_refinement_recovers_codes(model):
+    codes, volumes = bones(model, 4, "recovered")
+    how = Refinement(steps=250, rate=0.02, weights=(1, 0, 0), betas=(0.9, 0.9))
+    start = codes + 0.4 * torch.randn(codes.shape, generator=torch_rng(0, "guess"))
+    found = inversion.refine(start, volumes, model, how, say=silent)
+    assert ((found - codes).norm(dim=1) / codes.norm(dim=1)).max() < 0.01
+
+
+def test_the_published_refinement_lowers_the_loss_of_every_bone(model):
+    _, volumes = bones(model, 6, "lowered")
+    how, start = Refinement(), inversion.mean_code(model, 6)
+    found = inversion.refine(start, volumes, model, how, say=silent)
+    before, after = (inversion.losses(how, model, volumes, codes) for codes in (start, found))
+    assert (after < before).all()
+
+
+def test_bones_are_refined_alike_alone_and_together(model):
+    codes, volumes = bones(model, 20, "together")
+    how = Refinement(steps=5)
+    together = inversion.refine(codes + 0.1, volumes, model, how, say=silent)
+    alone = inversion.refine(codes[18:19] + 0.1, volumes[18:19], model, how, say=silent)
+    assert torch.allclose(together[18], alone[0], atol=1e-5)
+
+
+def test_w_plus_fits_a_mixed_bone_that_one_style_cannot(model):
+    codes, _ = bones(model, 3, "mixed")
+    mixed = codes[None]  # one bone, a style of its own in each of the three layers
+    volume = inversion.draw_codes(model, mixed)
+    how = Refinement(steps=120, rate=0.04, weights=(1, 0, 0))
+    start = inversion.mean_code(model, 1)
+    wide = inversion.refine(start, volume, model, how.model_copy(update=dict(space="w+")), say=silent)
+    assert wide.shape == (1, 3, 8) and not torch.allclose(wide[:, 0], wide[:, 1])
+    one = inversion.refine(start, volume, model, how, say=silent)
+    assert inversion.losses(how, model, volume, wide) < inversion.losses(how, model, volume, one)
+    plain = Model(build_generator(Generator(kind="progan", widths=WIDTHS, latent=8)), model.critic, model.config)
+    with pytest.raises(InputError, match="w\\+"):
+        inversion.refine(start, volume, plain, how.model_copy(update=dict(space="w+")), say=silent)
+
+
+def test_fettys_refinement_recovers_codes(model):
+    codes, volumes = bones(model, 4, "fetty")
+    how = Refinement(steps=200, loss="norms", optimiser="radam", rate=0.02, betas=(0.9, 0.999))
+    start = codes + 0.2 * torch.randn(codes.shape, generator=torch_rng(0, "guess"))
+    found = inversion.refine(start, volumes, model, how, say=silent)
+    before, after = ((z - codes).norm(dim=1) for z in (start, found))
+    assert (after < 0.2 * before).all()
+
+
+SAMPLED = EncoderTraining(
+    prior="normal", pairs="sampled", samples=960, batch=8, rate=2e-2, betas=(0.0, 0.99), final_decay=0.5
+)
+
+
+def test_an_encoder_trained_on_pairs_knows_unseen_codes(model, data, tmp_path):
+    inverter, _ = inversion.train_encoder(SAMPLED, model, data, tmp_path, state=tmp_path / "state", seed=1, say=silent)
+    codes, volumes = bones(model, 64, "unseen")
+    found = inversion.encode(inverter.encoder, volumes)
+    assert np.corrcoef(found.flatten(), codes.flatten())[0, 1] > 0.8
+    again = inversion.load_inverter(tmp_path, model)
+    assert torch.equal(inversion.encode(again.encoder, volumes), found)
+    other = model._replace(config=model.config | dict(sha256=dict(generator="another")))
+    with pytest.raises(InputError, match="other weights"):
+        inversion.load_inverter(tmp_path, other)
+
+
+def test_an_encoder_trained_on_real_bones_draws_unseen_ones(model, data, tmp_path):
+    how = EncoderTraining(
+        prior="discriminator", dense=2, weights=(5, 1, 0.04), samples=640, batch=8, rate=1e-2, final_decay=0.5
+    )
+    inverter, points = inversion.train_encoder(how, model, data, tmp_path, state=tmp_path / "state", seed=1, say=silent)
+    held_out = inversion.targets(model, data, data.of("held-out"))
+    drawn = inversion.draw_codes(model, inversion.encode(inverter.encoder, held_out))
+    mean = inversion.draw_codes(model, inversion.mean_code(model, len(held_out)))
+    ratio = inversion.distortion(held_out, drawn).mean() / inversion.distortion(held_out, mean).mean()
+    assert ratio < 0.5
+    assert 0 <= points[-1]["told_apart"] <= 1 and points[-1]["seen"] == 640
+
+
+@pytest.mark.parametrize("prior", ["normal", "discriminator"])
+def test_a_killed_training_goes_on_bit_for_bit(model, data, tmp_path, monkeypatch, prior):
+    how = EncoderTraining(prior=prior, samples=48, batch=8, ema=5)
+    whole, points = inversion.train_encoder(how, model, data, tmp_path / "a", state=tmp_path / "sa", seed=1, say=silent)
+    monkeypatch.setattr(inversion, "SAVE_EVERY_S", 0.0)
+    calls, follow = [], inversion.follow
+
+    def killed(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        follow(*given)
+
+    monkeypatch.setattr(inversion, "follow", killed)
+    run = dict(state=tmp_path / "sb", seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        inversion.train_encoder(how, model, data, tmp_path / "b", **run, say=silent)
+    said = []
+    resumed, other = inversion.train_encoder(how, model, data, tmp_path / "b", **run, say=lambda x, **_: said.append(x))
+    assert "continues at 24" in said[0] and points == other
+    for a, b in zip(whole.encoder.parameters(), resumed.encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_killed_refinement_goes_on_bit_for_bit(model, tmp_path, monkeypatch):
+    codes, volumes = bones(model, 3, "killed")
+    how, start = Refinement(steps=12), codes + 0.3
+    whole = inversion.refine(start, volumes, model, how, say=silent)
+    monkeypatch.setattr(inversion, "SAVE_EVERY_S", 0.0)
+    save, calls = inversion.checkpoint.save_state, []
+
+    def killed(*given):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        save(*given)
+
+    monkeypatch.setattr(inversion.checkpoint, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        inversion.refine(start, volumes, model, how, state=tmp_path, say=silent)
+    said = []
+    again = inversion.refine(start, volumes, model, how, state=tmp_path, say=lambda x, **_: said.append(x))
+    assert "continues at step 4" in said[0] and torch.equal(whole, again)
+
+
+def test_codes_are_kept_in_the_shape_of_styles(model, data, tmp_path):
+    rows = data.of("held-out")[:4]
+    codes, _ = bones(model, 4, "kept")
+    inversion.save_codes(tmp_path, model, rows, codes, codes + 1)
+    table, encoded, refined = inversion.load_codes(tmp_path)
+    assert encoded.shape == refined.shape == (4, 3, 8) and torch.equal(refined[:, 2], codes + 1)
+    assert table[1] == dict(scan="16_ses-1", patient="16", visit="1", split="held-out", start="0", index="1")
+    with pytest.raises(InputError, match="codes.safetensors"):
+        inversion.load_codes(tmp_path / "none")
