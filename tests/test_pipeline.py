@@ -215,6 +215,8 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "03_train/progan/figure3_growth",
         "S3_detail/same_bones",
         "03_train/progan/curves",
+        "05_inversion/progan/reconstructions",
+        "05_inversion/progan/full_size",
         "04_image_quality/figure4_axial",
         "04_image_quality/figure4_coronal",
     ):
@@ -224,6 +226,22 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         notebook = nbformat.read(path, 4)
         assert not any(o.output_type == "error" for c in notebook.cells for o in c.get("outputs", []))
         assert "widgets" not in notebook.metadata
+
+
+@pytest.mark.pipeline
+def test_the_pipeline_gives_held_out_bones_their_codes(pipeline):
+    from bonelib.latent.inversion import load_codes, load_inverter
+    from bonelib.latent.models import load_model
+
+    rows, encoded, refined = load_codes(pipeline / "out/tiny/codes/progan")
+    assert refined.shape == encoded.shape == (len(rows), 32) and not refined.equal(encoded)
+    assert {r["split"] for r in rows} == {"train", "held-out"} and [int(r["index"]) for r in rows] == [
+        *range(len(rows))
+    ]
+    assert load_inverter(pipeline / "out/tiny/codes/progan", load_model(pipeline / "out/tiny/models/progan")).encoder
+    metrics = json.loads((pipeline / "out/tiny/metrics/05_inversion_progan.json").read_text())
+    for way in ("mean bone", "encoder", "optimisation", "hybrid"):
+        assert all(metrics[f"{way}.PSNR, dB.{key}"] > 0 for key in ("value", "low", "high", "N", "patients"))
 
 
 @pytest.mark.pipeline

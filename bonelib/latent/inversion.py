@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from bonelib import InputError, networks, pyramid, randomness, training
 from bonelib.latent.models import Model
+from bonelib.latent.models import refine as draw_details
 from bonelib.networks.encoder import (
     Encoder,
     LatentDiscriminator,
@@ -125,6 +127,15 @@ def as_styles(model: Model, codes: Tensor) -> Tensor:
     """Codes in the shape that they are kept in: (n, code), or (n, layers, code) of a generator with styles."""
     layers = style_layers(model.generator)
     return codes if layers is None or codes.dim() == 3 else codes[:, None].expand(-1, layers, -1).contiguous()
+
+
+def finished(model: Model, coarse: Tensor, seed: int) -> np.ndarray:
+    """Volumes of the generator's own grid (n, 1, z, y, x) at full size (n, z, y, x), through its levels of detail.
+
+    The noise of number i is the same for all volumes of one seed, so that two volumes differ by what was given alone.
+    """
+    volumes, details = coarse[:, 0].numpy(), getattr(model.generator, "details", ())
+    return draw_details(details, volumes, seed)[-1] if len(details) else volumes
 
 
 # Encoder training
@@ -371,6 +382,57 @@ def refine(
             tensors = {"codes": codes.data, **checkpoint.pack(adam=adam)}
             checkpoint.save_state(state, tensors, dict(seen=done, fingerprint=run))
     return codes.detach()
+
+
+def ways(
+    volumes: Tensor,
+    model: Model,
+    inverter: Inverter,
+    how: Refinement,
+    *,
+    state: str | Path,
+    also: Tensor | None = None,
+    say=print,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Codes of volumes (n, 1, z, y, x) by encoder, optimisation and both (hybrid), and the seconds a volume of each.
+
+    Optimisation alone starts at the mean code. A generator with a style a layer is inverted in W+ as well, if `how`
+    does not already. The codes of volumes `also` are made by encoder and hybrid and follow behind the others'.
+    """
+    every, n = volumes if also is None else torch.cat([volumes, also]), len(volumes)
+    codes, seconds = {}, {}
+
+    def timed(name, make, count, before=0.0):
+        start = time.perf_counter()
+        codes[name] = make()
+        seconds[name] = before + (time.perf_counter() - start) / count
+
+    def refined(name, start, of, how=how):
+        say(f"{name}: {how.steps} steps for {len(of)} volumes", flush=True)
+        return refine(start, of, model, how, judge=inverter.judge, state=Path(state) / name, say=say)
+
+    timed("encoder", lambda: encode(inverter.encoder, every), len(every))
+    first = codes["encoder"]
+    timed("hybrid", lambda: refined("hybrid", first, every), len(every), seconds["encoder"])
+    timed("optimisation", lambda: refined("optimisation", mean_code(model, n), volumes), n)
+    if style_layers(model.generator) is not None and how.space == "w":
+        wide = how.model_copy(update=dict(space="w+"))
+        timed("hybrid in W+", lambda: refined("hybrid in W+", first[:n], volumes, wide), n, seconds["encoder"])
+    return codes, seconds
+
+
+def further_measures(
+    how: Refinement, model: Model, volumes: Tensor, codes: Tensor, judge: LatentDiscriminator | None
+) -> dict[str, np.ndarray]:
+    """Of every reconstruction (n,): the loss that refinement minimises, the critic's eq. (4), and eq. (5) or (8)."""
+    with torch.no_grad():
+        features = [critic_features(model.critic, v) for v in (volumes, draw_codes(model, codes))]
+        latent = normality(codes) if judge is None else foreignness(judge, codes)
+    return {
+        "refinement loss": losses(how, model, volumes, codes, judge).numpy(),
+        "critic features, eq. (4)": perceptual(*features).numpy(),
+        "latent, eq. (5)" if judge is None else "latent, eq. (8)": latent.numpy(),
+    }
 
 
 # Codes on disk
