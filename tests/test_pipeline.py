@@ -230,15 +230,17 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
 
 @pytest.mark.pipeline
 def test_the_pipeline_gives_held_out_bones_their_codes(pipeline):
-    from bonelib.latent.inversion import load_codes, load_inverter
+    from bonelib.latent.codes import load_codes
+    from bonelib.latent.inversion import load_inverter
     from bonelib.latent.models import load_model
 
-    rows, encoded, refined = load_codes(pipeline / "out/tiny/codes/progan")
+    folder = pipeline / "out/tiny/codes/progan"
+    (encoded, _), (refined, rows) = load_codes(folder, "encoded"), load_codes(folder)
     assert refined.shape == encoded.shape == (len(rows), 32) and not refined.equal(encoded)
     assert {r["split"] for r in rows} == {"train", "held-out"} and [int(r["index"]) for r in rows] == [
         *range(len(rows))
     ]
-    assert load_inverter(pipeline / "out/tiny/codes/progan", load_model(pipeline / "out/tiny/models/progan")).encoder
+    assert load_inverter(folder, load_model(pipeline / "out/tiny/models/progan")).encoder
     metrics = json.loads((pipeline / "out/tiny/metrics/05_inversion_progan.json").read_text())
     for way in ("mean bone", "encoder", "optimisation", "hybrid"):
         assert all(metrics[f"{way}.PSNR, dB.{key}"] > 0 for key in ("value", "low", "high", "N", "patients"))

@@ -34,7 +34,7 @@ from bonelib.pyramid import downsample
 from bonelib.randomness import torch_rng
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
-from bonelib.scans.tables import read_table, write_table
+from bonelib.scans.tables import write_table
 from bonelib.training import checkpoint
 from bonelib.training.detail import rate_at
 from bonelib.training.loop import follow, new_average, step
@@ -454,12 +454,3 @@ def save_codes(folder: str | Path, model: Model, rows: list[dict], encoded: Tens
         for i, row in enumerate(rows)
     ]
     write_table(folder / "codes.csv", table)
-
-
-def load_codes(folder: str | Path) -> tuple[list[dict], Tensor, Tensor]:
-    """The rows of codes.csv, and the encoded and the refined codes. Raises `InputError` naming a missing file."""
-    folder = Path(folder)
-    if not (folder / "codes.safetensors").is_file():
-        raise InputError(f"{folder / 'codes.safetensors'}: no such file; 05_inversion writes it")
-    rows, codes = read_table(folder / "codes.csv"), load_file(folder / "codes.safetensors")
-    return rows, codes["encoded"], codes["refined"]
