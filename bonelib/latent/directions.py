@@ -1,0 +1,281 @@
+"""Directions of a latent space from labelled codes, straight and bent, and how bent a decision surface is.
+
+Ridge and logistic regression give a straight direction; the forward and reverse networks of Fetty et al. 2020 walk
+along a bent one where these earn it. Codes are (n, d): one style of a bone.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+
+from bonelib import InputError
+from bonelib.randomness import numpy_rng, torch_rng
+
+PENALTIES = tuple(10.0**p for p in range(-4, 3))  # of the ridge, in shares of the codes' mean variance
+FOLDS = 5
+STEPS_OF_LOGISTIC = 200
+
+
+class Direction(NamedTuple):
+    """value = offset + slope * (code @ vector), with a unit vector (d,); of a class, the value is its log-odds."""
+
+    vector: Tensor
+    slope: float
+    offset: float
+
+    def value(self, codes: Tensor) -> Tensor:
+        return self.offset + self.slope * (codes @ self.vector)
+
+
+def ridge(codes: Tensor, values: Tensor, groups=None) -> tuple[Direction, float]:
+    """The direction along which `values` (n,) rise by ridge regression, and R2 on groups that were left out.
+
+    The penalty is the best of `PENALTIES` in `FOLDS` folds of `groups`, n names of patients (or each code its own).
+    """
+    x, y = codes.double(), values.double()
+    fold = _folds(len(x), groups)
+    scores = []
+    for penalty in PENALTIES:
+        predicted = torch.empty_like(y)
+        for k in range(FOLDS):
+            weights, offset = _ridge(x[fold != k], y[fold != k], penalty)
+            predicted[fold == k] = x[fold == k] @ weights + offset
+        scores.append(float(1 - (predicted - y).square().sum() / (y - y.mean()).square().sum()))
+    weights, offset = _ridge(x, y, PENALTIES[int(np.argmax(scores))])
+    slope = float(weights.norm())
+    return Direction((weights / slope).float(), slope, float(offset)), max(scores)
+
+
+def _ridge(x, y, penalty):
+    mean = x.mean(0)
+    square = (x - mean).T @ (x - mean)
+    square = square + penalty * square.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(square, (x - mean).T @ (y - y.mean()))
+    return weights, y.mean() - mean @ weights
+
+
+def logistic(codes: Tensor, labels: Tensor, penalty: float = 1e-2) -> Direction:
+    """The normal of the plane that parts codes by their labels (n,), False or True: logistic regression.
+
+    `penalty` times half the squared weights is added to the mean loss. Raises `InputError` if a class is empty.
+    """
+    x, y = codes.double(), labels.double()
+    if not 0 < float(y.mean()) < 1:
+        raise InputError("labels are all the same; a direction needs codes of both classes")
+    weights = torch.zeros(x.shape[1] + 1, dtype=x.dtype, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights], max_iter=STEPS_OF_LOGISTIC, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        odds = x @ weights[1:] + weights[0]
+        total = F.binary_cross_entropy_with_logits(odds, y) + penalty / 2 * weights[1:].square().sum()
+        total.backward()
+        return total
+
+    optimiser.step(loss)
+    weights = weights.detach()
+    slope = float(weights[1:].norm())
+    return Direction((weights[1:] / slope).float(), slope, float(weights[0]))
+
+
+def accuracy(odds: Tensor, labels: Tensor) -> float:
+    """Share of codes whose log-odds (n,) have the sign of their labels."""
+    return float(((odds > 0) == labels.bool()).float().mean())
+
+
+def apart_from(vector: Tensor, others: Tensor) -> Tensor:
+    """The part of a direction (d,) at right angles to `others` (k, d), of length one (conditional manipulation)."""
+    basis = torch.linalg.qr(others.T.double())[0]
+    rest = vector.double() - basis @ (basis.T @ vector.double())
+    return (rest / rest.norm()).float()
+
+
+class Trained(NamedTuple):
+    """A network and the score it was chosen by on left-out codes: accuracy of a classifier, R2 of a reverse model."""
+
+    network: nn.Module
+    score: float
+    widths: tuple[int, ...]
+    rate: float
+
+
+def perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
+    """Dense layers of these sizes, with leaky rectifiers between them."""
+    layers = []
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+        layers += [nn.Linear(a, b)]
+        if i < len(sizes) - 2:
+            layers += [nn.LeakyReLU(0.2), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+def search(
+    inputs: Tensor, outputs: Tensor, left_out: Tensor, *, seed: int, tries: int, epochs: int, least: int = 1
+) -> Trained:
+    """The best of `tries` perceptrons with random widths, dropout and rate, by its score where `left_out` (n,) is True.
+
+    `outputs` are labels (n,), for a classifier, or vectors (n, d). At least `least` hidden layers, up to two more.
+    Fetty et al., "Latent space models, and model selection"; their budget is not stated.
+    """
+    best = None
+    for i in range(tries):
+        rng = numpy_rng(seed, "network", i)
+        widths = tuple(int(w) for w in rng.integers(32, 257, size=least + rng.integers(0, 3)))
+        dropout, rate = float(rng.choice([0.0, 0.1])), float(10 ** rng.uniform(-3.5, -2))
+        found = _trained(inputs, outputs, left_out, widths, dropout, rate, epochs, seed, i)
+        if best is None or found.score > best.score:
+            best = found
+    return best
+
+
+def _trained(inputs, outputs, left_out, widths, dropout, rate, epochs, seed, number):
+    classes = outputs.dim() == 1
+    with torch.random.fork_rng():
+        torch.manual_seed(torch_rng(seed, "weights", number).initial_seed())
+        network = perceptron((inputs.shape[1], *widths, 1 if classes else outputs.shape[1]), dropout)
+        x, y = inputs[~left_out], outputs[~left_out].float()
+        optimiser = torch.optim.Adam(network.parameters(), lr=rate)
+        batch = min(64, len(x))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * (len(x) // batch))
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x))[: len(x) // batch * batch].split(batch):
+                found = network(x[rows])
+                loss = (
+                    F.binary_cross_entropy_with_logits(found[:, 0], y[rows]) if classes else F.mse_loss(found, y[rows])
+                )
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+    network.requires_grad_(False).eval()
+    found, truth = network(inputs[left_out]), outputs[left_out].float()
+    score = accuracy(found[:, 0], truth) if classes else r2(found, truth)
+    return Trained(network, score, widths, rate)
+
+
+def r2(predicted: Tensor, truth: Tensor) -> float:
+    """Share of the variance of vectors (n, d) that is predicted, over all their entries."""
+    return float(1 - (predicted - truth).square().sum() / (truth - truth.mean(0)).square().sum())
+
+
+def chosen(reverse_r2: float, deep_accuracy: float, logistic_accuracy: float) -> str:
+    """What to walk with, "networks" or "logistic", after Fetty et al.: networks must be better, with their way back."""
+    return "networks" if reverse_r2 * deep_accuracy > logistic_accuracy else "logistic"
+
+
+def hidden(network: nn.Sequential, codes: Tensor) -> Tensor:
+    """The last hidden layer of a classifier: Forward of formula (3)."""
+    return network[:-1](codes)
+
+
+def manipulated(
+    codes: Tensor, mean: Tensor, forward, reverse, direction: Tensor, alpha: float, tau: float = 1.0
+) -> Tensor:
+    """Formula (3): Reverse(m + tau (Forward(w) - m) + alpha direction), with m = Forward(mean code).
+
+    `direction` are the weights of the classifier's last layer. With both networks the identity it is a straight walk.
+    """
+    middle = forward(mean[None])
+    return reverse(middle + tau * (forward(codes) - middle) + alpha * direction)
+
+
+def surface_points(
+    function: Callable[[Tensor], Tensor], codes: Tensor, n: int, *, seed: int, halvings: int = 40
+) -> Tensor:
+    """`n` points (n, d) where `function` (n, d) -> (n,) is 0, on lines between random codes on either side.
+
+    Raises `InputError` if all codes lie on one side.
+    """
+    side = function(codes) > 0
+    if side.all() or not side.any():
+        raise InputError("all codes lie on one side of the decision surface; it cannot be found between them")
+    rng = numpy_rng(seed, "surface points")
+    inner, outer = (torch.from_numpy(rng.choice(np.flatnonzero(mask.numpy()), n)) for mask in (~side, side))
+    low, high = codes[inner], codes[outer]
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        above = (function(middle) > 0)[:, None]
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
+class Curvature(NamedTuple):
+    """Of every point (n,): the mean normal curvature over tangents, and the largest principal one by amount."""
+
+    mean: Tensor
+    largest: Tensor
+
+
+def curvature(
+    function: Callable[[Tensor], Tensor], points: Tensor, *, seed: int, tangents: int | None = None
+) -> Curvature:
+    """Curvature of the surface function = 0 at points on it, (n, d), in 1 / unit of the codes.
+
+    The normal curvature along a unit tangent t is t' H t / |g|, with gradient g and Hessian H: positive where the
+    surface bends away from the side of larger values, 1 / R of a sphere whose inside is negative. `mean` averages it
+    over random tangents, as Fetty et al. do with 512, or exactly, from the trace of H, if `tangents` is None;
+    `largest` is the eigenvalue of H within the tangent space, by Lanczos.
+    """
+    points = points.double()
+    means, largest = [], []
+    for i, point in enumerate(points):
+        gradient, times = _derivatives(function, point)
+        size, d = gradient.norm(), len(point)
+        normal = gradient / size
+
+        def along(v, normal=normal, times=times, size=size):
+            v = v - normal * (normal @ v)
+            product = times(v)
+            return (product - normal * (normal @ product)) / size
+
+        some = torch.eye(d, dtype=point.dtype)
+        if tangents is not None:
+            some = torch.randn(tangents, d, generator=torch_rng(seed, "tangents", i), dtype=point.dtype)
+            some = some - torch.outer(some @ normal, normal)
+            some = some / some.norm(dim=1, keepdim=True)
+        sums = torch.stack([t @ along(t) for t in some])
+        means.append(sums.mean() if tangents is not None else sums.sum() / (d - 1))
+        largest.append(_largest(along, d, numpy_rng(seed, "Lanczos", i)))
+    return Curvature(torch.stack(means).float(), torch.tensor(largest).float())
+
+
+def _largest(along, d, rng):
+    """The eigenvalue of largest amount of a symmetric operator on R^d."""
+    if d < 4:
+        matrix = torch.stack([along(e) for e in torch.eye(d, dtype=torch.float64)])
+        values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+        return float(values[values.abs().argmax()])
+    operator = LinearOperator(
+        (d, d), lambda v: along(torch.from_numpy(np.array(v).reshape(-1))).numpy(), dtype=np.float64
+    )
+    start = rng.standard_normal(d)
+    if not np.abs(operator @ start).max() > 0:
+        return 0.0  # a plane
+    return float(eigsh(operator, 1, which="LM", v0=start, tol=1e-4, return_eigenvectors=False)[0])
+
+
+def _derivatives(function, point):
+    """The gradient of a function at a point (d,), and what multiplies a vector by its Hessian."""
+    point = point.clone().requires_grad_()
+    gradient = torch.autograd.grad(function(point[None])[0], point, create_graph=True)[0]
+
+    def times(v):
+        if not gradient.requires_grad:
+            return torch.zeros_like(v)
+        product = torch.autograd.grad(gradient @ v, point, retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(v) if product is None else product
+
+    return gradient.detach(), times
+
+
+def _folds(n, groups):
+    names, group = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
+    if len(names) < FOLDS:
+        raise InputError(f"{len(names)} patients are too few for {FOLDS} folds")
+    return torch.from_numpy(numpy_rng(0, "folds").permutation(len(names))[group] % FOLDS)
