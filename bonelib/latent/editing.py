@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bonelib import InputError
 from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge
+from bonelib.networks.encoder import trunk
 from bonelib.randomness import torch_rng
 
 BATCH = 64  # codes that are drawn at a time
@@ -67,7 +68,7 @@ def reader(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
 
     The levels of detail are left out: they keep the mean of every block of voxels, which is all that a gauge looks at.
     """
-    own = getattr(generator, "generator", generator)
+    own = trunk(generator)
     low, high = data["intensity"]
     halvings = generator.stages - own.stages
     spacing = [mm * 2**halvings for mm in data["spacing_mm"]]
