@@ -6,6 +6,7 @@ import pytest
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.evaluation.contours import dilated, eroded
 from bonelib.evaluation.morphometry import contours, fabric, measure, segment
 from bonelib.evaluation.thickness import local_thickness, thickness_and_axes
 from bonelib.randomness import numpy_rng
@@ -369,6 +370,20 @@ def test_given_masks_are_measured_as_they_are():
     found = measure(volume, compartments=(outer, inner))
     assert found["Tt.Ar"] == pytest.approx(outer[0].sum() * 0.2428**2)
     assert found["Ct.BMD"] == pytest.approx(CORTEX) and found["Tb.BMD"] == pytest.approx(MARROW)
+
+
+@pytest.mark.parametrize("shape", [(11, 40, 33), (3, 4, 50), (1, 30, 5)])
+@pytest.mark.parametrize("spacing", [(0.0607, 0.0607), (0.2, 0.1)])
+def test_slices_grow_and_shrink_by_the_distance_to_them(shape, spacing):
+    mask = numpy_rng(4, "dots").random(shape) < 0.01
+    mask[0] = False  # a slice with nothing in it
+    for radius in (0.05, 0.41, 0.8):
+        for section, grown, shrunk in zip(
+            mask, dilated(mask, radius, spacing), eroded(~mask, radius, spacing), strict=True
+        ):
+            near = ndimage.distance_transform_edt(~section, spacing) <= radius if section.any() else section
+            np.testing.assert_array_equal(grown, near)
+            np.testing.assert_array_equal(shrunk, ~near)
 
 
 def test_slices_without_bone_lower_the_mean_area():

@@ -50,23 +50,22 @@ def measure(volume: Volume, *, compartments=None) -> dict[str, float]:
     What does not exist is NaN, such as Tb.Th where no voxel is bone. Raises `InputError` as `contours`, and for masks
     that do not fit.
     """
+    if isinstance(compartments, str) and compartments != "trabecular":
+        raise InputError(f"compartments is {compartments!r}; accepted is 'trabecular', or two masks")
     density = smoothed(volume)
-    if isinstance(compartments, str):
-        if compartments != "trabecular":
-            raise InputError(f"compartments is {compartments!r}; accepted is 'trabecular', or two masks")
-        return _trabecular(volume, density, np.ones(volume.shape, bool))
-    found = contours_in(density, volume.spacing) if compartments is None else compartments
-    outer, inner = _fitting(found, volume)
-    cortex = outer & ~inner
-    with ThreadPoolExecutor(1) as aside:
-        cortical = aside.submit(_cortical, volume, density, cortex)
-        trabecular = _trabecular(volume, density, inner)
-    return {
-        "Tt.Ar": float(outer.sum() / volume.shape[0] * volume.spacing[1] * volume.spacing[2]),
-        "Tt.BMD": _mean(volume.voxels, outer),
-        **trabecular,
-        **cortical.result(),
-    }
+    with ThreadPoolExecutor(2) as pool:  # arrays are worked on at the same time, and the longest work is begun early
+        if isinstance(compartments, str):
+            return _trabecular(volume, density, np.ones(volume.shape, bool), pool)
+        found = contours_in(density, volume.spacing) if compartments is None else compartments
+        outer, inner = _fitting(found, volume)
+        cortical = pool.submit(_cortical, volume, density, outer & ~inner)
+        trabecular = _trabecular(volume, density, inner, pool)
+        return {
+            "Tt.Ar": float(outer.sum() / volume.shape[0] * volume.spacing[1] * volume.spacing[2]),
+            "Tt.BMD": _mean(volume.voxels, outer),
+            **trabecular,
+            **cortical.result(),
+        }
 
 
 def segment(volume: Volume, *, compartments: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
@@ -91,21 +90,24 @@ def fabric(volume: Volume, mask: np.ndarray | None = None) -> tuple[np.ndarray, 
     return _fabric(smoothed(volume), np.ones(volume.shape, bool) if mask is None else mask, volume.spacing)
 
 
-def _trabecular(volume, density, mask):
+def _trabecular(volume, density, mask, pool):
+    box, spacing, stride = _walled(mask), volume.spacing, _stride(volume.spacing)
     found = {"Tb.BMD": _mean(volume.voxels, mask)}
-    box, spacing = _walled(mask), volume.spacing
-    level, mask, stride = density[box] - np.float32(BONE), mask[box], _stride(spacing)
+    level, mask = density[box] - np.float32(BONE), mask[box]
     bone = (level > 0) & mask
-    thickness, between = thickness_and_axes(bone, mask, spacing, level=level, stride=stride)
-    separation = local_thickness(mask & ~bone, spacing, level=-level, stride=stride)
-    lengths, _ = _fabric(density[box], mask, spacing)
+    sizes = pool.submit(thickness_and_axes, bone, mask, spacing, level=level, stride=stride)
+    separation = pool.submit(local_thickness, mask & ~bone, spacing, level=-level, stride=stride)
+    lengths = pool.submit(_fabric, density[box], mask, spacing)
+    found["BV/TV"] = float(bone.sum() / mask.sum())
+    loops = _loops(bone) / (float(mask.sum()) * float(np.prod(spacing)))
+    thickness, between = sizes.result()
+    lengths, _ = lengths.result()
     return found | {
-        "BV/TV": float(bone.sum() / mask.sum()),
         "Tb.Th": _mean_size(thickness),
-        "Tb.Sp": _mean_size(separation),
+        "Tb.Sp": _mean_size(separation.result()),
         "Tb.N": 1 / _mean_size(between),
         "DA": float(lengths[0] / lengths[2]),
-        "Conn.D": _loops(bone) / (float(mask.sum()) * float(np.prod(spacing))),
+        "Conn.D": loops,
     }
 
 

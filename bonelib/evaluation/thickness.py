@@ -19,11 +19,11 @@ LEVEL = 0.1  # and does not rise by more, per mm, to either side, so that noise 
 LIKE = 0.5  # voxels: radii of neighbours that differ by no more may be told apart by noise alone
 MASK_SMOOTHING = 0.8  # voxels: the surface of a mask is that of the smoothed mask
 MIRROR_MM = 0.9  # where the array ends, a structure goes on as its mirror image for so far
-FAR = -1e6  # stands for a distance not worked out, away from the surface and outside
+FAR = np.float32(-1e6)  # stands for a distance not worked out, away from the surface and outside
 BEYOND = 0.87  # voxels, from the surface to the nearest voxel outside, at most
 LARGE = 6  # lattice steps in a sphere's radius for each step between the centres of such spheres
 CLASSES = 8  # sphere radii are told apart to this part of a voxel
-CHUNK = 1 << 21  # voxels painted, or measured, at a time
+CHUNK = 1 << 16  # voxels looked at, or painted, at a time: their numbers stay near the processor
 DIRECTIONS = np.array([d for d in product((-1, 0, 1), repeat=3) if d > (0, 0, 0)])
 DIRECTIONS = DIRECTIONS[np.argsort(np.abs(DIRECTIONS).sum(1), kind="stable")]  # axes first: they sort out most
 
@@ -52,9 +52,8 @@ def local_thickness(inside: np.ndarray, spacing, *, level: np.ndarray | None = N
     if inside.all() or not inside.any():
         return np.where(inside, np.float32(np.nan), np.float32(0))[::stride, ::stride, ::stride]
     frame = _frame(inside, spacing, stride)
-    framed = np.pad(inside, frame, mode="symmetric")
-    level = _mask_level(inside) if level is None else level
-    ridge, distance = _distance_and_ridge(framed, spacing, np.pad(level, frame, mode="symmetric"))
+    distance = _to_surface(inside, spacing, level, frame)
+    ridge = _ridge(distance, np.pad(inside, frame, mode="symmetric"), spacing)
     return _spheres(ridge, distance, inside, frame, spacing, stride)
 
 
@@ -71,40 +70,18 @@ def thickness_and_axes(
     if inside.all() or not inside.any():
         return np.where(inside[::stride, ::stride, ::stride], nothing, 0), nothing
     frame = _frame(domain, spacing, stride)
-    framed = np.pad(inside, frame, mode="symmetric")
-    level = _mask_level(inside) if level is None else level
-    ridge, distance = _distance_and_ridge(framed, spacing, np.pad(level, frame, mode="symmetric"))
+    distance = _to_surface(inside, spacing, level, frame)
+    ridge = _ridge(distance, np.pad(inside, frame, mode="symmetric"), spacing)
     thickness = _spheres(ridge, distance, inside, frame, spacing, stride)
     within = np.pad(domain, frame, mode="symmetric")
-    wall = np.flatnonzero(_next_to(within))
-    points = np.concatenate([ridge.voxels[ridge.medial], wall])
-    if not len(points):
+    axes, wall = ridge.voxels[ridge.medial], np.flatnonzero(_next_to(within))
+    if not len(axes) + len(wall):
         return thickness, nothing
-    shifts = np.zeros((len(points), 3), np.float32)
-    shifts[: -len(wall) or None] = ridge.shifts[ridge.medial] * np.float32(spacing)
-    away = np.ones(framed.shape, bool)
-    away.ravel()[points] = False
-    voxels = np.flatnonzero(within)
-    distance = np.zeros(framed.shape, np.float32)
-    distance.ravel()[voxels] = _to_points(voxels, away, points, shifts, spacing, surface=False)
-    between = _ridge(distance, within, spacing)
-    return thickness, _spheres(between, distance, domain, frame, spacing, stride)
-
-
-def _mask_level(inside):
-    return ndimage.gaussian_filter(inside.astype(np.float32), MASK_SMOOTHING, mode="nearest") - np.float32(0.5)
-
-
-def _distance_and_ridge(inside, spacing, level):
-    """Ridge of the distance to the surface, and that distance in mm (z, y, x), negative in the voxels just outside."""
-    shell, shifts = _surface(inside, level, spacing)
-    voxels = np.flatnonzero(inside)
-    distance = np.full(inside.shape, FAR, np.float32)
-    distance.ravel()[shell] = -np.sqrt((shifts**2).sum(1))
-    beyond, depth = _beyond(inside, shell, shifts, spacing)
-    distance.ravel()[beyond] = -depth
-    distance.ravel()[voxels] = _to_points(voxels, inside, shell, shifts, spacing, surface=True)
-    return _ridge(distance, inside, spacing), distance
+    shifts = np.zeros((len(axes) + len(wall), 3), np.float32)
+    shifts[: len(axes)] = ridge.shifts[ridge.medial] * np.float32(spacing)
+    distance = _to_points(within, np.concatenate([axes, wall]), shifts, spacing, surface=False)
+    distance[~within] = 0
+    return thickness, _spheres(_ridge(distance, within, spacing), distance, domain, frame, spacing, stride)
 
 
 def _frame(inside, spacing, stride):
@@ -115,6 +92,202 @@ def _frame(inside, spacing, stride):
         wanted = [int(MIRROR_MM / step) + 2 if f.any() else 1 for f in faces]
         frame.append([-(-n // stride) * stride for n in wanted])
     return frame
+
+
+def _to_surface(inside, spacing, level, frame):
+    """Distance to the surface in mm (z, y, x), of the framed structure; negative in the voxels just outside."""
+    if level is None:
+        level = ndimage.gaussian_filter(inside.astype(np.float32), MASK_SMOOTHING, mode="nearest") - np.float32(0.5)
+    inside, level = (np.pad(values, frame, mode="symmetric") for values in (inside, level))
+    shell, shifts = _surface(inside, level, spacing)
+    distance = _to_points(inside, shell, shifts, spacing, surface=True)
+    distance.ravel()[shell] = -np.sqrt((shifts**2).sum(1))
+    beyond, depth = _beyond(inside, shell, shifts, spacing)
+    distance.ravel()[beyond] = -depth
+    return distance
+
+
+def _surface(inside, level, spacing):
+    """Voxels outside with a neighbour inside, and the way in mm (n, 3) from each to the surface."""
+    shell, flat, levels = np.flatnonzero(_next_to(inside)), inside.ravel(), level.ravel()
+    inverse = np.zeros((len(shell), 3), np.float32)  # of the way in mm along each axis to the surface
+    for axis, side, at, there in _beside(shell, inside.shape):
+        at, there = at[flat[there]], there[flat[there]]
+        out, into = levels[shell[at]], levels[there]
+        share = np.where(out <= 0, np.clip(out / np.minimum(out - into, -1e-6), 0.02, 0.98), 0.5)
+        way = side / (share * spacing[axis])
+        inverse[at, axis] = np.where(np.abs(way) > np.abs(inverse[at, axis]), way, inverse[at, axis])
+    # the plane that cuts the axes at 1 / inverse is nearest at inverse / |inverse|^2
+    shifts = inverse / (inverse**2).sum(1, keepdims=True)
+    at = np.flatnonzero(_off_border(level <= 0).ravel()[shell])
+    normal = gradient_at(level, shell[at], spacing)
+    normal /= np.maximum(np.sqrt((normal**2).sum(1, keepdims=True)), 1e-9)
+    # one estimate per axis cut, |normal| x way along it, weighed by how well the axis lies
+    inverse = inverse[at]
+    cut = np.where(inverse != 0, normal, 0)
+    weight = (cut**2).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        depth = np.where(inverse != 0, np.abs(cut) ** 3 / np.abs(inverse), 0).sum(1) / weight
+    agrees = (weight > 0.3) & ((cut * inverse) >= 0).all(1)
+    shifts[at[agrees]] = (depth[:, None] * normal)[agrees]
+    return shell, shifts
+
+
+def _beyond(inside, shell, shifts, spacing):
+    """Voxels next to the shell, away from the structure, and how far in mm they lie from its surface."""
+    known, row = inside.copy(), np.full(inside.size, -1, np.int32)
+    known.ravel()[shell] = True
+    row[shell] = np.arange(len(shell), dtype=np.int32)
+    beyond = np.flatnonzero(_next_to(known))
+    square = np.full(len(beyond), np.inf, np.float32)
+    for axis, side, at, there in _beside(beyond, inside.shape):
+        which = row[there]
+        at, way = at[which >= 0], shifts[which[which >= 0]]
+        way[:, axis] += side * spacing[axis]
+        square[at] = np.minimum(square[at], (way**2).sum(1))
+    return beyond, np.sqrt(square)
+
+
+def _next_to(inside):
+    near = np.zeros_like(inside)
+    for axis in range(3):
+        there, here = (np.moveaxis(mask, axis, 0) for mask in (near, inside))
+        there[1:] |= here[:-1]
+        there[:-1] |= here[1:]
+    return near & ~inside
+
+
+def _beside(voxels, shape):
+    """Across each of the six faces: axis, side, which of the voxels have a neighbour there, and its flat index."""
+    place, steps = np.unravel_index(voxels, shape), _steps(shape)
+    for axis, side in product(range(3), (-1, 1)):
+        at = np.flatnonzero((place[axis] + side >= 0) & (place[axis] + side < shape[axis]))
+        yield axis, side, at, voxels[at] + side * steps[axis]
+
+
+def _off_border(mask):
+    core = np.zeros_like(mask)
+    core[1:-1, 1:-1, 1:-1] = mask[1:-1, 1:-1, 1:-1]
+    return core
+
+
+def gradient_at(values: np.ndarray, voxels: np.ndarray, spacing) -> np.ndarray:
+    """Direction (n, 3) in which `values` (z, y, x) rise at voxels (flat indices) off the border, after Sobel."""
+    flat, steps = values.ravel(), _steps(values.shape)
+    gradient = np.zeros((len(voxels), 3), np.float32)
+    for part in _parts(voxels):
+        for direction in DIRECTIONS:
+            step, weight = int(direction @ steps), 2.0 ** -np.abs(direction).sum()
+            difference = flat[voxels[part] + step] - flat[voxels[part] - step]
+            gradient[part] += difference[:, None] * (weight * direction / spacing).astype(np.float32)
+    return gradient
+
+
+def _to_points(inside, points, shifts, spacing, *, surface):
+    """Distance in mm of the voxels inside to the nearest of `points` (flat indices), each moved by its shift in mm.
+
+    If `surface`, the points are all that lie next to the structure, the shift is at right angles to a surface, and the
+    distance is that to its tangent plane: the point whose voxel is nearest may lie some voxels to the side. Else the
+    points that are nearest to the six neighbours are tried as well. `FAR` outside.
+    """
+    shape, steps = inside.shape, _steps(inside.shape)
+    row, away = np.zeros(inside.size, np.int32), np.ones(shape, bool)
+    row[points] = np.arange(len(points), dtype=np.int32)
+    away.ravel()[points] = False
+    nearest = _nearest(away, spacing)
+    places = np.stack(np.unravel_index(points, shape)).astype(np.int32)
+    moves = np.ascontiguousarray(shifts.T)
+    depth = np.sqrt((shifts**2).sum(1))
+    normals = moves / np.maximum(depth, 1e-9)
+    found, voxels = np.full(shape, FAR), np.flatnonzero(inside)
+    for part in _parts(voxels):
+        here = voxels[part]
+        place = np.unravel_index(here, shape)
+
+        def to(which, at=slice(None), place=place):
+            way = [((p[which] - o[at]) * h).astype(np.float32) for p, o, h in zip(places, place, spacing, strict=True)]
+            return way, np.sqrt(sum((w + m[which]) ** 2 for w, m in zip(way, moves, strict=True)))
+
+        which = row[nearest[here]]
+        way, distance = to(which)
+        if surface:
+            to_voxel = np.sqrt(sum(w**2 for w in way))
+            to_plane = -sum(w * n[which] for w, n in zip(way, normals, strict=True)) - depth[which]
+            low = np.minimum(to_voxel - np.float32(BEYOND * min(spacing)), distance)
+            distance = np.clip(to_plane, np.maximum(low, 0), distance)
+        else:
+            for axis, side in product(range(3), (-1, 1)):
+                step = np.clip(place[axis] + side, 0, shape[axis] - 1) - place[axis]
+                other = row[nearest[here + step * steps[axis]]]
+                at = np.flatnonzero(other != which)
+                distance[at] = np.minimum(distance[at], to(other[at], at)[1])
+        found.ravel()[here] = distance
+    return found
+
+
+def _nearest(away, spacing):
+    """For every voxel (z, y, x), the flat index of the nearest one that is False in `away`."""
+    z, y, x = ndimage.distance_transform_edt(away, spacing, return_distances=False, return_indices=True)
+    for index, step in ((z, away[0].size), (y, away.shape[2])):
+        index *= step
+    return (z + y + x).ravel()
+
+
+def _ridge(distance, inside, spacing):
+    """Voxels inside whose own is held by no neighbour's sphere, each with the peak of the distance next to it."""
+    for axis in range(3):  # what goes on at the end of the array may have its ridge beyond: here is the best of it
+        for end, last in ((0, 1), (-1, -2)):
+            face, next_to_it = (np.moveaxis(distance, axis, 0)[i] for i in (end, last))
+            np.copyto(face, next_to_it, where=np.moveaxis(inside, axis, 0)[end])
+    flat, voxels = distance.ravel(), np.flatnonzero(_off_border(inside))
+    neighbours = [(d, int(d @ _steps(inside.shape)), np.linalg.norm(d * spacing)) for d in DIRECTIONS]
+    parts = [_peaks(flat, voxels[part], neighbours) for part in _parts(voxels)]
+    ridge = Ridge(*map(np.concatenate, zip(*parts, strict=True)))
+    return _evened(ridge, distance.shape, spacing)
+
+
+def _peaks(flat, voxels, neighbours):
+    height = flat[voxels]
+    for _, step, length in neighbours:
+        kept = np.maximum(flat[voxels - step], flat[voxels + step]) < height + np.float32(SLOPE * length)
+        voxels, height = voxels[kept], height[kept]
+    shifts, gain = np.zeros((len(voxels), 3), np.float32), np.zeros(len(voxels), np.float32)
+    medial = np.zeros(len(voxels), bool)
+    for direction, step, length in neighbours:
+        before, after = flat[voxels - step], flat[voxels + step]
+        known = np.minimum(before, after) > FAR
+        floor = height - np.float32(length)  # no distance falls more steeply, but it may not be known
+        before, after = np.maximum(before, floor), np.maximum(after, floor)
+        fall = height - np.minimum(before, after)
+        across = known & (np.maximum(before, after) - height <= LEVEL * length) & (fall > FACING * length)
+        medial |= across
+        at = np.flatnonzero(across & (np.abs(after - before) > 2 * gain))
+        difference = after[at] - before[at]
+        gain[at] = np.abs(difference) / 2
+        shifts[at] = (difference / (2 * fall[at]))[:, None] * direction
+    return Ridge(voxels, shifts, height + gain, medial)
+
+
+def _evened(ridge, shape, spacing):
+    """Radius of the medial axis averaged over its next voxels, lest the largest sphere picks out the noise.
+
+    Neighbours that differ by more than `LIKE` voxels are of another place, or of the slope of a ball's centre.
+    """
+    voxels, radii, field = ridge.voxels[ridge.medial], ridge.radii.copy(), np.full(np.prod(shape), FAR)
+    for _ in range(2):
+        values = radii[ridge.medial]
+        field[voxels] = values
+        for part in _parts(voxels):
+            own = values[part]
+            total, count = own.copy(), np.ones_like(own)
+            for direction, side in product(DIRECTIONS, (1, -1)):
+                other = field[voxels[part] + side * int(direction @ _steps(shape))]
+                alike = np.abs(own - other) < LIKE * min(spacing)
+                total += np.where(alike, other, np.float32(0))
+                count += alike
+            values[part] = total / count
+        radii[ridge.medial] = values
+    return ridge._replace(radii=radii)
 
 
 def _spheres(ridge, distance, inside, frame, spacing, stride):
@@ -136,207 +309,40 @@ def _spheres(ridge, distance, inside, frame, spacing, stride):
     return np.where(answered, padded[1:-1, 1:-1, 1:-1], np.float32(0))
 
 
-def _surface(inside, level, spacing):
-    """Voxels outside with a neighbour inside, and the way in mm (n, 3) from each to the surface."""
-    shape, steps = inside.shape, _steps(inside.shape)
-    shell = np.flatnonzero(_next_to(inside))
-    place = np.unravel_index(shell, shape)
-    flat, levels, level = inside.ravel(), level, level.ravel()
-    inverse = np.zeros((len(shell), 3), np.float32)  # of the way in mm along each axis to the surface
-    for axis, side in product(range(3), (-1, 1)):
-        at = np.flatnonzero((place[axis] + side >= 0) & (place[axis] + side < shape[axis]))
-        at = at[flat[shell[at] + side * steps[axis]]]
-        out, into = level[shell[at]], level[shell[at] + side * steps[axis]]
-        share = np.where(out <= 0, np.clip(out / np.minimum(out - into, -1e-6), 0.02, 0.98), 0.5)
-        there = side / (share * spacing[axis])
-        inverse[at, axis] = np.where(np.abs(there) > np.abs(inverse[at, axis]), there, inverse[at, axis])
-    # the plane that cuts the axes at 1 / inverse is nearest at inverse / |inverse|^2
-    shifts = inverse / (inverse**2).sum(1, keepdims=True)
-    inner = np.all([(p > 0) & (p < n - 1) for p, n in zip(place, shape, strict=True)], axis=0) & (level[shell] <= 0)
-    at = np.flatnonzero(inner)
-    normal = gradient_at(levels, shell[at], spacing)
-    normal /= np.maximum(np.sqrt((normal**2).sum(1, keepdims=True)), 1e-9)
-    # one estimate per axis cut, |normal| x way along it, weighed by how well the axis lies
-    inverse = inverse[at]
-    cut = np.where(inverse != 0, normal, 0)
-    weight = (cut**2).sum(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        depth = np.where(inverse != 0, np.abs(cut) ** 3 / np.abs(inverse), 0).sum(1) / weight
-    agrees = (weight > 0.3) & ((cut * inverse) >= 0).all(1)
-    shifts[at[agrees]] = (depth[:, None] * normal)[agrees]
-    return shell, shifts
-
-
-def _beyond(inside, shell, shifts, spacing):
-    """Voxels next to the shell, away from the structure, and how far in mm they lie from its surface."""
-    known = inside.copy()
-    known.ravel()[shell] = True
-    beyond = np.flatnonzero(_next_to(known))
-    row = np.full(inside.size, -1, np.int32)
-    row[shell] = np.arange(len(shell), dtype=np.int32)
-    place, square = np.unravel_index(beyond, inside.shape), np.full(len(beyond), np.inf, np.float32)
-    for axis, side in product(range(3), (-1, 1)):
-        at = np.flatnonzero((place[axis] + side >= 0) & (place[axis] + side < inside.shape[axis]))
-        there = row[beyond[at] + side * _steps(inside.shape)[axis]]
-        at, way = at[there >= 0], shifts[there[there >= 0]].copy()
-        way[:, axis] += side * spacing[axis]
-        square[at] = np.minimum(square[at], (way**2).sum(1))
-    return beyond, np.sqrt(square)
-
-
-def _next_to(inside):
-    near = np.zeros(inside.shape, bool)
-    for axis in range(3):
-        a, b = _pair(axis)
-        near[a] |= inside[b]
-        near[b] |= inside[a]
-    return near & ~inside
-
-
-def gradient_at(values: np.ndarray, voxels: np.ndarray, spacing) -> np.ndarray:
-    """Direction (n, 3) in which `values` (z, y, x) rise at voxels (flat indices) off the border, after Sobel."""
-    flat, steps = values.ravel(), _steps(values.shape)
-    gradient = np.zeros((len(voxels), 3), np.float32)
-    for direction in DIRECTIONS:
-        step, weight = int(direction @ steps), 2.0 ** -np.abs(direction).sum()
-        difference = flat[voxels + step] - flat[voxels - step]
-        gradient += difference[:, None] * (weight * direction / spacing).astype(np.float32)
-    return gradient
-
-
-def _to_points(voxels, away, points, shifts, spacing, *, surface):
-    """Distance in mm of `voxels` to the nearest of `points`, voxels where `away` is False, each moved by its shift.
-
-    If `surface`, the shift is at right angles to a surface, and the distance is that to its tangent plane: the point
-    whose voxel is nearest may lie some voxels to the side. Else the points that are nearest to the six neighbours
-    are tried as well.
-    """
-    nearest = ndimage.distance_transform_edt(away, spacing, return_distances=False, return_indices=True)
-    shape, steps = away.shape, _steps(away.shape)
-    row = np.zeros(away.size, np.int32)
-    row[points] = np.arange(len(points), dtype=np.int32)
-    nearest = nearest.reshape(3, -1)
-    depth = np.sqrt((shifts**2).sum(1))
-    normal = shifts / np.maximum(depth, 1e-9)[:, None]
-    found = np.empty(len(voxels), np.float32)
-    for start in range(0, len(voxels), CHUNK):
-        here = voxels[start : start + CHUNK]
-        place = np.unravel_index(here, shape)
-
-        def to_point_of(at, place=place):
-            target = [n[at] for n in nearest]
-            which = row[target[0] * steps[0] + target[1] * steps[1] + target[2]]
-            way = [((t - p) * h).astype(np.float32) for t, p, h in zip(target, place, spacing, strict=True)]
-            return which, way, np.sqrt(sum((w + shifts[which, axis]) ** 2 for axis, w in enumerate(way)))
-
-        which, way, distance = to_point_of(here)
-        if surface:
-            to_voxel = np.sqrt(sum(w**2 for w in way))
-            to_plane = -sum(w * normal[which, axis] for axis, w in enumerate(way)) - depth[which]
-            low = np.minimum(to_voxel - np.float32(BEYOND * min(spacing)), distance)
-            distance = np.clip(to_plane, np.maximum(low, 0), distance)
-        else:
-            for axis, side in product(range(3), (-1, 1)):
-                inside = np.clip(place[axis] + side, 0, shape[axis] - 1) - place[axis]
-                distance = np.minimum(distance, to_point_of(here + inside * steps[axis])[2])
-        found[start : start + CHUNK] = distance
-    return found
-
-
-def _ridge(distance, inside, spacing):
-    """Voxels inside whose own is held by no neighbour's sphere, each with the peak of the distance next to it."""
-    for axis in range(3):  # what goes on at the end of the array may have its ridge beyond: here is the best of it
-        for end, last in ((0, 1), (-1, -2)):
-            face, next_to_it = (np.moveaxis(distance, axis, 0)[i] for i in (end, last))
-            np.copyto(face, next_to_it, where=np.moveaxis(inside, axis, 0)[end])
-    core = np.zeros_like(inside)
-    core[1:-1, 1:-1, 1:-1] = inside[1:-1, 1:-1, 1:-1]
-    voxels, flat, steps = np.flatnonzero(core), distance.ravel(), _steps(distance.shape)
-    height = flat[voxels]
-    for direction in DIRECTIONS:
-        length, step = np.linalg.norm(direction * spacing), int(direction @ steps)
-        kept = np.maximum(flat[voxels - step], flat[voxels + step]) < height + np.float32(SLOPE * length)
-        voxels, height = voxels[kept], height[kept]
-    shifts, gain = np.zeros((len(voxels), 3), np.float32), np.zeros(len(voxels), np.float32)
-    medial = np.zeros(len(voxels), bool)
-    for direction in DIRECTIONS:
-        length, step = np.linalg.norm(direction * spacing), int(direction @ steps)
-        floor = height - np.float32(length)  # no distance falls more steeply, but it may not be known
-        before, after = np.maximum(flat[voxels - step], floor), np.maximum(flat[voxels + step], floor)
-        fall = height - np.minimum(before, after)
-        across = (np.maximum(before, after) - height <= LEVEL * length) & (fall > FACING * length)
-        across &= np.minimum(flat[voxels - step], flat[voxels + step]) > FAR
-        medial |= across
-        at = np.flatnonzero(across & (np.abs(after - before) > 2 * gain))
-        difference = after[at] - before[at]
-        gain[at] = np.abs(difference) / 2
-        shifts[at] = (difference / (2 * fall[at]))[:, None] * direction
-    ridge = Ridge(voxels, shifts, height + gain, medial)
-    return _evened(ridge, distance.shape, spacing)
-
-
-def _evened(ridge, shape, spacing):
-    """Radius of the medial axis averaged over its next voxels, lest the largest sphere picks out the noise.
-
-    Neighbours that differ by more than `LIKE` voxels are of another place, or of the slope of a ball's centre.
-    """
-    voxels, steps = ridge.voxels[ridge.medial], _steps(shape)
-    row = np.full(np.prod(shape), -1, np.int32)
-    row[voxels] = np.arange(len(voxels), dtype=np.int32)
-    pairs = []
-    for direction in DIRECTIONS:
-        there = row[voxels + int(direction @ steps)]
-        at = np.flatnonzero(there >= 0)
-        pairs.append((at, there[at]))
-    values = ridge.radii[ridge.medial]
-    for _ in range(2):
-        total, count = values.copy(), np.ones(len(values), np.float32)
-        for one, other in pairs:
-            alike = np.abs(values[one] - values[other]) < LIKE * min(spacing)
-            i, j = one[alike], other[alike]
-            total[i] += values[j]  # within a direction no voxel comes twice
-            total[j] += values[i]
-            count[i] += 1
-            count[j] += 1
-        values = total / count
-    radii = ridge.radii.copy()
-    radii[ridge.medial] = values
-    return ridge._replace(radii=radii)
-
-
 def _painted(ridge, shape, spacing, stride):
-    """The largest sphere over every `stride`-th voxel: small ones are laid down first, larger ones over them."""
+    """The largest sphere over every `stride`-th voxel: small ones are laid down first, larger ones over them.
+
+    Spheres of one class of radius whose centres lie alike among the answered voxels cover one pattern of them.
+    """
     spacing = np.asarray(spacing)
     grid = 2 * stride  # centres lie on half voxels
-    centres = np.rint(2 * (np.stack(np.unravel_index(ridge.voxels, shape), 1) + ridge.shifts)).astype(np.int32)
-    width = spacing.min() / CLASSES
+    centres = np.empty((len(ridge.voxels), 3), np.int32)
+    for part in _parts(centres):
+        voxels = np.stack(np.unravel_index(ridge.voxels[part], shape), 1)
+        centres[part] = np.rint(2 * (voxels + ridge.shifts[part]))
     kept = _thinned(centres, ridge.radii / (spacing.min() * stride), grid)
-    centres, ridge = centres[kept], Ridge(*(part[kept] for part in ridge))
-    classes = np.floor(ridge.radii / width).astype(np.int64)
-    reach = np.ceil((ridge.radii.max(initial=0) + width) / (spacing * stride)).astype(int) + 2
+    centres, radii = centres[kept], ridge.radii[kept]
+    width = spacing.min() / CLASSES
+    reach = np.ceil((radii.max(initial=0) + width) / (spacing * stride)).astype(int) + 2
     lattice = np.zeros([-(-n // stride) + 2 * r for n, r in zip(shape, reach, strict=True)], np.float32)
     flat, steps = lattice.ravel(), _steps(lattice.shape)
     cell, rest = np.divmod(centres, grid)
-    base = ((cell + reach) @ steps).astype(np.int64)
-    key = classes * grid**3 + rest @ np.array([grid**2, grid, 1])
+    key = np.floor(radii / width).astype(np.int64) * grid**3 + rest @ np.array([grid**2, grid, 1])
     order = np.argsort(key, kind="stable")
-    key, base, radii = key[order], base[order], ridge.radii[order]
-    starts = np.flatnonzero(np.diff(key, prepend=-1))
-    stops = np.append(starts[1:], len(key))
-    ball = {}
-    for start, stop in zip(starts, stops, strict=True):
+    key, base, radii = key[order], ((cell + reach) @ steps)[order], radii[order]
+    starts, drawn = np.flatnonzero(np.diff(key, prepend=-1)), None
+    for start, stop in zip(starts, np.append(starts[1:], len(key)), strict=True):
         level, residue = divmod(int(key[start]), grid**3)
-        if level not in ball:
-            ball = {level: _box(int(np.ceil((level + 1) * width / (spacing * stride).min())) + 1, reach)}
-        rest = np.array(np.unravel_index(residue, (grid,) * 3))
-        away = ((ball[level] * grid - rest) * spacing / 2) ** 2
-        offsets = ball[level][away.sum(1) <= ((level + 0.5) * width) ** 2] @ steps
-        if not len(offsets):
-            continue
-        value = np.float32(2 * radii[start:stop].mean())
-        share = max(1, CHUNK // len(offsets))
+        if level != drawn:
+            drawn, size = level, int(np.ceil((level + 1) * width / (spacing * stride).min())) + 1
+            box = np.ogrid[tuple(slice(1 - min(size, r + 1), min(size, r + 1)) for r in reach)]
+            pattern = sum(edge * step for edge, step in zip(box, steps, strict=True))
+            squares = [[((e * grid - r) * h / 2) ** 2 for r in range(grid)] for e, h in zip(box, spacing, strict=True)]
+        z, y, x = (of[r] for of, r in zip(squares, np.unravel_index(residue, (grid,) * 3), strict=True))
+        offsets = pattern[z + y + x <= ((level + 0.5) * width) ** 2]
+        value, share = 2 * radii[start:stop].mean(), max(1, CHUNK // max(1, len(offsets)))
         for first in range(start, stop, share):
-            flat[(base[first : min(first + share, stop), None] + offsets).ravel()] = value
+            flat[base[first : min(first + share, stop), None] + offsets] = value
     return lattice[tuple(slice(r, r - (-n // stride)) for r, n in zip(reach, shape, strict=True))]
 
 
@@ -351,16 +357,10 @@ def _thinned(centres, radii, grid):
     return np.concatenate([np.flatnonzero(coarse <= 1), large[order[first]]])
 
 
-def _box(size, reach):
-    edges = [np.arange(-min(size, r) + 1, min(size, r)) for r in reach + 1]
-    return np.stack(np.meshgrid(*edges, indexing="ij"), -1).reshape(-1, 3)
-
-
-def _pair(axis):
-    first, second = [slice(None)] * 3, [slice(None)] * 3
-    first[axis], second[axis] = slice(None, -1), slice(1, None)
-    return tuple(first), tuple(second)
-
-
 def _steps(shape):
     return np.array([shape[1] * shape[2], shape[2], 1])
+
+
+def _parts(voxels):
+    """Slices of `CHUNK` voxels."""
+    return [slice(start, start + CHUNK) for start in range(0, max(1, len(voxels)), CHUNK)]
