@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bonelib.networks.critic import Critic
-from bonelib.networks.layers import Conv, working_dtype
+from bonelib.networks.layers import Conv
 from bonelib.networks.progan import ProGAN
 from bonelib.pyramid import downsample, haar, unhaar, upsample
 
@@ -89,15 +89,33 @@ def test_explicit_input_gradient_is_autograds(options, fade):
             assert torch.allclose(parameter.grad, second[name], rtol=1e-3, atol=1e-5 * float(second[name].abs().max()))
 
 
-def test_bfloat16_weight_gradients_are_right_where_they_are_used():
-    # at depth 2, where torch 2.13 returns garbage on CPU, `working_dtype` asks for float32
-    for depth in (1, 2, 4, 8):
-        conv = Conv(16, 16, dtype=torch.bfloat16)
-        x, weights = torch.randn(4, 16, depth, 18, 14), torch.randn(4, 16, depth, 18, 14)
-        (conv(x).float() * weights).sum().backward()
-        exact = torch.nn.grad.conv3d_weight(x, conv.weight.shape, weights, padding=1) * conv.scale
-        assert (conv.weight.grad - exact).norm() < 0.02 * exact.norm(), depth
-    assert working_dtype(torch.zeros(1, 1, 2, 3, 3), torch.bfloat16) == torch.float32
+@pytest.mark.parametrize("how", [{}, {"stride": 2}, {"upsample": True}, {"padding": "replicate"}])
+@pytest.mark.parametrize("grid", [(1, 9, 7), (2, 18, 14), (3, 6, 8), (4, 6, 8)])
+def test_bfloat16_gradients_are_right_on_every_grid(how, grid):
+    # with stride 1 at depth 2, where torch 2.13 returns garbage on CPU, `convolve` pads beforehand
+    rough, exact = Conv(16, 16, dtype=torch.bfloat16, **how), Conv(16, 16, **how)
+    exact.load_state_dict(rough.state_dict())
+    x, found = torch.randn(4, 16, *grid), []
+    for conv in (rough, exact):
+        given = x.clone().requires_grad_()
+        y = conv(given)
+        (y.float() * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        found.append((y, given.grad, conv.weight.grad))
+    for got, wanted in zip(*found, strict=True):
+        assert (got - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("how", [{}, {"stride": 2}, {"kernel": (1, 1, 1)}, {"kernel": (2, 9, 7), "padding": "none"}])
+def test_the_adjoint_is_right_in_both_precisions_and_so_is_its_gradient(how):
+    # <conv(x), g> = <x, transposed(g)> for the linear part, and both depend on the weight alike
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.02)):
+        conv = Conv(16, 8, dtype=dtype, **how)
+        x = torch.randn(4, 16, 2, 18, 14)
+        y = F.conv3d(x, conv.weight * conv.scale, stride=conv.stride, padding=conv.pad)
+        g = torch.randn_like(y)
+        exact = torch.autograd.grad((y * g).sum(), conv.weight)[0]
+        got = torch.autograd.grad((conv.transposed(g).float() * x).sum(), conv.weight)[0]
+        assert (got - exact).norm() < tolerance * exact.norm()
 
 
 def test_haar_is_orthonormal():

@@ -120,12 +120,11 @@ def test_scaling_channels_is_a_kernel_for_each_sample(doubles, padding):
 @pytest.mark.parametrize("doubles", [False, True])
 def test_bfloat16_gradients_are_right_at_every_depth(doubles):
     conv = ModulatedConv(8, 16, 16, upsample=doubles)
-    for depth in (1, 2, 4, 8):  # torch 2.13 returns garbage at depth 2 where `working_dtype` is not asked
+    for depth in (1, 2, 3, 4):  # torch 2.13 returns garbage at depth 2 without `convolve`
         x, style = torch.randn(3, 16, depth, 9, 7), torch.randn(3, 8)
         weights, results = torch.randn(conv(x, style).shape), []
         for conv.dtype in (torch.float32, torch.bfloat16):
             y = conv(x, style)
-            assert y.dtype == (torch.float32 if depth < 4 else conv.dtype)
             results.append([y, *torch.autograd.grad((y.float() * weights).sum(), conv.parameters())])
         for exact, near in zip(*results, strict=True):
             assert (exact - near).norm() < 0.03 * exact.norm(), depth
