@@ -306,7 +306,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(place, tmp
 
 
 def spoil_high_rates(rank, size):
-    """On the last rank alone, losses from the fifth step of a network on are not finite as long as the rate was never halved."""
+    """On the last rank alone, losses from a network's fifth step on are not finite until the rate was halved."""
     step = loop.step
 
     def spoiled(adam, loss, clip, ranks):
