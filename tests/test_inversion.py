@@ -215,6 +215,29 @@ def test_a_killed_refinement_goes_on_bit_for_bit(model, tmp_path, monkeypatch):
     assert "continues at step 4" in said[0] and torch.equal(whole, again)
 
 
+def test_all_ways_to_a_code_are_compared_on_the_same_bones(model, tmp_path):
+    _, volumes = bones(model, 3, "ways")
+    _, others = bones(model, 2, "further")
+    params = EncoderTraining(prior="normal", samples=1, batch=1)
+    inverter = inversion._at_rest(inversion._new_inverter(params, model))
+    how = Refinement(steps=3)
+    codes, seconds = inversion.ways(volumes, model, inverter, how, state=tmp_path, also=others, say=silent)
+    assert {way: tuple(z.shape) for way, z in codes.items()} == {
+        "encoder": (5, 8),
+        "hybrid": (5, 8),
+        "optimisation": (3, 8),
+        "hybrid in W+": (3, 3, 8),
+    }
+    assert set(seconds) == set(codes) and seconds["hybrid"] > seconds["encoder"] > 0
+    assert torch.equal(codes["encoder"], inversion.encode(inverter.encoder, torch.cat([volumes, others])))
+    for way, found in codes.items():
+        measures = inversion.further_measures(how, model, volumes, found[:3], None)
+        drawn = inversion.draw_codes(model, found[:3])
+        sum_of_parts = inversion.distortion(volumes, drawn).numpy() + measures["critic features, eq. (4)"]
+        parts = sum_of_parts + measures["latent, eq. (5)"]
+        assert measures["refinement loss"] == pytest.approx(2 * parts, rel=1e-4), way
+
+
 def test_codes_are_kept_in_the_shape_of_styles(model, data, tmp_path):
     rows = data.of("held-out")[:4]
     codes, _ = bones(model, 4, "kept")

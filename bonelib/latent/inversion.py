@@ -35,7 +35,7 @@ from bonelib.randomness import torch_rng
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.scans.tables import write_table
-from bonelib.training import checkpoint
+from bonelib.training import checkpoint, distributed
 from bonelib.training.detail import rate_at
 from bonelib.training.loop import follow, new_average, step
 
@@ -94,6 +94,20 @@ def told_apart(judge: LatentDiscriminator, mapped: Tensor, encoded: Tensor) -> f
 # Volumes and codes
 
 
+def on_device(model: Model) -> Model:
+    """The model with its generator and critic on the GPU, if there is one; all that follows then works there.
+
+    Volumes and codes are given and come back on the CPU. Levels of detail stay where they are.
+    """
+    for part in (trunk(model.generator), model.critic):
+        part.to(distributed.alone().device)
+    return model
+
+
+def _place(model: Model) -> torch.device:
+    return next(model.critic.parameters()).device
+
+
 def halvings(model: Model, slices: int) -> int:
     """How often stacks of `slices` slices are averaged down to the grid that the model's generator draws."""
     how = section(Train, model.config["train"], "train")
@@ -108,19 +122,22 @@ def targets(model: Model, data: Stacks, rows: list[dict]) -> Tensor:
 def mean_code(model: Model, n: int) -> Tensor:
     """`n` times the code at the middle of the latent space, (n, code)."""
     generator = trunk(model.generator)
-    return generator.to_styles(generator.sample_latent(1, torch_rng(0, "any code")), 0.0).repeat(n, 1)
+    latent = generator.sample_latent(1, torch_rng(0, "any code")).to(_place(model))
+    return generator.to_styles(latent, 0.0).repeat(n, 1).detach().cpu()
 
 
 def encode(encoder: Encoder, volumes: Tensor) -> Tensor:
     """Codes (n, code) of volumes on the generator's grid, (n, 1, z, y, x)."""
+    place = encoder.statistics.device
     with torch.no_grad():
-        return torch.cat([encoder(part) for part in volumes.split(AT_ONCE)])
+        return torch.cat([encoder(part.to(place)).cpu() for part in volumes.split(AT_ONCE)])
 
 
 def draw_codes(model: Model, codes: Tensor) -> Tensor:
     """What the generator itself draws of codes, without noise and without levels of detail, (n, 1, z, y, x)."""
+    generator, place = trunk(model.generator), _place(model)
     with torch.no_grad():
-        return torch.cat([trunk(model.generator).synthesize(part) for part in codes.split(AT_ONCE)])
+        return torch.cat([generator.synthesize(part.to(place)).cpu() for part in codes.split(AT_ONCE)])
 
 
 def as_styles(model: Model, codes: Tensor) -> Tensor:
@@ -194,7 +211,8 @@ def _new_inverter(params: EncoderTraining, model: Model) -> Inverter:
         statistics=None if statistics is None else statistics[-1],
     )
     code = encoder.to_code.weight.shape[0]
-    return Inverter(encoder, LatentDiscriminator(code) if params.prior == "discriminator" else None)
+    judge = LatentDiscriminator(code).to(_place(model)) if params.prior == "discriminator" else None
+    return Inverter(encoder.to(_place(model)), judge)
 
 
 def _at_rest(inverter: Inverter) -> Inverter:
@@ -206,7 +224,7 @@ def _at_rest(inverter: Inverter) -> Inverter:
 
 def _train_encoder(params, model, data, state, run, seed, say, asked) -> tuple[Inverter, list]:
     augment = section(Train, model.config["train"], "train").augment
-    generator, critic = trunk(model.generator), model.critic
+    generator, critic, place = trunk(model.generator), model.critic, _place(model)
     torch.manual_seed(torch_rng(seed, "encoder weights").initial_seed())
     encoder, judge = _new_inverter(params, model)
     average = new_average(encoder)
@@ -224,8 +242,9 @@ def _train_encoder(params, model, data, state, run, seed, say, asked) -> tuple[I
     times = halvings(model, data.meta["stack_slices"])
     # On a grid once finer than needed, so that rotations are interpolated before the last halving
     pool = data.pooled(data.of("train"), max(0, times - 1))
-    watched = targets(model, data, data.of("held-out"))[:WATCHED]
-    watched_features = critic_features(critic, watched)
+    watched = targets(model, data, data.of("held-out")[:WATCHED]).to(place)
+    with torch.no_grad():
+        watched_features = critic_features(critic, watched)
     saved = said = time.monotonic()
     said_seen, left_out = seen, 0
 
@@ -234,7 +253,8 @@ def _train_encoder(params, model, data, state, run, seed, say, asked) -> tuple[I
         for adam in (objects[name] for name in objects if name.startswith("adam")):
             adam.param_groups[0]["lr"] = rate
         draws = torch_rng(seed, "encoder", seen)
-        mapped = generator.to_styles(generator.sample_latent(n, draws), params.truncation)
+        with torch.no_grad():
+            mapped = generator.to_styles(generator.sample_latent(n, draws).to(place), params.truncation)
         if params.pairs == "sampled":
             with torch.no_grad():
                 volumes = generator.synthesize(mapped, noise=draws)
@@ -245,7 +265,8 @@ def _train_encoder(params, model, data, state, run, seed, say, asked) -> tuple[I
             shown = (volumes - drawn).abs().flatten(1).mean(1), torch.zeros(n), apart
             loss = (apart + shown[0]).mean()
         else:
-            volumes = augmented(pool[order(len(pool), seen, n, seed)].float(), seen, seed, augment)
+            volumes = pool[order(len(pool), seen, n, seed)].to(place).float()
+            volumes = augmented(volumes, seen, seed, augment)
             volumes = downsample(volumes) if times else volumes
             with torch.no_grad():
                 features = critic_features(critic, volumes)
@@ -301,6 +322,7 @@ def objective(
     `how.loss` "squares": eqs. (7) and (10), which are twice the weighted sum of eqs. (3), (4) and (5) or (8); "norms":
     eq. (1) of Fetty et al. 2020.
     """
+    volumes = volumes.to(_place(model))
     with torch.no_grad():
         features = critic_features(model.critic, volumes, _features(how))
     return partial(_objective, how, model, volumes, features, judge)
@@ -326,7 +348,7 @@ def losses(
     """What `objective` says of codes, (n,)."""
     with torch.no_grad():
         parts = zip(volumes.split(AT_ONCE), codes.split(AT_ONCE), strict=True)
-        return torch.cat([objective(how, model, x, judge)(z) for x, z in parts])
+        return torch.cat([objective(how, model, x, judge)(z.to(_place(model))).cpu() for x, z in parts])
 
 
 def refine(
@@ -349,7 +371,7 @@ def refine(
         if style_layers(model.generator) is None:
             raise InputError("refine.space: 'w+' needs a generator with a style a layer; accepted here is 'w'")
         start = as_styles(model, start)
-    codes = nn.Parameter(start.clone())
+    codes = nn.Parameter(start.clone().to(_place(model)))
     optimiser = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[how.optimiser]
     adam = optimiser([codes], lr=how.rate, betas=how.betas)
     cuts = [slice(i, i + AT_ONCE) for i in range(0, len(codes), AT_ONCE)]
@@ -381,7 +403,7 @@ def refine(
             saved = clock
             tensors = {"codes": codes.data, **checkpoint.pack(adam=adam)}
             checkpoint.save_state(state, tensors, dict(seen=done, fingerprint=run))
-    return codes.detach()
+    return codes.detach().cpu()
 
 
 def ways(
@@ -425,12 +447,11 @@ def further_measures(
     how: Refinement, model: Model, volumes: Tensor, codes: Tensor, judge: LatentDiscriminator | None
 ) -> dict[str, np.ndarray]:
     """Of every reconstruction (n,): the loss that refinement minimises, the critic's eq. (4), and eq. (5) or (8)."""
-    with torch.no_grad():
-        features = [critic_features(model.critic, v) for v in (volumes, draw_codes(model, codes))]
-        latent = normality(codes) if judge is None else foreignness(judge, codes)
+    eq4 = losses(Refinement(weights=(0, 0.5, 0)), model, volumes, codes)
+    latent = losses(Refinement(weights=(0, 0, 0.5)), model, volumes, codes, judge)
     return {
         "refinement loss": losses(how, model, volumes, codes, judge).numpy(),
-        "critic features, eq. (4)": perceptual(*features).numpy(),
+        "critic features, eq. (4)": eq4.numpy(),
         "latent, eq. (5)" if judge is None else "latent, eq. (8)": latent.numpy(),
     }
 
