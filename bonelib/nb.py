@@ -44,6 +44,7 @@ def main() -> int:
         cli.add_argument(name)
     cli.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     args = cli.parse_args()
+    os.environ["BONELIB_NOTEBOOK"] = args.target  # nobody is there to move a slider, and links start from here
 
     warnings.filterwarnings("ignore")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of defaults that span lines, and of dictionaries

@@ -1,44 +1,87 @@
 """New bones from a model folder, written as calibrated volumes with their morphometry.
 
 python -m bonelib.latent.sampling MODEL_FOLDER -n N --to FOLDER [--truncation T] [--seed S]
+python -m bonelib.latent.sampling MODEL_FOLDER --codes FILE --to FOLDER [--seed S]
+
+The second form draws codes that were edited, mixed or found by inversion: a safetensors file with a tensor `codes`.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from bonelib import InputError
 from bonelib.evaluation.morphometry import measure
-from bonelib.latent.models import calibrated, draw, load_model
+from bonelib.latent.models import Model, calibrated, draw, load_model
+from bonelib.randomness import torch_rng
 from bonelib.scans.tables import write_table
 from bonelib.scans.volumes import write_volume
+
+
+def sampled_code(model: Model, seed: int, truncation: float | None = None) -> Tensor:
+    """The code (1, *style shape) of the first sample of a seed, number 0 of `models.draw`."""
+    return model.generator.to_styles(model.generator.sample_latent(1, torch_rng(seed, "sample", 0)), truncation)
+
+
+def draw_code(model: Model, code: Tensor, seed: int, stage: int | None = None) -> np.ndarray:
+    """The volume (z, y, x) in [0, 1] of a code (1, *style shape), with the noise of the first sample of a seed.
+
+    At a `stage` below the last it is a preview on a coarser grid.
+    """
+    with torch.inference_mode():
+        return model.generator.synthesize(code, stage, noise=torch_rng(seed, "sample noise", 0))[0, 0].numpy()
+
+
+def write_samples(model: Model, volumes: np.ndarray, folder: str | Path, name: str, seed: int) -> list[Path]:
+    """Volumes (n, z, y, x) in [0, 1] as calibrated NIfTI files `name`-0000.nii.gz and so on, and morphometry.tsv."""
+    folder, rows = Path(folder), []
+    for i, values in enumerate(volumes):
+        volume = calibrated(values, model.config["data"])
+        file = write_volume(volume, folder / f"{name}-{i:04d}.nii.gz")
+        try:
+            traits = {key: f"{value:.5g}" for key, value in measure(volume).items()}
+        except InputError as error:
+            traits = {"not measured": str(error)}
+        rows.append({"file": file.name, "seed": seed, "index": i, **traits})
+    write_table(folder / "morphometry.tsv", rows)
+    return [folder / row["file"] for row in rows]
+
+
+def read_codes(path: str | Path) -> Tensor:
+    """The codes (n, *style shape) of a safetensors file. Raises `InputError` where there are none."""
+    try:
+        return load_file(path)["codes"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: no codes ({error}); accepted is a safetensors file with a tensor codes") from None
 
 
 def main() -> int:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("model", type=Path)
     cli.add_argument("-n", type=int, default=8)
+    cli.add_argument("--codes", type=Path)
     cli.add_argument("--to", type=Path, required=True)
     cli.add_argument("--truncation", type=float)
     cli.add_argument("--seed", type=int, default=1)
     args = cli.parse_args()
     try:
         model = load_model(args.model)
-        rows = []
-        for i, values in enumerate(draw(model, args.n, args.seed, args.truncation)):
-            name = f"sample-{args.seed}-{i:04d}.nii.gz"
-            volume = calibrated(values, model.config["data"])
-            write_volume(volume, args.to / name)
-            try:
-                traits = {key: f"{value:.5g}" for key, value in measure(volume).items()}
-            except InputError as error:
-                traits = {"not measured": str(error)}
-            rows.append({"file": name, "seed": args.seed, "index": i, **traits})
-        write_table(args.to / "morphometry.tsv", rows)
+        if args.codes:
+            volumes = [draw_code(model, code[None], args.seed) for code in read_codes(args.codes)]
+            files = write_samples(model, volumes, args.to, args.codes.stem, args.seed)
+        else:
+            volumes = draw(model, args.n, args.seed, args.truncation)
+            files = write_samples(model, volumes, args.to, f"sample-{args.seed}", args.seed)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{args.n} volumes and morphometry.tsv are in {args.to}")
+    print(f"{len(files)} volumes and morphometry.tsv are in {args.to}")
     return 0
 
 
