@@ -310,8 +310,10 @@ def test_a_bad_scan_ends_with_2_and_leaves_the_earlier_outputs(pipeline, tmp_pat
 
 @pytest.mark.pipeline
 def test_published_weights_take_the_place_of_a_training(pipeline):
-    params, model = pipeline / "params.yaml", pipeline / "out/tiny/models/progan"
-    before, weights = params.read_text(), (model / "generator.safetensors").read_bytes()
+    model, weights = "out/tiny/models/progan", "out/tiny/models/progan/generator.safetensors"
+    before = {name: (pipeline / name).read_bytes() for name in ("params.yaml", "dvc.lock", weights)}
+    params = pipeline / "params.yaml"
+    shutil.rmtree(pipeline / "published", ignore_errors=True)
 
     def run(*command):
         done = subprocess.run(command, cwd=pipeline, env=environment(pipeline), capture_output=True, text=True)
@@ -322,15 +324,15 @@ def test_published_weights_take_the_place_of_a_training(pipeline):
         said = run(sys.executable, "-m", "bonelib.published", model, "progan")
         found = yaml.safe_load(params.read_text())["profiles"]["published"]["train"]["progan"]["published"]
         assert found in said
-        values = yaml.safe_load(before)
+        values = yaml.safe_load(before["params.yaml"])
         values["profiles"]["tiny"]["train"]["progan"] = {"published": found}
         params.write_text(yaml.safe_dump(values, sort_keys=False))
         assert "samples |" not in run("dvc", "repro", "--single-item", "train@progan")
-        assert (model / "generator.safetensors").read_bytes() == weights
+        assert (pipeline / weights).read_bytes() == before[weights]
         assert (pipeline / "out/tiny/figures/03_train/progan/figure3_growth.png").stat().st_size > 5000
     finally:
-        params.write_text(before)
-        shutil.rmtree(pipeline / "published")
+        for name in ("params.yaml", "dvc.lock"):
+            (pipeline / name).write_bytes(before[name])
         subprocess.run(["dvc", "checkout", "-q", "--force"], cwd=pipeline, env=environment(pipeline))
 
 
