@@ -1,9 +1,14 @@
 """Measures of a reconstruction against values known by hand."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from bonelib.evaluation import reconstruction
 from bonelib.evaluation.reconstruction import (
+    attribute_errors,
     compare,
     mean_interval,
     psnr,
@@ -62,3 +67,21 @@ def test_the_better_reconstruction_has_the_better_row():
     assert found["good", "SSIM"]["value"] > found["bad", "SSIM"]["value"]
     assert found["good", "time"]["value"] == 1 and ("bad", "time") not in found
     assert found["good", "SSIM"]["N"] == 6 and found["good", "SSIM"]["patients"] == 4
+
+
+def test_errors_of_attributes_are_by_method_and_missing_ones_are_none(monkeypatch):
+    """The ruler is a stand-in: a volume is its own table of traits."""
+
+    @contextmanager
+    def here():
+        yield SimpleNamespace(map=map)
+
+    monkeypatch.setattr(reconstruction, "workers", here)
+    monkeypatch.setattr(reconstruction, "_measured", lambda volume: volume)
+    real = [{"Tb.BMD": 100.0, "Ct.Th": 1.0}, {"Tb.BMD": 200.0}, {"Tb.BMD": 300.0}]
+    drawn = [{"Tb.BMD": 110.0, "Ct.Th": np.nan}, {"Tb.BMD": 190.0}, {}]
+    rows = attribute_errors(real, {"hybrid": drawn}, ["a", "b", "c"], seed=1, draws=50)
+    found = {row["attribute"]: row for row in rows}
+    density = found["Tb.BMD"]
+    assert (density["N"], density["mean error"], density["absolute error"], density["SD of real"]) == (2, 0, 10, 50)
+    assert found["Ct.Th"]["N"] == 0 and found["Ct.Th"]["absolute error"] is None

@@ -112,7 +112,7 @@ def attribute_errors(
     """The error of every measured attribute of reconstructions at full size: one row a method and attribute.
 
     Rows: method, attribute, N of bones with contours in both, mean error and mean absolute error with its interval by
-    patient, and the SD of the attribute over `real`, to judge them by.
+    patient, and the SD of the attribute over their real volumes, to judge them by; None where N is 0.
     """
     groups = {"real": real, **drawn}
     with workers() as pool:
@@ -121,15 +121,21 @@ def attribute_errors(
     for method in drawn:
         for name in SHOWN:
             true, seen = (np.array([t.get(name, np.nan) for t in found[g]]) for g in ("real", method))
-            error = seen - true
-            rng = numpy_rng(seed, "attribute error", name)
-            size, low, high = mean_interval(np.abs(error), patients, rng=rng, draws=draws)
+            error, rng = seen - true, numpy_rng(seed, "attribute error", name)
             known = np.isfinite(error)
-            rows.append(
-                {"method": method, "attribute": name, "N": int(known.sum())}
-                | {"mean error": float(error[known].mean()) if known.any() else np.nan}
-                | {"absolute error": size, "low": low, "high": high, "SD of real": float(np.nanstd(true))}
-            )
+            size, low, high = mean_interval(np.abs(error), patients, rng=rng, draws=draws)
+            row = {
+                "method": method,
+                "attribute": name,
+                "N": int(known.sum()),
+                "mean error": None,
+                "absolute error": None,
+            }
+            row |= {"low": None, "high": None, "SD of real": None}
+            if known.any():
+                row |= {"mean error": float(error[known].mean()), "absolute error": size, "low": low, "high": high}
+                row |= {"SD of real": float(true[known].std())}
+            rows.append(row)
     return rows
 
 
