@@ -437,6 +437,34 @@ class Experts(Section):
     draws: Count = 1000
 
 
+class Ladder(Section):
+    """The corruption ladder: `volumes` of `pool` held-out stacks are spoiled and compared with `reference` stacks.
+
+    `draws` sets of real stacks say how much a metric varies by itself.
+    """
+
+    volumes: Annotated[int, Field(ge=8)]
+    reference: Annotated[int, Field(ge=8)]
+    pool: Annotated[int, Field(ge=8)]
+    draws: Annotated[int, Field(ge=2)] = 20
+    strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+class Privacy(Section):
+    """The privacy audit: `stacks` of each of `members` training patients and of all held-out ones, `samples` drawn.
+
+    The leak is planted with `planted` patients; voxels are compared after `halvings`, codes fitted in `steps`.
+    """
+
+    samples: Annotated[int, Field(ge=4)]
+    members: Annotated[int, Field(ge=4)]
+    planted: Annotated[int, Field(ge=2)] = 20
+    stacks: Count = 2
+    halvings: Annotated[int, Field(ge=0)] = 2
+    steps: Count = 30
+    draws: Annotated[int, Field(ge=2)] = 1000
+
+
 class Cost(Section):
     """What is timed: the savings one by one at `stage`, plain and all of them at `stages`; in turns, `rounds` times."""
 
@@ -475,6 +503,8 @@ PROFILE = {
     "detail": DetailLevels,
     "train": dict[str, Train],
     "quality": Quality,
+    "ladder": Ladder,
+    "privacy": Privacy,
     "transition": Transition,
     "mixing": Mixing,
     "inversion": dict[str, Inversion],

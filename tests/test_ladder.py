@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from bonelib import InputError
-from bonelib.evaluation import corruption
+from bonelib.evaluation import corruption, ladder
 from bonelib.evaluation.contours import BONE
 from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
@@ -35,9 +35,8 @@ def test_damage_grows_with_strength_from_none_and_comes_again(name):
     np.testing.assert_array_equal(damage(name, 0.5), damage(name, 0.5))
 
 
-def test_noise_has_its_sd_and_motion_is_a_share_of_one_residual():
+def test_noise_has_its_sd():
     assert damage("noise", 0.5).std() == pytest.approx(0.5 * corruption.NOISE_MG, rel=0.02)
-    np.testing.assert_allclose(damage("motion", 0.5), 0.5 * damage("motion", 1), atol=0.01)
 
 
 @pytest.mark.parametrize("name", ["thinned trabeculae", "perforated plates"])
@@ -78,3 +77,48 @@ def test_bad_strengths_and_sets_are_refused():
         damage("noise", 1.5)
     with pytest.raises(InputError, match="3 values"):
         corruption.dropped(np.arange(3.0), 24, 0.5, numpy_rng(1, "sets"))
+
+
+def features(n, name, scale=1.0):
+    return scale * numpy_rng(0, "ladder features", name).standard_normal((n, 12))
+
+
+def test_badness_rises_with_what_each_metric_is_meant_for():
+    reference, fake, patients = features(60, "reference"), features(30, "fake"), [f"p{i // 2}" for i in range(60)]
+    noise = features(30, "noise")
+    worse = [ladder.badness(reference, fake + s * noise + s, patients) for s in (0, 0.5, 1, 2, 3)]
+    for metric in ("FD", "kernel distance", "RBF-MMD", "- realism"):
+        assert (np.diff([w[metric] for w in worse]) > 0).all(), metric
+    assert worse[-1]["C2ST"] > 0.95 > 0.7 > worse[0]["C2ST"]
+    copied = fake.copy()
+    copied[:15] = reference[:15]
+    assert ladder.badness(reference, copied, patients)["copies"] > worse[0]["copies"] + 0.2
+    repeated = ladder.badness(reference, fake[np.arange(30) % 10], patients)["repeats"]
+    assert repeated == 1 and worse[0]["repeats"] == 0
+
+
+def steps(metric, name, values, noise=1.0):
+    return [dict(metric=metric, corruption=name, strength=i, value=v, noise=noise) for i, v in enumerate(values)]
+
+
+def test_a_metric_that_does_not_rise_where_it_claims_to_see_fails():
+    rows = []
+    for name in ladder.CORRUPTIONS:
+        rows += steps("random3d FD", name, [0, 1, 2, 3, 4, 5] if name == "blur" else [3, 1, 2, 3, 0, 1])
+        rows += steps("random3d copies", name, [0, 0.1, 0.2, 0.3, 0.4, 0.5])  # follows, but less than sets differ
+    found = {(r["metric"], r["corruption"]): r for r in ladder.verdicts(rows)}
+    assert found["random3d FD", "blur"]["sees"] and found["random3d FD", "blur"]["holds"]
+    assert found["random3d FD", "noise"]["claims"] and not found["random3d FD", "noise"]["holds"]
+    assert found["random3d FD", "dropped mode"]["holds"] and not found["random3d FD", "dropped mode"]["sees"]
+    assert not found["random3d copies", "memorised copies"]["sees"]
+    chart = ladder.chart(list(found.values()))
+    assert chart[0]["blur"].startswith("sees") and chart[0]["noise"].startswith("FAILS")
+    assert chart[0]["dropped mode"].startswith("blind")
+
+
+def test_connectivity_counts_loops():
+    voxels = np.zeros((12, 12, 12), np.float32)
+    voxels[3, 2:10, 2:10] = 900
+    voxels[3, 4:8, 4:8] = 0
+    volume = Volume(voxels, (1.0, 1.0, 1.0), "mgHA")
+    assert ladder.connectivity(volume, np.ones(volume.shape, bool)) == pytest.approx(1 / 12**3)

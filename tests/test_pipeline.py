@@ -217,6 +217,10 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "03_train/progan/curves",
         "05_inversion/progan/reconstructions",
         "05_inversion/progan/full_size",
+        "S4_ladder/ladder",
+        "S5_privacy/scores_progan",
+        "04_image_quality/mds",
+        "04_image_quality/spectra",
         "04_image_quality/figure4_axial",
         "04_image_quality/figure4_coronal",
     ):

@@ -5,17 +5,18 @@ A strength is continuous, and grows from one and the same draw: half as strong i
 """
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from bonelib import InputError
 from bonelib.evaluation.contours import BONE, contours
-from bonelib.scans.motion import moved
+from bonelib.scans.motion import GRADES, draw_events, spectral_residual
 from bonelib.scans.volumes import Volume
 
 BLUR_MM = 0.3  # SD of the strongest blur
 NOISE_MG = 200.0  # SD of the strongest noise, mg HA/cm3
-MOTION_GRADE = 5
-HOLES_PER_MM3 = 2.0  # of trabecular bone, at most
+MOTION_GRADE = 4  # beyond, a copy lies so far aside that moving it further changes no more
+HOLES_PER_MM3 = 5.0  # of trabecular bone, at most
 HOLE_MM = 0.3  # radius: a plate is a fifth of a millimetre thick
 DEPTH_MM = 0.5  # from the endosteal contour inwards
 DROPPED = 2 / 3  # of the set's range of a trait, at most
@@ -40,10 +41,19 @@ def noisy(volume: Volume, strength: float, rng: np.random.Generator, interior=No
 
 
 def moving(volume: Volume, strength: float, rng: np.random.Generator, interior=None) -> Volume:
-    """Streaks and doubled edges of an arm that moved: up to all of the residual of grade `MOTION_GRADE`."""
-    still = volume.voxels.astype(np.float32)
-    residual = moved(volume.with_voxels(still), rng, MOTION_GRADE)[0].voxels - still
-    return volume.with_voxels(still + np.float32(_share(strength)) * residual)
+    """Streaks and doubled edges of an arm that moved: one draw of `MOTION_GRADE`, its displacements scaled."""
+    strength = _share(strength)
+    events = [
+        event._replace(
+            shift=tuple(strength * mm for mm in event.shift),
+            rotation=strength * event.rotation,
+            rise=strength * event.rise,
+        )
+        for event in draw_events(rng, GRADES[MOTION_GRADE])
+    ]
+    still = torch.from_numpy(np.ascontiguousarray(volume.voxels, np.float32))
+    residual = spectral_residual(still, volume.spacing, events, range(len(still)))
+    return volume.with_voxels((still + residual).numpy())
 
 
 def thinned(volume: Volume, strength: float, rng: np.random.Generator, interior=None) -> Volume:

@@ -22,9 +22,9 @@ ELLIPSE_SD = 2.0
 GRID = 400  # points a side on which ellipses are compared
 
 
-def setting(model: str, truncation: float) -> str:
-    """The name of a setting."""
-    return f"{model} {truncation:g}"
+def setting(model: str, truncation: float | None) -> str:
+    """The name of a setting; without truncation, that of the model."""
+    return model if truncation is None else f"{model} {truncation:g}"
 
 
 def of_kind(values: dict, model: str):
@@ -32,7 +32,9 @@ def of_kind(values: dict, model: str):
     return values.get(model, values.get(model.split("-")[0]))
 
 
-def draw_settings(folders: dict[str, str], wanted: dict[tuple[str, float], int], seed: int) -> dict[str, np.ndarray]:
+def draw_settings(
+    folders: dict[str, str], wanted: dict[tuple[str, float | None], int], seed: int
+) -> dict[str, np.ndarray]:
     """The first samples of `seed` of every setting: {setting: volumes (n, z, y, x)}, float16 as real stacks are.
 
     `folders` holds each model's, `wanted` is {(model, truncation): n}. Settings are drawn side by side.

@@ -1,0 +1,111 @@
+"""An audit that finds a planted leak, finds nothing where nothing is, and shuts the gate when in doubt."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from bonelib import InputError
+from bonelib.evaluation import privacy
+from bonelib.networks.critic import Critic
+from bonelib.networks.progan import ProGAN
+from bonelib.randomness import numpy_rng, torch_rng
+
+
+def bones(n, seed, grid=(4, 36, 28)):
+    rng = numpy_rng(seed, "test privacy")
+    fields = ndimage.gaussian_filter(rng.standard_normal((n, *grid)), (0, 1, 2, 2))
+    return (0.5 + 0.15 * fields / fields.std()).clip(0, 1).astype(np.float32)
+
+
+def test_a_patient_has_the_score_of_the_best_stack():
+    assert privacy.by_patient(np.array([1.0, 5, 2, 3]), ["b", "a", "a", "b"]).tolist() == [5, 3]
+
+
+def test_attack_counts_and_its_interval_holds_the_truth():
+    rng, hits = numpy_rng(0, "attack"), 0
+    for i in range(20):
+        members, others = rng.standard_normal(60) + 1, rng.standard_normal(40)
+        found = privacy.attack(members, others, seed=i, draws=200)
+        hits += found["AUC low"] <= 0.7602 <= found["AUC high"]  # Phi(1 / sqrt 2)
+    assert hits >= 16 and (found["n_members"], found["n_others"]) == (60, 40)
+
+
+def test_nearness_and_likeness_know_a_copy_again():
+    real, fake = bones(12, 1), bones(8, 2)
+    fake[3] = privacy.copies(real[5:6], 1)[0]
+    assert privacy.likeness(real, fake).argmax() == 5 and privacy.likeness(real, fake)[5] > 0.75
+    assert privacy.likeness(real, real + 0.1).min() > 0.999
+    near = privacy.nearness(real.reshape(12, -1), fake.reshape(8, -1))
+    scaled = real.reshape(12, -1) / (real.reshape(12, -1).std(axis=0) + 1e-9)
+    drawn = fake.reshape(8, -1) / (real.reshape(12, -1).std(axis=0) + 1e-9)
+    np.testing.assert_allclose(near, [-min(np.linalg.norm(r - f) for f in drawn) for r in scaled], rtol=1e-5)
+
+
+def test_registration_finds_a_bone_that_was_moved():
+    real = bones(6, 3)
+    moved = np.roll(real, (2, -2), (2, 3))
+    assert privacy.likeness(real, moved).min() > 0.7 > privacy.likeness(real, bones(6, 4)).max()
+
+
+def test_a_generator_that_knows_its_volumes_gives_them_away():
+    known, strange = (torch.from_numpy(bones(20, s))[:, None] for s in (5, 6))
+    memory = privacy.Memory(known)
+    assert memory.errors(known).max() < 1e-3 < 0.05 < memory.errors(strange).min()
+
+
+def test_reconstruction_is_closer_for_what_the_generator_draws():
+    torch.manual_seed(0)
+    generator = ProGAN(base=(1, 9, 7), widths=(8, 8, 8), latent=8).requires_grad_(False)
+    own = generator.synthesize(generator.sample_latent(3, torch_rng(0, "own")), 2)
+    found = privacy.reconstruction(generator, torch.cat([own, torch.rand_like(own)]), 2, 1, 30)
+    assert found[:3].min() > found[3:].max() and (found < 0).all()
+
+
+def test_an_overtrained_critic_knows_its_patients_and_the_given_one_stays(monkeypatch):
+    monkeypatch.setattr(privacy, "OVERTRAINING", 150)
+    torch.manual_seed(0)
+    build = lambda: Critic((24, 16), whole=(1, 9, 7))  # noqa: E731
+    critic = build().requires_grad_(False)
+    before = {k: v.clone() for k, v in critic.state_dict().items()}
+    known, strange, others = (torch.from_numpy(bones(n, s))[:, None] for n, s in ((8, 7), (16, 8), (16, 9)))
+    known, strange, others = (v[:, :, ::2, ::2, ::2] for v in (known, strange, others))
+    found = privacy.overtrained(critic, build, known, strange, 1)
+    scores = [privacy.critic_scores(found, v) for v in (known, others)]
+    assert privacy.auc(*scores) > privacy.CAUGHT
+    assert all(torch.equal(v, before[k]) for k, v in critic.state_dict().items())
+
+
+def scored(gap, seed, n=40):
+    rng = numpy_rng(seed, "scores")
+    return rng.standard_normal(n) + gap, rng.standard_normal(20)
+
+
+@pytest.mark.parametrize(
+    "gap, planted, expected",
+    [(0, 6, "released"), (8, 6, "blocked"), (0, 0.2, "audit failed"), (8, 0.2, "audit failed")],
+)
+def test_the_verdict_needs_its_controls_and_no_leak(gap, planted, expected):
+    scores = {name: scored(gap, i) for i, name in enumerate(("near", "critic"))}
+    rows = privacy.audit(scores, {name: scored(planted, 7) for name in scores}, seed=1, draws=200)
+    assert privacy.verdict(rows) == expected
+    text = privacy.page(rows, "progan", 48)
+    assert f"Verdict on progan: {expected}" in text and "| near |" in text and "## Limits" in text
+    assert ("MISSED" in text) == (expected == "audit failed")
+    values = {"progan.verdict": privacy.verdict(rows)}
+    if expected == "released":
+        privacy.require_release(values, "progan")
+    else:
+        with pytest.raises(InputError, match=expected):
+            privacy.require_release(values, "progan")
+
+
+def test_members_that_differ_among_themselves_fail_the_audit(monkeypatch):
+    monkeypatch.setattr(privacy, "halves", lambda scores, seed: (np.sort(scores)[20:], np.sort(scores)[:20]))
+    rows = privacy.audit({"near": scored(0, 1)}, {"near": scored(6, 7)}, seed=1, draws=100)
+    assert not rows[0]["negative holds"] and privacy.verdict(rows) == "audit failed"
+
+
+def test_what_was_not_audited_is_not_released():
+    with pytest.raises(InputError, match="not audited"):
+        privacy.require_release({}, "progan")
