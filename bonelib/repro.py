@@ -33,7 +33,7 @@ def closing_lines(profile: str) -> str:
         real = number(found[f"{models[0]}.random3d.{name}.real_against_real"])
         lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values) + real)
     for name in ("contours found", "closed slices", "stamp", "Tb.BMD", "Tb.Th", "Tb.N"):
-        values = [number(found[f"measured.{group}.{name}"]) for group in (*models, "held-out patients")]
+        values = [number(found[f"measured.{group}.{name}"]) for group in (*models, "real")]
         lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values).rstrip())
     grades = json.loads((out / "metrics/02_motion_grading.json").read_text())
     if grades["trained"]:
