@@ -19,7 +19,7 @@ PUBLISHED = Path(__file__).with_name("published_table1.csv")  # Table 1 of Anger
 AS_THEY_ARE = ("inception", "medicalnet", "vgs")  # families of networks, of which distances are published unscaled
 COLUMNS = {"inception": "FID_inc", "medicalnet": "FID_res", "vgs": "FID_vgs"}  # others are FD_ and their name
 ELLIPSE_SD = 2.0
-GRID = 400  # points a side on which ellipses are compared
+GRID = 160  # points a side on which ellipses are compared
 
 
 def setting(model: str, truncation: float | None) -> str:
