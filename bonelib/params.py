@@ -309,15 +309,17 @@ class Transition(Section):
     """Morphs between bones of low density (section 4.2).
 
     `weights` of the second bone are those of Figure 5, at which `pairs` of each density are measured, both of them
-    among the lowest share `low` of the bones; a path stays within its ends to `tolerance` times the SD of that density
-    over the bones. `frames` has the film, `points` a path whose smoothness is measured. `geodesics` of so many pairs
-    have `geodesic_points` each and are found in `steps` iterations at most. `draws` are those of the intervals.
+    among the lowest share `low` of the bones. A path stays within its ends to `tolerance` times the SD of that density
+    over the bones, and its densities are trusted where `closed` of the slices have a closed cortex. `frames` has the
+    film, `points` a path whose smoothness is measured. `geodesics` of so many pairs have `geodesic_points` each and are
+    found in `steps` iterations at most. `draws` are those of the intervals.
     """
 
     weights: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     low: Share = 0.33
     pairs: Count
     tolerance: Annotated[float, Field(ge=0)] = 0.1
+    closed: Share = 0.5
     frames: Annotated[int, Field(ge=3)] = 12
     points: Annotated[int, Field(ge=3)] = 33
     geodesics: Count

@@ -61,6 +61,12 @@ def test_every_attribute_is_found_to_be_carried_by_its_style(oracle):
         assert row["N"] == (11 if row["attribute"] == "Ct.Th" else 12)
 
 
+def test_the_table_has_a_column_a_style():
+    row = dict(model="m", attribute="Ct.Th", style=1, value=0.5, low=0.25, high=0.75, N=7, patients=4)
+    table = mx.by_style([row, row | dict(style=2, value=None)])
+    assert table == [{"model": "m", "": "Ct.Th", "style 1": "0.50 (0.25 to 0.75)", "N": 7, "style 2": "none"}]
+
+
 def test_injecting_a_contrast_has_its_cliff_behind_the_style_that_carries_it(oracle):
     source = codes_of(oracle, 8)
     target = source.clone()
@@ -87,7 +93,7 @@ def test_twins_are_one_bone_with_less_mineral():
         intensity=(-500, 1500),
     )  # fmt: skip
     rich, poor = np.stack([mx._twins(number, 0.8, how, 0.4856, 1) for number in (1, 2)], 1)
-    assert rich.shape == (2, 8, 72, 56) and rich.min() >= 0 and rich.max() <= 1
+    assert rich.shape == (2, 1, 8, 72, 56) and rich.min() >= 0 and rich.max() <= 1
     density = lambda x: 2000 * x - 500  # noqa: E731
     for a, b, other in zip(density(rich), density(poor), density(poor)[::-1], strict=True):
         cortex = a > 700

@@ -6,9 +6,11 @@ import torch
 from oracle import Oracle
 
 from bonelib import InputError
+from bonelib.evaluation.compartments import overlap, read
 from bonelib.evaluation.pairs import pair_mean
 from bonelib.latent import transition as tr
 from bonelib.randomness import torch_rng
+from bonelib.scans.volumes import Volume
 
 
 def test_the_published_weights():
@@ -94,12 +96,38 @@ def test_staying_is_counted_by_path_and_resampled_by_patient():
     inside, outside = [1.0, 1.2, 2.0], [1.0, 2.5, 2.0]
     values = np.array([inside] * 6 + [outside] * 3 + [[1, np.nan, 2]])
     patients = [(f"p{i}", f"q{i}") for i in range(10)]
-    rows = {row[""]: row for row in tr.staying(values, patients, 0.6, seed=1, draws=200)}
-    exact = rows["share of paths within the ends"]
+    closed = np.ones((10, 3))
+    closed[3:8, 1] = 0.2  # three paths within the ends, and two outside, have an open cortex
+    table = tr.staying(values, closed, patients, margin=0.6, least=0.5, seed=1, draws=200)
+    rows = {(row["paths"], row[""]): row for row in table}
+    exact = rows["contours found", "share of paths within the ends"]
     assert exact["value"] == pytest.approx(6 / 9) and exact["N"] == 9 and exact["low"] < 6 / 9 < exact["high"]
-    assert rows["share of paths within the ends, up to 0.6"]["value"] == 1
-    assert rows["distance beyond the ends"]["value"] == pytest.approx(0.5 * 3 / 9)
-    assert rows["share of paths measured"]["value"] == 0.9
+    assert rows["contours found", "share of paths within the ends, up to 0.6"]["value"] == 1
+    assert rows["contours found", "distance beyond the ends"]["value"] == pytest.approx(0.5 * 3 / 9)
+    assert rows["contours found", "share of all paths"]["value"] == 0.9
+    exact = rows["cortex closed", "share of paths within the ends"]
+    assert exact["value"] == 0.75 and exact["N"] == 4 and rows["cortex closed", "share of all paths"]["value"] == 0.4
+
+
+def ring(gap, noise=1):
+    z, y, x = np.indices((8, 80, 60))
+    radius = np.hypot(y - 40, x - 30)
+    bone = (radius < 22) & (radius > 17) & ~((x > 30) & (abs(y - 40) < gap))
+    density = 150.0 * (radius < 22) + 700.0 * bone + noise * np.random.default_rng(1).normal(0, 40, radius.shape)
+    return Volume(density.astype(np.float32), (0.3, 0.3, 0.3), "mgHA")
+
+
+def test_a_reading_tells_area_densities_and_whether_the_cortex_is_closed():
+    found = read(ring(0))
+    assert found.traits["Tt.Ar"] == pytest.approx(np.pi * (22 * 0.3) ** 2, rel=0.03)
+    assert found.traits["Tb.BMD"] == pytest.approx(150, rel=0.1) and found.traits["Ct.BMD"] == pytest.approx(
+        850, rel=0.1
+    )
+    assert found.traits["closed slices"] == 1 and read(ring(3)).traits["closed slices"] == 0
+    assert overlap(found.outline, found.outline) == 1 > overlap(found.outline, np.roll(found.outline, 9, 1)) > 0.5
+    nothing = read(Volume(np.zeros((8, 80, 60), np.float32), (0.3, 0.3, 0.3), "mgHA"))
+    assert not nothing.outline.any() and all(np.isnan(value) for value in nothing.traits.values())
+    assert np.isnan(overlap(found.outline, nothing.outline))
 
 
 def test_intervals_of_pairs_follow_the_patients():

@@ -5,14 +5,19 @@ from typing import NamedTuple
 import numpy as np
 
 from bonelib import InputError
-from bonelib.evaluation.contours import contours
+from bonelib.evaluation.contours import closed_slices, contours
 from bonelib.scans.volumes import Volume
 
-TRAITS = ("Tt.Ar", "Tb.BMD", "Ct.BMD")
+CLOSED = "closed slices"
+TRAITS = ("Tt.Ar", "Tb.BMD", "Ct.BMD", CLOSED)
 
 
 class Reading(NamedTuple):
-    """The mask (z, y, x) within the outer contour, and `TRAITS` by name in mm2 and mg HA/cm3 (NaN: no contours)."""
+    """The mask (z, y, x) within the outer contour, and `TRAITS` by name in mm2 and mg HA/cm3 (NaN: no contours).
+
+    The share of closed slices tells how far the densities can be trusted: contours bridge the gaps of an open cortex
+    by force, and may count cortex as marrow.
+    """
 
     outline: np.ndarray
     traits: dict[str, float]
@@ -32,6 +37,7 @@ def read(volume: Volume) -> Reading:
         outer.sum() / len(outer) * y * x,
         volume.voxels[inner].mean(dtype=np.float64) if inner.any() else np.nan,
         volume.voxels[outer & ~inner].mean(dtype=np.float64),
+        closed_slices(volume, outer),
     )
     return Reading(outer, dict(zip(TRAITS, map(float, found), strict=True)))
 

@@ -19,6 +19,7 @@ from bonelib.latent.codes import along, each_measured
 from bonelib.latent.models import Model
 from bonelib.params import Preprocess
 from bonelib.processes import workers
+from bonelib.pyramid import downsample
 from bonelib.randomness import numpy_rng
 from bonelib.scans.phantom import make_radius
 from bonelib.scans.population import LIMITS
@@ -147,23 +148,39 @@ def injected(draw, source: Tensor, target: Tensor, images: Tensor, intensity) ->
     return torch.stack(columns, 1).numpy() * (intensity[1] - intensity[0])
 
 
-def twins(count: int, mineral: float, how: Preprocess, spacing_mm: float, seed: int) -> np.ndarray:
-    """Phantoms in two contrasts (2, count, z, y, x) in [0, 1]: as they are, and with `mineral` times the density of
+def by_style(rows: list[dict]) -> list[dict]:
+    """The rows of `carried` of several models as a table to be read: a row an attribute, a column a style."""
+    table = {}
+    for row in rows:
+        line = table.setdefault((row["model"], row["attribute"]), {"model": row["model"], "": row["attribute"]})
+        known = row["value"] is not None
+        line[f"style {row['style']}"] = "{value:.2f} ({low:.2f} to {high:.2f})".format(**row) if known else "none"
+        line["N"] = row["N"]
+    columns = dict.fromkeys(key for line in table.values() for key in line)
+    return [{key: line.get(key, "") for key in columns} for line in table.values()]
+
+
+def twins(count: int, mineral: float, how: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Tensor:
+    """Phantoms in two contrasts (2, count, 1, z, y, x) in [0, 1]: as they are, and with `mineral` times the density of
     both compartments, or the least that a phantom may have, in an otherwise equal bone, pose and scan. No cohort
     holds these patients.
 
-    They are drawn on voxels of up to `COARSE_MM`, `spacing_mm` times a power of two, scanned and preprocessed as `how`
-    says, and cut to a stack from the middle.
+    They are stacks from the middle of a scan preprocessed as `how` says, on the grid of the stacks (`spacing_mm`)
+    averaged over blocks of 2^`halvings` voxels a side; where that is coarse, they are drawn on voxels of `COARSE_MM`.
     """
-    step = 2 ** int(math.log2(max(1.0, COARSE_MM / spacing_mm)))
-    shape = tuple(n // (how.subsample * step) for n in how.shape)
-    coarse = how.model_copy(update=dict(shape=shape, subsample=1, stack_slices=how.stack_slices // step))
+    drawn = min(halvings, int(math.log2(max(1.0, COARSE_MM / spacing_mm))))
+    shape = tuple(n // (how.subsample * 2**drawn) for n in how.shape)
+    coarse = how.model_copy(update=dict(shape=shape, subsample=1, stack_slices=how.stack_slices // 2**drawn))
     with workers() as pool:
-        jobs = [pool.submit(_twins, k, mineral, coarse, spacing_mm * step, seed) for k in range(count)]
-        return np.stack([job.result() for job in jobs], 1)
+        jobs = [pool.submit(_twins, k, mineral, coarse, spacing_mm * 2**drawn, seed) for k in range(count)]
+        stacks = torch.from_numpy(np.concatenate([job.result() for job in jobs]))
+    for _ in range(halvings - drawn):
+        stacks = downsample(stacks)
+    return stacks.reshape(count, 2, *stacks.shape[1:]).transpose(0, 1)
 
 
 def _twins(number, mineral, how, voxel_mm, seed) -> np.ndarray:
+    """Both twins of one patient, (2, 1, z, y, x)."""
     patient, stacks = UNSEEN + number, []
     volume, truth = make_radius(seed, voxel_mm=voxel_mm, patient=patient)
     poorer = {name: max(mineral * truth[name], LIMITS[name][0]) for name in ("Tb.BMD", "Ct.BMD")}
@@ -172,4 +189,4 @@ def _twins(number, mineral, how, voxel_mm, seed) -> np.ndarray:
         voxels = preprocess(mirrored(seen) if seen.side == "left" else seen, how).voxels
         start = (len(voxels) - how.stack_slices) // 2
         stacks.append(to_unit(voxels[start : start + how.stack_slices], how.intensity))
-    return np.stack(stacks).astype(np.float32)
+    return np.stack(stacks)[:, None].astype(np.float32)

@@ -112,28 +112,33 @@ def measured(model: Model, codes: Tensor, pairs: list[tuple[int, int]], weights,
     return {trait: np.array([[reading.traits[trait] for reading in path] for path in paths]) for trait in TRAITS}
 
 
-def staying(values: np.ndarray, patients: list[tuple[str, str]], tolerance: float, *, seed: int, draws: int) -> list:
+def staying(
+    values: np.ndarray, closed: np.ndarray, patients: list[tuple[str, str]], *, margin: float, least: float, seed, draws
+) -> list[dict]:
     """What the paths (n, points) of one density do between their ends, a row each, with intervals by patient.
 
-    The share that stays within the ends, exactly and up to `tolerance`; how far a path leaves them on average; and how
-    much its middle lies above the mean of its ends, which a code between two codes, being nearer to the mean bone,
-    would raise. In the unit of `values`; `patients` names the two of every path. Paths with a point that could not be
-    measured are left out, and counted.
+    The share that stays within the ends, exactly and up to `margin`; how far a path leaves them on average; and how
+    much its middle lies above the mean of its ends, since a code between two codes is nearer to the mean bone. All this
+    for paths on which every bone has contours, and for those on which every bone also has a closed cortex in the share
+    `least` of its slices (`closed`, (n, points)), where the density can be trusted. `patients` names the two of a path.
     """
-    values = np.asarray(values, float)
-    away, complete = beyond(values), np.isfinite(values).all(axis=1)
+    values, closed = np.asarray(values, float), np.asarray(closed, float)
+    away, measured = beyond(values), np.isfinite(values).all(axis=1)
     middle = values[:, values.shape[1] // 2] - values[:, [0, -1]].mean(axis=1)
-    shares = {
-        "share of paths within the ends": np.where(complete, away <= 0, np.nan),
-        f"share of paths within the ends, up to {tolerance:.3g}": np.where(complete, away <= tolerance, np.nan),
-        "distance beyond the ends": np.where(complete, away, np.nan),
-        "middle above the mean of the ends": np.where(complete, middle, np.nan),
-        "share of paths measured": complete.astype(float),
+    numbers = {
+        "share of paths within the ends": away <= 0,
+        f"share of paths within the ends, up to {margin:.3g}": away <= margin,
+        "distance beyond the ends": away,
+        "middle above the mean of the ends": middle,
     }
-    return [
-        {"": name} | pair_mean(numbers, patients, rng=numpy_rng(seed, "staying", name), draws=draws)
-        for name, numbers in shares.items()
-    ]
+    kinds = {"contours found": measured, "cortex closed": measured & (closed.min(axis=1) >= least)}
+    rows = []
+    for kind, kept in kinds.items():
+        table = {"share of all paths": kept} | {k: np.where(kept, v, np.nan) for k, v in numbers.items()}
+        for name, column in table.items():
+            found = pair_mean(column, patients, rng=numpy_rng(seed, "staying", kind, name), draws=draws)
+            rows.append({"paths": kind, "": name} | found)
+    return rows
 
 
 def summary(rows: list[dict], by: str, *, seed: int, draws: int) -> list[dict]:

@@ -190,6 +190,25 @@ def paths(panels: list[dict], width=10.0):
     return fig
 
 
+def bands(panels: list[dict], at: str, width=10.0):
+    """Curves with their intervals side by side. A panel has `title`, `x` and `y` (axis labels) and `lines`, {name: rows
+    with value, low and high over the column `at`}; rows without a value are left out.
+    """
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(panels), figsize=(width, width * 0.32), layout="constrained", squeeze=False)
+        for axis, panel in zip(axes.flat, panels, strict=True):
+            for i, (name, rows) in enumerate(panel["lines"].items()):
+                kept = [row for row in rows if row["low"] is not None]
+                known = [[float(row[key]) for key in (at, "value", "low", "high")] for row in kept]
+                x, value, low, high = np.array(known).reshape(-1, 4).T
+                style = dict(color=ACCENTS[i % len(ACCENTS)], linestyle=("-", "--")[i // len(ACCENTS) % 2])
+                axis.plot(x, value, "o", markersize=3, linewidth=1.2, label=name, **style)
+                axis.fill_between(x, low, high, alpha=0.15, color=style["color"], linewidth=0)
+            axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+            axis.legend(fontsize=7)
+    return fig
+
+
 def film(path: str | Path, rows: list[tuple[str, list[np.ndarray]]], spacing, run: str, width=7.0) -> None:
     """Middle axial slices as an endless animated GIF: `rows` of (title, volumes (z, y, x)), side by side in a frame.
 
