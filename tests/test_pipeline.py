@@ -221,6 +221,10 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "S5_privacy/scores_progan",
         "04_image_quality/mds",
         "04_image_quality/spectra",
+        "06_image_transition/progan/figure5",
+        "06_image_transition/progan/film_strip",
+        "06_image_transition/progan/densities",
+        "06_image_transition/progan/geodesic",
         "04_image_quality/figure4_axial",
         "04_image_quality/figure4_coronal",
     ):

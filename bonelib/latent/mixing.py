@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bonelib import InputError
 from bonelib.evaluation.attributes import COARSE_MM
-from bonelib.evaluation.compartments import overlap, read
+from bonelib.evaluation.compartments import CLOSED, overlap, read
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.pairs import pair_mean
 from bonelib.latent.codes import along, each_measured
@@ -70,7 +70,7 @@ def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, t
 
     `overlap with source`: voxels within both outer contours over those within either, of the mix and the source;
     `overlap with target` likewise; `distance to target`: absolute difference of `trait` from the target's, in its own
-    unit; `distance to source` likewise. NaN where no contours are found.
+    unit; `distance to source` likewise; and the share of closed slices of the mix. NaN where no contours are found.
     """
     count = codes.shape[1]
     mixes = [torch.stack([crossed(codes[i], codes[j], a) for a in range(count - 1, 0, -1)]) for i, j in pairs]
@@ -83,6 +83,7 @@ def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, t
                 "overlap with target": overlap(mix.outline, target.outline),
                 "distance to target": abs(mix.traits[trait] - target.traits[trait]),
                 "distance to source": abs(mix.traits[trait] - source.traits[trait]),
+                CLOSED: mix.traits[CLOSED],
             }
             rows.append({"styles of source": a, "first": patients[i], "last": patients[j]} | numbers)
     return sorted(rows, key=lambda row: row["styles of source"])
@@ -152,10 +153,11 @@ def by_style(rows: list[dict]) -> list[dict]:
     """The rows of `carried` of several models as a table to be read: a row an attribute, a column a style."""
     table = {}
     for row in rows:
-        line = table.setdefault((row["model"], row["attribute"]), {"model": row["model"], "": row["attribute"]})
+        line = table.setdefault(
+            (row["model"], row["attribute"]), {"model": row["model"], "": row["attribute"], "N": row["N"]}
+        )
         known = row["value"] is not None
         line[f"style {row['style']}"] = "{value:.2f} ({low:.2f} to {high:.2f})".format(**row) if known else "none"
-        line["N"] = row["N"]
     columns = dict.fromkeys(key for line in table.values() for key in line)
     return [{key: line.get(key, "") for key in columns} for line in table.values()]
 

@@ -195,7 +195,9 @@ def bands(panels: list[dict], at: str, width=10.0):
     with value, low and high over the column `at`}; rows without a value are left out.
     """
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(panels), figsize=(width, width * 0.32), layout="constrained", squeeze=False)
+        fig, axes = plt.subplots(
+            1, len(panels), figsize=(width, width / len(panels) * 0.62), layout="constrained", squeeze=False
+        )
         for axis, panel in zip(axes.flat, panels, strict=True):
             for i, (name, rows) in enumerate(panel["lines"].items()):
                 kept = [row for row in rows if row["low"] is not None]
@@ -205,6 +207,7 @@ def bands(panels: list[dict], at: str, width=10.0):
                 axis.plot(x, value, "o", markersize=3, linewidth=1.2, label=name, **style)
                 axis.fill_between(x, low, high, alpha=0.15, color=style["color"], linewidth=0)
             axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.legend(fontsize=7)
     return fig
 
