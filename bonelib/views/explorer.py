@@ -352,7 +352,7 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
     for name, control in scene.controls.items():
         slider = _slider(control)
         slider.observe(partial(changed, name), "value")
-        reset = widgets.Button(description="reset", layout=widgets.Layout(width="60px"))
+        reset = widgets.Button(description="reset", layout=widgets.Layout(width="80px"))
         reset.on_click(lambda _, slider=slider, value=control.start: setattr(slider, "value", value))
         lines.append(widgets.HBox([slider, reset]))
     for slider in cut:
