@@ -181,6 +181,16 @@ def test_a_line_is_met_where_it_falls_within():
     assert wide["N"] == 4 and wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])
 
 
+def test_the_verdict_counts_what_was_measured_and_names_what_is_not_met():
+    met, missed, unknown = (
+        acceptance.line(7, name, [v, v, v], 0, 1) for name, v in (("a", 1), ("b", 2), ("c", np.nan))
+    )
+    assert acceptance.verdict([met, missed, unknown]) == (
+        "1 of 2 lines are met; 1 could not be measured here. Not met: 7, b."
+    )
+    assert acceptance.verdict([met]) == "1 of 1 lines are met. None is missed."
+
+
 def accepted(rows, moved, grades):
     pairs = check.correlations(rows)
     tables = {"reference": [], "pairs": pairs, "plates": [{"off mm": 0.002}, {"off mm": -0.02}]}

@@ -56,6 +56,15 @@ def acceptance(full: list[dict], coarse: list[dict], moved: list[dict], grades: 
     return sorted(lines, key=lambda one: one["row"])
 
 
+def verdict(lines: list[dict]) -> str:
+    """In a sentence: how many of the lines of `acceptance` that could be measured are met, and those that are not."""
+    known = [one for one in lines if one["met"]]
+    unmet = [f"{one['row']}, {one['quantity']}" for one in known if one["met"] == "no"]
+    said = f"{len(known) - len(unmet)} of {len(known)} lines are met"
+    said += f"; {len(lines) - len(known)} could not be measured here" if len(known) < len(lines) else ""
+    return f"{said}. " + (f"Not met: {'; '.join(unmet)}." if unmet else "None is missed.")
+
+
 def line(row: int, quantity: str, values, least=-np.inf, most=np.inf, *, of=np.mean, patients=None) -> dict:
     """One line: `of` the finite `values` (n, ...), the bootstrap of their `patients` (n), and the verdict.
 
