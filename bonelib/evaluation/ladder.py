@@ -20,6 +20,7 @@ from bonelib.scans.volumes import Volume
 from bonelib.training.grading import load_grader
 
 SEEN, NOISE = 0.9, 2.0  # Spearman correlation, and rise in standard deviations between real sets, of what is seen
+LEAST = 1e-3  # of a metric that is the same in all sets of real stacks, as the share of repeats
 SETS = ("duplicated patients", "dropped mode", "memorised copies")
 CORRUPTIONS = (*corruption.VOLUMES, *SETS)
 CONNECTIVITY = "Conn.D"  # per mm3, of the trabecular interior
@@ -192,7 +193,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
             )
             x, y, noise = np.array(steps).T
             rho = float(stats.spearmanr(x, y).statistic) if np.ptp(y) > 0 else 0.0
-            rise = float((y[-1] - y[0]) / max(noise[0], 1e-9))
+            rise = float((y[-1] - y[0]) / max(noise[0], LEAST))
             sees, claims = rho >= SEEN and rise > NOISE, name in CLAIMS.get(metric, ())
             row = dict(metric=metric, corruption=name, spearman=rho, rise=rise, sees=sees, claims=claims)
             out.append(row | dict(holds=sees or not claims, n_steps=len(steps)))
