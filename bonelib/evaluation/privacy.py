@@ -27,7 +27,7 @@ LEVEL = 0.95
 SHIFT = 3  # voxels in plane over which two bones are registered
 COPY_NOISE = 0.005  # of the intensities, on a planted copy
 RATE = 0.05  # of the inversion
-OVERTRAINING = 150  # updates of the critic that is made to know its patients
+OVERTRAINING = 600  # updates of the critic that is made to know its patients
 
 
 def by_patient(scores: np.ndarray, patients) -> np.ndarray:
