@@ -354,6 +354,34 @@ class Mixing(Section):
     draws: Count = 1000
 
 
+class Editing(Section):
+    """Attributes of bones edited in latent space (section 4.4), and bones drawn to measure.
+
+    A fast ruler is fitted to `scans` training scans; a bone is read where `closed` of its outline has cortex. Ranges
+    come from `samples` of the model, `truncation` as in `quality`. Effects are measured at `codes` bones over +-`step`,
+    responses up to the largest of `alphas`; `alpha` is that of Figure 7. `targets` can be met, `impossible` ones not;
+    `verified` of the former are measured by the slow ruler too. The classifiers of `tries` random networks each learn
+    for `epochs`; curvature is taken at `points`, over `tangents` directions. `draws` are those of the intervals.
+    """
+
+    scans: Count
+    closed: Share = 0.9
+    samples: Annotated[int, Field(ge=20)]
+    truncation: dict[str, Positive] = {}
+    codes: Annotated[int, Field(ge=4)]
+    step: Positive = 1.0
+    alpha: Positive = 4.0
+    alphas: tuple[Positive, ...] = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
+    targets: Count
+    impossible: Count = 20
+    verified: Count
+    tries: Count
+    epochs: Count
+    points: Count
+    tangents: Count = 512
+    draws: Count = 1000
+
+
 class EncoderTraining(Section):
     """How the encoder of a model is trained (section 3.5), with the published rates.
 
@@ -509,6 +537,7 @@ PROFILE = {
     "privacy": Privacy,
     "transition": Transition,
     "mixing": Mixing,
+    "editing": Editing,
     "inversion": dict[str, Inversion],
     "cost": Cost,
     "experts": Experts,

@@ -151,7 +151,7 @@ def test_a_gauge_refuses_what_it_cannot_read():
     ring[:, :, :, 18:] = 0  # half of the cortex is missing
     assert gauge.features(torch.cat([nothing, ring]), [SPACING] * 3).isnan().all()
     with pytest.raises(InputError, match="too few for a gauge"):
-        gauge.fit(gauge.features(density(traits(5)), [SPACING] * 3), np.ones((5, 4)))
+        gauge.fit(gauge.features(density(traits(3)), [SPACING] * 3), np.ones((3, 4)))
 
 
 def test_an_instrument_is_written_and_opened(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.pyramid import downsample
 from bonelib.randomness import numpy_rng
+from bonelib.scans.dataset import Stacks
 
 GRID_MM = 0.9  # volumes are averaged over blocks while their voxels are finer than this
 BONE = 200.0  # mg HA/cm3: more than soft tissue on such voxels, less than half a voxel of cortex
@@ -28,7 +29,8 @@ FEATURES = ("area", "outline", "core", "rim", "peak", "mean")
 FITTED = ("Tt.Ar", "Tb.BMD", "Ct.BMD", "Ct.Th")
 ATTRIBUTES = (*FITTED, "rotation")
 UNITS = {"Tt.Ar": "mm2", "Tb.BMD": "mg HA/cm3", "Ct.BMD": "mg HA/cm3", "Ct.Th": "mm", "rotation": "degrees"}
-LEAST = 2  # scans a term that `fit` must be given
+LEAST = 4  # scans that `fit` must be given
+RIDGE = 1e-4  # variance of a logarithm that is added to each feature's
 PLANE = ndimage.generate_binary_structure(2, 1)[None]
 DISC = (np.hypot(*np.mgrid[-3:4, -3:4]) < 3.5)[None]  # what joins radius and ulna is narrower
 
@@ -36,21 +38,23 @@ DISC = (np.hypot(*np.mgrid[-3:4, -3:4]) < 3.5)[None]  # what joins radius and ul
 class Gauge(NamedTuple):
     """Power laws: each attribute of `FITTED` is a product of powers of `FEATURES`.
 
-    `powers` (1 + features, attributes), the constant first; `low`, `high` (attributes,): the range of the fitted scans.
+    `powers` (1 + features, attributes), the constant first; `low`, `high` (attributes,): the range of the fitted scans;
+    `closed`: the share of the outline that must have cortex for a bone to be read.
     """
 
     powers: Tensor
     low: Tensor
     high: Tensor
+    closed: Tensor = torch.tensor(CLOSED)
 
     def read(self, density: Tensor, spacing) -> Tensor:
         """`ATTRIBUTES` (n, 5) of densities (n, 1, z, y, x) in mg HA/cm3, differentiable; NaN if no cortex closes."""
-        found = features(density, spacing)
+        found = features(density, spacing, float(self.closed))
         fitted = (_terms(found) @ self.powers).exp()
         return torch.cat([fitted, found[:, len(FEATURES) :]], 1)
 
 
-def features(density: Tensor, spacing) -> Tensor:
+def features(density: Tensor, spacing, closed: float = CLOSED) -> Tensor:
     """What a coarse grid tells of bones (n, 1, z, y, x) in mg HA/cm3: (n, `FEATURES` and rotation), differentiable.
 
     area in mm2 and outline in mm of the soft outer contour; mean density of the core, of the rim about it per length of
@@ -85,8 +89,8 @@ def features(density: Tensor, spacing) -> Tensor:
     peak = total(mineral**3) / total(mineral**2)
     mean = total(flat * around) * voxel / z / area
     found = torch.stack([area, outline, middle, shell, peak, mean, _rotation(inside, n, spacing)], 1)
-    closed = torch.from_numpy(_closed(flat.detach().cpu().numpy(), radius, n) >= CLOSED).to(found.device)
-    return torch.where(closed[:, None], found, torch.nan)
+    enough = torch.from_numpy(_closed(flat.detach().cpu().numpy(), radius, n) >= closed).to(found.device)
+    return torch.where(enough[:, None], found, torch.nan)
 
 
 def _outlines(flat):
@@ -136,18 +140,42 @@ def _terms(found):
     return torch.cat([torch.ones_like(logs[:, :1]), logs], 1)
 
 
-def fit(found: Tensor, measured: np.ndarray) -> Gauge:
-    """A `Gauge` by least squares, on logarithms, of what `morphometry` measured (n, `FITTED`) on `features` (n, ...).
+def fit(found: Tensor, measured: np.ndarray, closed: float = CLOSED) -> Gauge:
+    """A `Gauge` by ridge regression, on logarithms, of what `morphometry` measured (n, `FITTED`) on `features`.
 
-    Scans with NaN on either side are left out. Raises `InputError` if fewer than two a term remain.
+    Scans with NaN on either side are left out. Raises `InputError` if fewer than `LEAST` remain.
     """
     x, y = _terms(found).double(), torch.as_tensor(np.asarray(measured)).double()
     kept = x.isfinite().all(1) & y.isfinite().all(1)
     x, y = x[kept], y[kept]
-    if len(x) < LEAST * x.shape[1]:
-        raise InputError(f"{len(x)} measured scans are too few for a gauge; at least {LEAST * x.shape[1]} are needed")
-    powers = torch.linalg.lstsq(x, y.log()).solution
-    return Gauge(*(t.float() for t in (powers, y.amin(0), y.amax(0))))
+    if len(x) < LEAST:
+        raise InputError(f"{len(x)} measured scans are too few for a gauge; at least {LEAST} are needed")
+    mean = x.mean(0)
+    centred, logs = x - mean, y.log()
+    square = centred.T @ centred + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    powers = torch.linalg.solve(square, centred.T @ (logs - logs.mean(0)))
+    powers[0] = logs.mean(0) - mean[1:] @ powers[1:]
+    return Gauge(powers.float(), y.amin(0).float(), y.amax(0).float(), torch.tensor(closed))
+
+
+def of_scans(
+    stacks: Stacks, measured: list[dict], n: int, closed: float = CLOSED
+) -> tuple[Tensor, np.ndarray, list[dict]]:
+    """`features` of all held-out and `n` training scans, what the rows `measured` say of them, and their own rows."""
+    first = list({row["scan"]: row for row in stacks.rows}.values())
+    keep = sorted(i for i, row in enumerate(first) if row["split"] == "held-out")
+    train = [i for i in range(len(first)) if i not in set(keep)]
+    keep += [train[i] for i in np.unique(np.linspace(0, len(train) - 1, max(n, 1)).astype(int))]
+    rows, table = [first[i] for i in sorted(keep)], {row["scan"]: row for row in measured}
+    spacing, parts = stacks.meta["spacing_mm"], []
+    for row in rows:
+        scan = stacks.volumes[row["volume"]].astype(np.float32)
+        block = 2 ** max(0, int(np.ceil(np.log2(GRID_MM / min(spacing)))))
+        scan = torch.from_numpy(scan[tuple(slice(k // block * block) for k in scan.shape)])[None, None]
+        low, high = stacks.meta["intensity"]
+        parts.append(features(low + (high - low) * scan, spacing, closed))
+    values = [[float(table[row["scan"]].get(name) or "nan") for name in FITTED] for row in rows]
+    return torch.cat(parts), np.array(values), rows
 
 
 def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: int, draws: int) -> list[dict]:

@@ -20,6 +20,7 @@ from bonelib.randomness import torch_rng
 
 BATCH = 64  # codes that are drawn at a time
 RANGE = (0.01, 0.99)  # quantiles of samples between which an attribute may be asked for
+LEAST = 0.1  # share of samples that must be measurable for a range
 PLAUSIBLE = 0.999  # share of samples that lie no farther out than a code may be moved
 REACH = 6.0  # length of a move in SDs of the latent distribution beyond which it is another bone
 TOLERANCE = 0.01  # of the range: where the closed loop stops
@@ -113,7 +114,12 @@ def calibrate(read, names, generator, *, seed: int, samples: int, truncation: fl
     mean, covariance = many.mean(0), torch.cov(many.T)
     floor = 1e-3 * covariance.diagonal().mean()
     spread = torch.linalg.cholesky(covariance + floor * torch.eye(len(mean)))
-    low, high = found[found.isfinite().all(1)].quantile(torch.tensor(RANGE), 0)
+    measurable = found[found.isfinite().all(1)]
+    if len(measurable) < LEAST * samples:
+        raise InputError(
+            f"of {samples} bones that the model draws, {len(measurable)} can be measured; too few for a range"
+        )
+    low, high = measurable.quantile(torch.tensor(RANGE), 0)
     if within is not None:
         low, high = torch.fmax(low, within[0]), torch.fmin(high, within[1])
     made = Instrument(read, tuple(names), low, high, mean, spread, 0.0)

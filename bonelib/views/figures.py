@@ -47,6 +47,7 @@ def bones(
     columns=None,
     titles=(),
     window=WINDOW,
+    colours="gray",
     width=10.0,
 ):
     """A grid of middle slices in true proportion: `rows` of (label, volumes (z, y, x)), spacing in mm (z, y, x).
@@ -74,7 +75,7 @@ def bones(
                 box = (j / columns + 0.003, top / total, 1 / columns - 0.006, inch * height / total)
                 axis = fig.add_axes(box, anchor="NW")
                 extent = (0, picture.shape[1] * step_x, picture.shape[0] * step_y, 0)
-                axis.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, interpolation="none")
+                axis.imshow(picture, cmap=colours, vmin=window[0], vmax=window[1], extent=extent, interpolation="none")
                 axis.set(xlim=(0, cell), ylim=(height, 0))
                 axis.axis("off")
                 if (j == 0 and label) or (i == 0 and j < len(titles)):
@@ -84,6 +85,19 @@ def bones(
         margin.axis("off")
         margin.plot([0, SCALE_MM], [0.55, 0.55], color=INK, linewidth=2, solid_capstyle="butt")
         margin.text(SCALE_MM + 0.01 * width / inch, 0.5, f"{SCALE_MM:.0f} mm", fontsize=7, va="center")
+    return fig
+
+
+def matrix(table: np.ndarray, rows: list[str], columns: list[str], limit: float, label: str, width=6.0):
+    """A table of signed numbers (rows, columns) as a picture, blue below and red above 0, the numbers written in it."""
+    with plt.rc_context(STYLE):
+        fig, axis = plt.subplots(figsize=(width, 0.3 * len(rows) + 0.9), layout="constrained")
+        shown = axis.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        for (i, j), value in np.ndenumerate(table):
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+        axis.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+        axis.tick_params(length=0)
+        fig.colorbar(shown, label=label)
     return fig
 
 

@@ -1,0 +1,225 @@
+"""What directions of a latent space do to attributes, how far they do it evenly, and asked against measured.
+
+`read`, codes, shifts and `Instrument` are those of `editing`. Intervals are of 95 %, by resampling patients (or, of
+samples, the samples).
+"""
+
+import time
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from bonelib import InputError
+from bonelib.latent.directions import Direction
+from bonelib.latent.editing import TOLERANCE, Instrument, closed_loop, jacobian, move, readings, shifted
+from bonelib.randomness import numpy_rng
+
+EVEN = 0.1  # deviation from a straight line, as a share of the response, that still counts as linear
+PROGRESS_S = 20.0
+
+
+def effect_matrix(
+    tool: Instrument, codes: Tensor, vectors: dict[str, Tensor], groups, *, step: float, seed: int, draws: int
+) -> list[dict]:
+    """The effect of every direction on every attribute, per unit of the code: central differences over +-`step`.
+
+    Rows: direction, attribute, N codes, effect in the attribute's unit with its interval, the same in shares of the
+    calibrated range, and cross-talk, the direction's largest share on another attribute over that on this one.
+    """
+    rows, members = [], _members(groups)
+    for name, vector in vectors.items():
+        change = (
+            readings(tool.read, shifted(codes, step * vector)) - readings(tool.read, shifted(codes, -step * vector))
+        ) / (2 * step)
+        change = change.double().numpy()
+        mean, some = np.nanmean(change, 0), _resampled(change, members, numpy_rng(seed, "effects", name), draws)
+        low, high = np.nanquantile(some, [0.025, 0.975], 0)
+        shares = np.abs(mean) / tool.span.numpy()
+        for k, attribute in enumerate(tool.names):
+            others = np.delete(shares, k).max()
+            counts = dict(direction=name, attribute=attribute, N=int(np.isfinite(change[:, k]).sum()))
+            values = {
+                "effect": mean[k],
+                "low": low[k],
+                "high": high[k],
+                "share of range": mean[k] / float(tool.span[k]),
+            }
+            rows.append(
+                counts
+                | {key: float(v) for key, v in values.items()}
+                | {"cross-talk": float(others / max(shares[k], 1e-9))}
+            )
+    return rows
+
+
+def responses(tool: Instrument, codes: Tensor, vector: Tensor, alphas) -> np.ndarray:
+    """Mean change of the attributes (alphas, k) over codes that are moved by alpha along a direction."""
+    start = readings(tool.read, codes)
+    return np.stack(
+        [np.nanmean((readings(tool.read, shifted(codes, float(a) * vector)) - start).numpy(), 0) for a in alphas]
+    )
+
+
+def linear_range(alphas, response: np.ndarray) -> float:
+    """The largest alpha up to which a response (alphas,) stays within 10 % of the line through its smallest steps.
+
+    Both signs are looked at; `alphas` are symmetric about 0 and hold it. 0 where already the second step is off.
+    """
+    alphas, response = np.asarray(alphas, float), np.asarray(response, float)
+    least = np.abs(alphas[alphas != 0]).min()
+    near = np.isclose(np.abs(alphas), least)
+    slope = float((alphas[near] * response[near]).sum() / (alphas[near] ** 2).sum())
+    even = 0.0
+    for size in sorted({abs(a) for a in alphas if a}):
+        at = np.isclose(np.abs(alphas), size)
+        if np.abs(response[at] - slope * alphas[at]).max() > EVEN * abs(slope) * size:
+            break
+        even = size
+    return even
+
+
+def by_rank(
+    tool: Instrument, codes: Tensor, vectors: Tensor, groups, *, seed: int, draws: int
+) -> tuple[np.ndarray, list[dict]]:
+    """Effects (directions, k) of all directions (d, d), strongest eigenvalue first, and what goes with their rank.
+
+    The effect is the root mean square over codes of the derivative per unit of the code, in shares of the range. Rows:
+    attribute, Spearman's correlation of effect and rank (1 is the largest eigenvalue) with its interval, and the same
+    for the attribute's part in all effects of a direction: positive if small eigenvalues carry it.
+    """
+    _, slopes = jacobian(tool.read, codes)
+    kept = slopes.isfinite().all(-1).all(-1)
+    squares = ((slopes[kept] / tool.span[:, None]) @ vectors.T).square().double().numpy()  # (codes, k, directions)
+    rank, members = (
+        np.arange(1, len(vectors) + 1),
+        _members([g for g, k in zip(groups, kept.tolist(), strict=True) if k]),
+    )
+
+    def found(mean):
+        effect = np.sqrt(mean)
+        part = effect / effect.sum(0)
+        return np.array([[stats.spearmanr(rank, row).statistic for row in table] for table in (effect, part)]).T
+
+    some = _resampled(squares, members, numpy_rng(seed, "ranks"), draws, found)
+    low, high = np.quantile(some, [0.025, 0.975], 0)
+    value, rows = found(squares.mean(0)), []
+    for k, attribute in enumerate(tool.names):
+        row = dict(attribute=attribute, N=len(squares), directions=len(rank))
+        for j, key in enumerate(("effect", "part of all effects")):
+            row |= {
+                f"{key}, rank": float(value[k, j]),
+                f"{key}, low": float(low[k, j]),
+                f"{key}, high": float(high[k, j]),
+            }
+        rows.append(row)
+    return np.sqrt(squares.mean(0)).T, rows
+
+
+def asked(
+    tool: Instrument, codes: Tensor, groups, sources, n: int, straight: dict[str, Direction], *, seed: int
+) -> list[dict]:
+    """`n` targets asked of codes in turn, met by the closed loop and, beside it, by one open step along a direction.
+
+    A target is one attribute of `straight`, uniform over its calibrated range; all others are to stay. Rows: number of
+    the code, its patient and source, attribute, start, asked, measured; error and side effect (mean change of the
+    others), in shares of the ranges, of both ways; length of the move in SDs, whether the loop met all within 2 %.
+    """
+    start, rows, last = readings(tool.read, codes), [], time.monotonic()
+    fit = start.isfinite().all(1).nonzero()[:, 0]
+    for number in range(n):
+        rng, i = numpy_rng(seed, "asked", number), int(fit[number % len(fit)])
+        name = list(straight)[number % len(straight)]
+        k, code = tool.index(name), codes[i : i + 1]
+        target = float(tool.low[k] + tool.span[k] * rng.random())
+        wanted = start[i].clone()
+        wanted[k] = target
+        found = closed_loop(tool, code, wanted, seed=number)
+        alpha = (target - float(start[i, k])) / straight[name].slope
+        opened = readings(tool.read, shifted(code, alpha * straight[name].vector))[0]
+        row = dict(
+            number=i, patient=groups[i], source=sources[i], attribute=name, start=float(start[i, k]), asked=target
+        )
+        for way, values in (("closed", found.measured), ("open", opened)):
+            shares = ((values - wanted) / tool.span).abs()
+            others = torch.cat([shares[:k], shares[k + 1 :]])
+            row |= {
+                f"{way} measured": float(values[k]),
+                f"{way} error": float(shares[k]),
+                f"{way} side": float(others.mean()),
+            }
+        rows.append(row | dict(length=found.length, steps=found.steps, met=found.error <= 2 * TOLERANCE))
+        if time.monotonic() - last > PROGRESS_S:
+            last = time.monotonic()
+            print(f"{number + 1} of {n} targets", flush=True)
+    return rows
+
+
+def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float]:
+    """Of rows of `asked`: shares met within 2 % and medians of side effects, with intervals by patient."""
+    members = _members([row["patient"] for row in rows])
+    keys = ("closed error", "open error", "closed side", "open side", "met")
+    table = np.array([[float(row[key]) for key in keys] for row in rows])
+
+    def found(values):
+        closed, opened, side, other, met = values.T
+        other = np.nanmedian(other)
+        return np.array(
+            [
+                (closed <= 2 * TOLERANCE).mean(),
+                met.mean(),
+                (opened <= 2 * TOLERANCE).mean(),
+                np.median(side),
+                other,
+                np.median(side) / other,
+            ]
+        )
+
+    names = ("closed loop within 2 %", "and all others held within 2 %", "open loop within 2 %")
+    names += ("closed side effect", "open side effect", "side effect, closed over open")
+    rng = numpy_rng(seed, "asked summary")
+    some = np.stack([found(table[_draw(members, rng)]) for _ in range(draws)])
+    low, high = np.nanquantile(some, [0.025, 0.975], 0)
+    values = {"N": len(rows), "patients": len(members)}
+    for i, name in enumerate(names):
+        values |= {name: float(found(table)[i]), f"{name}, low": float(low[i]), f"{name}, high": float(high[i])}
+    return values
+
+
+def impossible(tool: Instrument, codes: Tensor, n: int, names, *, seed: int) -> list[dict]:
+    """`n` targets outside of the calibrated range, by a tenth to a whole range, and what `move` says to them."""
+    rows = []
+    for number in range(n):
+        rng, name = numpy_rng(seed, "impossible", number), names[number % len(names)]
+        k, beyond = tool.index(name), float(rng.uniform(0.1, 1.0))
+        target = float(tool.high[k] + beyond * tool.span[k] if number % 2 else tool.low[k] - beyond * tool.span[k])
+        try:
+            move(tool, codes[number % len(codes)][None], {name: target})
+            says = ""
+        except InputError as error:
+            says = str(error)
+        rows.append(dict(attribute=name, asked=target, refused=bool(says), reason=says))
+    return rows
+
+
+def atlas(codes: Tensor, covariates: np.ndarray, at: np.ndarray) -> Tensor:
+    """The mean code (m, ...) of bones with covariates `at` (m, p): codes by linear regression on covariates (n, p)."""
+    design = np.column_stack([np.ones(len(covariates)), covariates])
+    flat = codes.flatten(1).double().numpy()
+    weights = np.linalg.lstsq(design, flat, rcond=None)[0]
+    means = np.column_stack([np.ones(len(at)), at]) @ weights
+    return torch.from_numpy(means).float().reshape(len(at), *codes.shape[1:])
+
+
+def _members(groups):
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    return [np.flatnonzero(group == i) for i in range(len(names))]
+
+
+def _draw(members, rng):
+    return np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+
+
+def _resampled(values, members, rng, draws, statistic=lambda mean: mean):
+    return np.stack([statistic(np.nanmean(values[_draw(members, rng)], 0)) for _ in range(draws)])
