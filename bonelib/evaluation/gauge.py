@@ -47,11 +47,19 @@ class Gauge(NamedTuple):
     high: Tensor
     closed: Tensor = torch.tensor(CLOSED)
 
+    @property
+    def within(self) -> tuple[Tensor, Tensor]:
+        """`low` and `high` of all `ATTRIBUTES`, NaN where there is none."""
+        none = torch.full((len(ATTRIBUTES) - len(FITTED),), torch.nan)
+        return torch.cat([self.low, none]), torch.cat([self.high, none])
+
     def read(self, density: Tensor, spacing) -> Tensor:
         """`ATTRIBUTES` (n, 5) of densities (n, 1, z, y, x) in mg HA/cm3, differentiable; NaN if no cortex closes."""
-        found = features(density, spacing, float(self.closed))
-        fitted = (_terms(found) @ self.powers).exp()
-        return torch.cat([fitted, found[:, len(FEATURES) :]], 1)
+        return self.of(features(density, spacing, float(self.closed)))
+
+    def of(self, found: Tensor) -> Tensor:
+        """`ATTRIBUTES` (n, 5) from `features`."""
+        return torch.cat([(_terms(found) @ self.powers).exp(), found[:, len(FEATURES) :]], 1)
 
 
 def features(density: Tensor, spacing, closed: float = CLOSED) -> Tensor:
@@ -198,6 +206,29 @@ def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: 
             found |= {key: statistic(x[:, k], y[:, k]), f"{key} low": float(low), f"{key} high": float(high)}
         rows.append(found | {"SD of error": float((x[:, k] - y[:, k]).std()), "SD": float(y[:, k].std())})
     return rows
+
+
+def rows(scans: list[dict], measured: np.ndarray, read: Tensor) -> list[dict]:
+    """What was measured and what is read of every scan, as a table."""
+    table = []
+    for scan, theirs, ours in zip(scans, measured.tolist(), read.tolist(), strict=True):
+        row = {key: scan[key] for key in ("scan", "patient", "split")}
+        for name, a, b in zip(FITTED, theirs, ours, strict=False):
+            row |= {f"{name} measured": a, f"{name} read": b}
+        table.append(row)
+    return table
+
+
+def panels(measured: np.ndarray, read: Tensor, sets: dict[str, np.ndarray]) -> list[dict]:
+    """For `figures.scatter`: what is read against what was measured (n, `FITTED`), by set of scans (masks)."""
+    drawn = []
+    for k, name in enumerate(FITTED):
+        ends = [float(np.nanmin(measured[:, k])), float(np.nanmax(measured[:, k]))]
+        dots = {label: (measured[mask, k], read[mask, k].numpy()) for label, mask in sets.items()}
+        drawn.append(
+            dict(title=f"{name}, {UNITS[name]}", x="morphometry", y="read", sets=dots, lines={"": (ends, ends)})
+        )
+    return drawn
 
 
 def _correlation(a, b):

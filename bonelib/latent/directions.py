@@ -20,6 +20,7 @@ from bonelib.randomness import numpy_rng, torch_rng
 PENALTIES = tuple(10.0**p for p in range(-4, 3))  # of the ridge, in shares of the codes' mean variance
 FOLDS = 5
 STEPS_OF_LOGISTIC = 200
+ENDS = (0.4, 0.6)  # classes are codes below the first and above the second quantile
 
 
 class Direction(NamedTuple):
@@ -50,6 +51,15 @@ def ridge(codes: Tensor, values: Tensor, groups=None) -> tuple[Direction, float]
     weights, offset = _ridge(x, y, PENALTIES[int(np.argmax(scores))])
     slope = float(weights.norm())
     return Direction((weights / slope).float(), slope, float(offset)), max(scores)
+
+
+def ridges(codes: Tensor, values: Tensor, names) -> tuple[dict[str, Direction], list[dict]]:
+    """The ridge direction of every attribute, {name: direction} of values (n, names), and rows with their R2."""
+    found, rows = {}, []
+    for name, column in zip(names, values.unbind(1), strict=True):
+        found[name], score = ridge(codes, column)
+        rows.append({"attribute": name, "N": len(codes), "R2, left out": score})
+    return found, rows
 
 
 def _ridge(x, y, penalty):
@@ -183,6 +193,37 @@ def manipulated(
     """
     middle = forward(mean[None])
     return reverse(middle + tau * (forward(codes) - middle) + alpha * direction)
+
+
+def straight_or_bent(
+    codes: Tensor, values: Tensor, *, seed: int, tries: int, epochs: int, points: int, tangents: int
+) -> dict:
+    """Logistic regression and networks on codes (n, d) with the lowest and highest 40 % of `values` (n,), as one row.
+
+    Accuracies and R2 of the way back are those of every fourth code, which was left out; then what the rule takes, and
+    mean, SD and median largest principal curvature of the network's decision surface at `points`.
+    """
+    low, high = values.quantile(torch.tensor(ENDS))
+    ends = (values < low) | (values > high)
+    x, y = codes[ends], values[ends] > high
+    left = torch.arange(len(x)) % 4 == 0
+    plain = accuracy(logistic(x[~left], y[~left]).value(x[left]), y[left])
+    deep = search(x, y, left, seed=seed, tries=tries, epochs=epochs)
+    inner = hidden(deep.network, codes)
+    back = search(inner, codes, torch.arange(len(codes)) % 4 == 0, seed=seed, tries=tries, epochs=epochs)
+    row = {"N": len(x), "N left out": int(left.sum()), "logistic": plain, "network": deep.score}
+    row |= {"R2 of the way back": back.score, "taken": chosen(back.score, deep.score, plain)}
+    deep.network.double()
+
+    def odds(z):
+        return deep.network(z.double())[:, 0]
+
+    try:
+        bent = curvature(odds, surface_points(odds, x, points, seed=seed), seed=seed, tangents=tangents)
+    except InputError:  # the network says the same of all codes
+        return row | {"points": 0}
+    row |= {"points": points, "mean curvature": float(bent.mean.mean()), "SD": float(bent.mean.std())}
+    return row | {"largest principal, median": float(bent.largest.abs().median())}
 
 
 def surface_points(

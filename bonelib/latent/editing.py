@@ -49,6 +49,12 @@ class Instrument(NamedTuple):
     def span(self) -> Tensor:
         return self.high - self.low
 
+    @property
+    def table(self) -> list[dict]:
+        """The calibrated range as rows."""
+        ends = zip(self.names, self.low.tolist(), self.high.tolist(), strict=True)
+        return [dict(attribute=n, unit=UNITS.get(n, ""), low=a, high=b) for n, a, b in ends]
+
     def index(self, name: str) -> int:
         if name not in self.names:
             raise InputError(f"attribute {name!r} cannot be asked for; accepted are {', '.join(self.names)}")
@@ -163,6 +169,8 @@ def closed_loop(tool: Instrument, code: Tensor, targets: Tensor, *, seed: int = 
         if best.error <= TOLERANCE:
             break
         values, slopes = jacobian(tool.read, shifted(code, white @ tool.spread.T))
+        if not (values.isfinite().all() and slopes.isfinite().all()):
+            break
         step = nearest((slopes[0] / tool.span[:, None])[asked] @ tool.spread, errors(values)[0])
         step = step * min(1.0, LONGEST / float(step.norm()))
         aside = torch.randn(len(PARTS), len(step), generator=rng) * ASIDE / len(step) ** 0.5

@@ -5,6 +5,7 @@ samples, the samples).
 """
 
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,36 @@ from scipy import stats
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.evaluation.gauge import UNITS
+from bonelib.evaluation.morphometry import measure
 from bonelib.latent.directions import Direction
 from bonelib.latent.editing import TOLERANCE, Instrument, closed_loop, jacobian, move, readings, shifted
 from bonelib.randomness import numpy_rng
+from bonelib.scans.volumes import Volume
 
 EVEN = 0.1  # deviation from a straight line, as a share of the response, that still counts as linear
 PROGRESS_S = 20.0
+
+
+class Subjects(NamedTuple):
+    """Bones to edit: codes (n, ...), the patient (or sample) of each, and whether it is of a "scan" or a "sample"."""
+
+    codes: Tensor
+    groups: list[str]
+    sources: list[str]
+
+
+def subjects(tool: Instrument, inverted: Tensor, patients: list[str], samples: Tensor, n: int) -> Subjects:
+    """Up to `n` inverted codes and as many samples, those that can be read; inverted ones first."""
+    kept = {}
+    for name, codes in (("scan", inverted), ("sample", samples)):
+        kept[name] = readings(tool.read, codes).isfinite().all(1).nonzero()[:n, 0]
+    drawn = samples[kept["sample"]]
+    if inverted.dim() > samples.dim():
+        drawn = drawn[:, None].expand(-1, inverted.shape[1], -1)
+    groups = [patients[i] for i in kept["scan"].tolist()] + [f"sample {i}" for i in kept["sample"].tolist()]
+    sources = ["scan"] * len(kept["scan"]) + ["sample"] * len(drawn)
+    return Subjects(torch.cat([inverted[kept["scan"]], drawn]), groups, sources)
 
 
 def effect_matrix(
@@ -80,6 +105,20 @@ def linear_range(alphas, response: np.ndarray) -> float:
     return even
 
 
+def reaches(tool: Instrument, codes: Tensor, vectors: dict[str, Tensor], matrix: list[dict], alphas) -> list[dict]:
+    """Of every direction: the attribute it moves most, its row of `effect_matrix`, and how far it does so evenly.
+
+    `alphas` are the steps, mirrored about 0, at which responses are read.
+    """
+    steps, rows = [*(-a for a in reversed(alphas)), 0.0, *alphas], []
+    for name, vector in vectors.items():
+        mine = [row for row in matrix if row["direction"] == name]
+        row = max(mine, key=lambda r: abs(r["share of range"]))
+        response = responses(tool, codes, vector, steps)[:, tool.index(row["attribute"])]
+        rows.append(row | {"linear up to": linear_range(steps, response)})
+    return rows
+
+
 def by_rank(
     tool: Instrument, codes: Tensor, vectors: Tensor, groups, *, seed: int, draws: int
 ) -> tuple[np.ndarray, list[dict]]:
@@ -119,14 +158,15 @@ def by_rank(
 
 def asked(
     tool: Instrument, codes: Tensor, groups, sources, n: int, straight: dict[str, Direction], *, seed: int
-) -> list[dict]:
+) -> tuple[list[dict], Tensor]:
     """`n` targets asked of codes in turn, met by the closed loop and, beside it, by one open step along a direction.
 
     A target is one attribute of `straight`, uniform over its calibrated range; all others are to stay. Rows: number of
     the code, its patient and source, attribute, start, asked, measured; error and side effect (mean change of the
-    others), in shares of the ranges, of both ways; length of the move in SDs, whether the loop met all within 2 %.
+    others), in shares of the ranges, of both ways; length of the
+    move in SDs, whether the loop met all within 2 %. And the codes (n, ...) it ended at.
     """
-    start, rows, last = readings(tool.read, codes), [], time.monotonic()
+    start, rows, ends, last = readings(tool.read, codes), [], [], time.monotonic()
     fit = start.isfinite().all(1).nonzero()[:, 0]
     for number in range(n):
         rng, i = numpy_rng(seed, "asked", number), int(fit[number % len(fit)])
@@ -149,11 +189,12 @@ def asked(
                 f"{way} error": float(shares[k]),
                 f"{way} side": float(others.mean()),
             }
+        ends.append(found.code)
         rows.append(row | dict(length=found.length, steps=found.steps, met=found.error <= 2 * TOLERANCE))
         if time.monotonic() - last > PROGRESS_S:
             last = time.monotonic()
             print(f"{number + 1} of {n} targets", flush=True)
-    return rows
+    return rows, torch.cat(ends)
 
 
 def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float]:
@@ -203,6 +244,77 @@ def impossible(tool: Instrument, codes: Tensor, n: int, names, *, seed: int) -> 
     return rows
 
 
+def asked_table(rows: list[dict], *, seed: int, draws: int) -> dict[str, dict[str, float]]:
+    """`asked_summary` of all rows, and of those of each source."""
+    parts = {"all": rows} | {s: [r for r in rows if r["source"] == s] for s in dict.fromkeys(r["source"] for r in rows)}
+    return {name: asked_summary(part, seed=seed, draws=draws) for name, part in parts.items()}
+
+
+def with_intervals(columns: dict[str, dict[str, float]]) -> list[dict]:
+    """Summaries {column: {key: value}} with keys "key, low" and "key, high" as rows of text for `as_markdown`."""
+    rows = []
+    for key in (k for k in next(iter(columns.values())) if not k.endswith((", low", ", high"))):
+        row = {"": key}
+        for name, v in columns.items():
+            row[name] = f"{v[key]:.3g}" + (
+                f" ({v[f'{key}, low']:.3g} to {v[f'{key}, high']:.3g})" if f"{key}, low" in v else ""
+            )
+        rows.append(row)
+    return rows
+
+
+def panels(tool: Instrument, rows: list[dict]) -> list[dict]:
+    """For `figures.scatter`: asked against measured of rows of `asked`, one panel an attribute."""
+    drawn = []
+    for name in dict.fromkeys(row["attribute"] for row in rows):
+        mine, unit = [row for row in rows if row["attribute"] == name], UNITS.get(name, "")
+        line = [float(tool.low[tool.index(name)]), float(tool.high[tool.index(name)])]
+        sets = {w: ([r["asked"] for r in mine], [r[f"{w} measured"] for r in mine]) for w in ("open", "closed")}
+        drawn.append(dict(title=f"{name}, {unit}", x="asked", y="read", sets=sets, lines={"": (line, line)}))
+    return drawn
+
+
+def by_ruler(volume: Volume) -> dict[str, float] | None:
+    """`morphometry.measure` of a bone, None where no contours are found."""
+    try:
+        return measure(volume)
+    except InputError:
+        return None
+
+
+def confirmed(rows: list[dict], before: list, after: list) -> list[dict]:
+    """What the slow ruler says of the bones of `asked` (rows), drawn whole before and after the move.
+
+    `before`, `after`: of every row what `by_ruler` found. Rows: attribute, N measured of
+    how many; the change asked, and measured over it (1: the slow ruler sees all of it): slope through 0; correlation.
+    """
+    table = []
+    for name in dict.fromkeys(row["attribute"] for row in rows):
+        mine = [i for i, row in enumerate(rows) if row["attribute"] == name]
+        both = [i for i in mine if before[i] and after[i]]
+        wanted = np.array([rows[i]["closed measured"] - rows[i]["start"] for i in both])
+        seen = np.array([after[i][name] - before[i][name] for i in both])
+        enough = len(both) > 2 and wanted.std() > 0
+        row = dict(attribute=name, N=len(both), of=len(mine), read=float(np.abs(wanted).mean()) if both else np.nan)
+        row["measured over read"] = float((wanted @ seen) / (wanted @ wanted)) if both and wanted.any() else np.nan
+        table.append(row | {"r": float(np.corrcoef(wanted, seen)[0, 1]) if enough else np.nan})
+    return table
+
+
+def conditions(rows: list[dict], people: dict[str, dict], density) -> dict[str, np.ndarray]:
+    """Age, sex (F 0, M 1) and trabecular density of the bones of `rows`, as far as they are known: name to (n,)."""
+
+    def numbers(key, meaning):
+        return np.array([meaning(people.get(row["patient"], {}).get(key) or "nan") for row in rows])
+
+    found = {
+        "age": numbers("age", float),
+        "sex": numbers("sex", lambda s: {"F": 0.0, "M": 1.0}.get(s, np.nan)),
+        "Tb.BMD": np.asarray(density, float),
+    }
+    return {name: v for name, v in found.items() if np.isfinite(v).sum() > 3 and np.nanstd(v) > 0}
+
+
 def atlas(codes: Tensor, covariates: np.ndarray, at: np.ndarray) -> Tensor:
     """The mean code (m, ...) of bones with covariates `at` (m, p): codes by linear regression on covariates (n, p)."""
     design = np.column_stack([np.ones(len(covariates)), covariates])
@@ -210,6 +322,21 @@ def atlas(codes: Tensor, covariates: np.ndarray, at: np.ndarray) -> Tensor:
     weights = np.linalg.lstsq(design, flat, rcond=None)[0]
     means = np.column_stack([np.ones(len(at)), at]) @ weights
     return torch.from_numpy(means).float().reshape(len(at), *codes.shape[1:])
+
+
+def atlases(tool: Instrument, codes: Tensor, known: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], list[dict]]:
+    """The mean bone, and mean bones under each of `conditions`: codes by name, and what is read on them as rows.
+
+    Sexes are F and M; of numbers the 10th, 50th and 90th percentile are taken.
+    """
+    found, rows = {"mean": codes.mean(0, keepdim=True)}, []
+    for name, values in known.items():
+        has = np.isfinite(values)
+        at = np.array([0.0, 1.0]) if name == "sex" else np.quantile(values[has], [0.1, 0.5, 0.9])
+        found[name] = atlas(codes[torch.from_numpy(has)], values[has][:, None], at[:, None])
+        for a, read in zip(at, readings(tool.read, found[name]).tolist(), strict=True):
+            rows.append(dict(condition=name, at=float(a), N=int(has.sum())) | dict(zip(tool.names, read, strict=True)))
+    return found, rows
 
 
 def _members(groups):
