@@ -116,12 +116,16 @@ class Trained(NamedTuple):
 
 
 def perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
-    """Dense layers of these sizes, with leaky rectifiers between them."""
+    """Dense layers of these sizes, with a smooth rectifier between them.
+
+    Behind leaky rectifiers, as in Fetty et al.'s encoder, decision surfaces are made of planes: their curvature would
+    be 0 at every point whatever was learned.
+    """
     layers = []
     for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(a, b)]
         if i < len(sizes) - 2:
-            layers += [nn.LeakyReLU(0.2), nn.Dropout(dropout)]
+            layers += [nn.SiLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers)
 
 

@@ -142,8 +142,9 @@ def by_rank(
         return np.array([[stats.spearmanr(rank, row).statistic for row in table] for table in (effect, part)]).T
 
     some = _resampled(squares, members, numpy_rng(seed, "ranks"), draws, found)
-    low, high = np.quantile(some, [0.025, 0.975], 0)
     value, rows = found(squares.mean(0)), []
+    # Fewer different codes blur the ranks of every draw: deviations from the draws' own mean are laid about the value
+    low, high = value + np.quantile(some, [0.025, 0.975], 0) - some.mean(0)
     for k, attribute in enumerate(tool.names):
         row = dict(attribute=attribute, N=len(squares), directions=len(rank))
         for j, key in enumerate(("effect", "part of all effects")):
