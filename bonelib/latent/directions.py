@@ -20,6 +20,7 @@ from bonelib.randomness import numpy_rng, torch_rng
 PENALTIES = tuple(10.0**p for p in range(-4, 3))  # of the ridge, in shares of the codes' mean variance
 FOLDS = 5
 STEPS_OF_LOGISTIC = 200
+LEAST = 20  # codes with labels from which directions are learned
 ENDS = (0.4, 0.6)  # classes are codes below the first and above the second quantile
 
 
@@ -54,10 +55,15 @@ def ridge(codes: Tensor, values: Tensor, groups=None) -> tuple[Direction, float]
 
 
 def ridges(codes: Tensor, values: Tensor, names) -> tuple[dict[str, Direction], list[dict]]:
-    """The ridge direction of every attribute, {name: direction} of values (n, names), and rows with their R2."""
+    """The ridge direction of every attribute, {name: direction} of values (n, names), and rows with their R2.
+
+    From fewer than `LEAST` codes there are no directions, and R2 is NaN.
+    """
     found, rows = {}, []
     for name, column in zip(names, values.unbind(1), strict=True):
-        found[name], score = ridge(codes, column)
+        score = float("nan")
+        if len(codes) >= LEAST:
+            found[name], score = ridge(codes, column)
         rows.append({"attribute": name, "N": len(codes), "R2, left out": score})
     return found, rows
 
@@ -205,8 +211,11 @@ def straight_or_bent(
     """Logistic regression and networks on codes (n, d) with the lowest and highest 40 % of `values` (n,), as one row.
 
     Accuracies and R2 of the way back are those of every fourth code, which was left out; then what the rule takes, and
-    mean, SD and median largest principal curvature of the network's decision surface at `points`.
+    mean, SD and median largest principal curvature of the network's decision surface at `points`. Fewer than `LEAST`
+    codes are not parted: then the row holds their number alone.
     """
+    if len(codes) < LEAST:
+        return {"N": len(codes)}
     low, high = values.quantile(torch.tensor(ENDS))
     ends = (values < low) | (values > high)
     x, y = codes[ends], values[ends] > high

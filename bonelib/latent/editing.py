@@ -50,6 +50,11 @@ class Instrument(NamedTuple):
         return self.high - self.low
 
     @property
+    def calibrated(self) -> bool:
+        """Whether enough samples could be measured for a range; if not, nothing can be asked for."""
+        return bool((self.span > 0).all())
+
+    @property
     def table(self) -> list[dict]:
         """The calibrated range as rows."""
         ends = zip(self.names, self.low.tolist(), self.high.tolist(), strict=True)
@@ -107,8 +112,9 @@ def jacobian(read: Callable[[Tensor], Tensor], codes: Tensor) -> tuple[Tensor, T
 def calibrate(read, names, generator, *, seed: int, samples: int, truncation: float | None = None, within=None):
     """An `Instrument` for a generator: range and plausible density from samples of its own, with their readings.
 
-    `within` (low, high), each (k,) with NaN for no bound, narrows the range, as to what a gauge was fitted on. Returns
-    the instrument, the codes (samples, d) and their readings (samples, k).
+    `within` (low, high), each (k,) with NaN for no bound, narrows the range, as to what a gauge was fitted on. If fewer
+    than `LEAST` of the samples can be measured, the range is NaN and nothing can be asked for. Returns the instrument,
+    the codes (samples, d) and their readings (samples, k).
     """
 
     def drawn(n, purpose):
@@ -121,12 +127,9 @@ def calibrate(read, names, generator, *, seed: int, samples: int, truncation: fl
     floor = 1e-3 * covariance.diagonal().mean()
     spread = torch.linalg.cholesky(covariance + floor * torch.eye(len(mean)))
     measurable = found[found.isfinite().all(1)]
-    if len(measurable) < LEAST * samples:
-        raise InputError(
-            f"of {samples} bones that the model draws, {len(measurable)} can be measured; too few for a range"
-        )
-    low, high = measurable.quantile(torch.tensor(RANGE), 0)
-    if within is not None:
+    enough = len(measurable) >= LEAST * samples
+    low, high = measurable.quantile(torch.tensor(RANGE), 0) if enough else torch.full((2, len(names)), torch.nan)
+    if within is not None and enough:
         low, high = torch.fmax(low, within[0]), torch.fmin(high, within[1])
     made = Instrument(read, tuple(names), low, high, mean, spread, 0.0)
     fresh = made.distance(drawn(8 * codes.shape[-1], "codes of the farthest"))
@@ -172,7 +175,7 @@ def closed_loop(tool: Instrument, code: Tensor, targets: Tensor, *, seed: int = 
         if not (values.isfinite().all() and slopes.isfinite().all()):
             break
         step = nearest((slopes[0] / tool.span[:, None])[asked] @ tool.spread, errors(values)[0])
-        step = step * min(1.0, LONGEST / float(step.norm()))
+        step = step * min(1.0, LONGEST / max(float(step.norm()), 1e-9))
         aside = torch.randn(len(PARTS), len(step), generator=rng) * ASIDE / len(step) ** 0.5
         trials = white + torch.cat(
             [torch.outer(torch.tensor(PARTS), step), torch.outer(torch.tensor(PARTS), step) + aside]
@@ -193,7 +196,7 @@ def closed_loop(tool: Instrument, code: Tensor, targets: Tensor, *, seed: int = 
 def nearest(effect: Tensor, change: Tensor) -> Tensor:
     """The shortest step (d,) whose `effect` (k, d) is `change` (k,), damped where effects are nearly the same."""
     square = effect @ effect.T
-    square = square + DAMPING * square.diagonal().mean() * torch.eye(len(square))
+    square = square + DAMPING * square.diagonal().mean().clamp(min=1e-9) * torch.eye(len(square))
     return effect.T @ torch.linalg.solve(square, change)
 
 
@@ -206,6 +209,8 @@ def move(
     Raises `InputError` for an unknown attribute, a target outside its calibrated range, and a target that is not met
     within plausible latent density (to 2 % of the range): then nothing is drawn.
     """
+    if not tool.calibrated:
+        raise InputError("too few of the bones that this model draws can be measured; nothing can be asked for")
     start = readings(tool.read, code)[0]
     if not start.isfinite().all():
         raise InputError("the bone of this code has no closed cortex and cannot be measured; take another code")

@@ -5,6 +5,7 @@ samples, the samples).
 """
 
 import time
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -33,10 +34,14 @@ class Subjects(NamedTuple):
 
 
 def subjects(tool: Instrument, inverted: Tensor, patients: list[str], samples: Tensor, n: int) -> Subjects:
-    """Up to `n` inverted codes and as many samples, those that can be read; inverted ones first."""
+    """Up to `n` inverted codes and as many samples, those that can be read; inverted ones first.
+
+    Where none can be read, the first ones are taken: they can be drawn, and whatever is read on them is NaN.
+    """
     kept = {}
     for name, codes in (("scan", inverted), ("sample", samples)):
-        kept[name] = readings(tool.read, codes).isfinite().all(1).nonzero()[:n, 0]
+        fit = readings(tool.read, codes).isfinite().all(1)
+        kept[name] = (fit if fit.any() else ~fit).nonzero()[:n, 0]
     drawn = samples[kept["sample"]]
     if inverted.dim() > samples.dim():
         drawn = drawn[:, None].expand(-1, inverted.shape[1], -1)
@@ -59,8 +64,8 @@ def effect_matrix(
             readings(tool.read, shifted(codes, step * vector)) - readings(tool.read, shifted(codes, -step * vector))
         ) / (2 * step)
         change = change.double().numpy()
-        mean, some = np.nanmean(change, 0), _resampled(change, members, numpy_rng(seed, "effects", name), draws)
-        low, high = np.nanquantile(some, [0.025, 0.975], 0)
+        mean, some = _mean(change), _resampled(change, members, numpy_rng(seed, "effects", name), draws)
+        low, high = _ends(some)
         shares = np.abs(mean) / tool.span.numpy()
         for k, attribute in enumerate(tool.names):
             others = np.delete(shares, k).max()
@@ -82,15 +87,14 @@ def effect_matrix(
 def responses(tool: Instrument, codes: Tensor, vector: Tensor, alphas) -> np.ndarray:
     """Mean change of the attributes (alphas, k) over codes that are moved by alpha along a direction."""
     start = readings(tool.read, codes)
-    return np.stack(
-        [np.nanmean((readings(tool.read, shifted(codes, float(a) * vector)) - start).numpy(), 0) for a in alphas]
-    )
+    return np.stack([_mean((readings(tool.read, shifted(codes, float(a) * vector)) - start).numpy()) for a in alphas])
 
 
 def linear_range(alphas, response: np.ndarray) -> float:
     """The largest alpha up to which a response (alphas,) stays within 10 % of the line through its smallest steps.
 
-    Both signs are looked at; `alphas` are symmetric about 0 and hold it. 0 where already the second step is off.
+    Both signs are looked at; `alphas` are symmetric about 0 and hold it. 0 where already the second step is off. A step
+    behind which nothing can be read (NaN) is off.
     """
     alphas, response = np.asarray(alphas, float), np.asarray(response, float)
     least = np.abs(alphas[alphas != 0]).min()
@@ -99,7 +103,7 @@ def linear_range(alphas, response: np.ndarray) -> float:
     even = 0.0
     for size in sorted({abs(a) for a in alphas if a}):
         at = np.isclose(np.abs(alphas), size)
-        if np.abs(response[at] - slope * alphas[at]).max() > EVEN * abs(slope) * size:
+        if not np.abs(response[at] - slope * alphas[at]).max() <= EVEN * abs(slope) * size:
             break
         even = size
     return even
@@ -126,7 +130,8 @@ def by_rank(
 
     The effect is the root mean square over codes of the derivative per unit of the code, in shares of the range. Rows:
     attribute, Spearman's correlation of effect and rank (1 is the largest eigenvalue) with its interval, and the same
-    for the attribute's part in all effects of a direction: positive if small eigenvalues carry it.
+    for the attribute's part in all effects of a direction: positive if small eigenvalues carry it. NaN if none is
+    read.
     """
     _, slopes = jacobian(tool.read, codes)
     kept = slopes.isfinite().all(-1).all(-1)
@@ -142,9 +147,10 @@ def by_rank(
         return np.array([[stats.spearmanr(rank, row).statistic for row in table] for table in (effect, part)]).T
 
     some = _resampled(squares, members, numpy_rng(seed, "ranks"), draws, found)
-    value, rows = found(squares.mean(0)), []
+    mean, rows = _mean(squares), []
+    value = found(mean)
     # Fewer different codes blur the ranks of every draw: deviations from the draws' own mean are laid about the value
-    low, high = value + np.quantile(some, [0.025, 0.975], 0) - some.mean(0)
+    low, high = value + _ends(some) - some.mean(0)
     for k, attribute in enumerate(tool.names):
         row = dict(attribute=attribute, N=len(squares), directions=len(rank))
         for j, key in enumerate(("effect", "part of all effects")):
@@ -154,7 +160,7 @@ def by_rank(
                 f"{key}, high": float(high[k, j]),
             }
         rows.append(row)
-    return np.sqrt(squares.mean(0)).T, rows
+    return np.sqrt(mean).T, rows
 
 
 def asked(
@@ -164,12 +170,12 @@ def asked(
 
     A target is one attribute of `straight`, uniform over its calibrated range; all others are to stay. Rows: number of
     the code, its patient and source, attribute, start, asked, measured; error and side effect (mean change of the
-    others), in shares of the ranges, of both ways; length of the
-    move in SDs, whether the loop met all within 2 %. And the codes (n, ...) it ended at.
+    others), in shares of the ranges, of both ways; length of the move in SDs, whether the loop met all within 2 %. And
+    the codes (n, ...) it ended at. Nothing is asked where no code can be read, or nothing is calibrated.
     """
     start, rows, ends, last = readings(tool.read, codes), [], [], time.monotonic()
     fit = start.isfinite().all(1).nonzero()[:, 0]
-    for number in range(n):
+    for number in range(n if len(fit) and tool.calibrated else 0):
         rng, i = numpy_rng(seed, "asked", number), int(fit[number % len(fit)])
         name = list(straight)[number % len(straight)]
         k, code = tool.index(name), codes[i : i + 1]
@@ -195,11 +201,13 @@ def asked(
         if time.monotonic() - last > PROGRESS_S:
             last = time.monotonic()
             print(f"{number + 1} of {n} targets", flush=True)
-    return rows, torch.cat(ends)
+    return rows, torch.cat([codes[:0], *ends])
 
 
 def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float]:
     """Of rows of `asked`: shares met within 2 % and medians of side effects, with intervals by patient."""
+    if not rows:
+        return {"N": 0}
     members = _members([row["patient"] for row in rows])
     keys = ("closed error", "open error", "closed side", "open side", "met")
     table = np.array([[float(row[key]) for key in keys] for row in rows])
@@ -222,7 +230,7 @@ def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float
     names += ("closed side effect", "open side effect", "side effect, closed over open")
     rng = numpy_rng(seed, "asked summary")
     some = np.stack([found(table[_draw(members, rng)]) for _ in range(draws)])
-    low, high = np.nanquantile(some, [0.025, 0.975], 0)
+    low, high = _ends(some)
     values = {"N": len(rows), "patients": len(members)}
     for i, name in enumerate(names):
         values |= {name: float(found(table)[i]), f"{name}, low": float(low[i]), f"{name}, high": float(high[i])}
@@ -230,9 +238,12 @@ def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float
 
 
 def impossible(tool: Instrument, codes: Tensor, n: int, names, *, seed: int) -> list[dict]:
-    """`n` targets outside of the calibrated range, by a tenth to a whole range, and what `move` says to them."""
+    """`n` targets outside of the calibrated range, by a tenth to a whole range, and what `move` says to them.
+
+    No rows where nothing is calibrated: then no target is farther out than any other.
+    """
     rows = []
-    for number in range(n):
+    for number in range(n if tool.calibrated else 0):
         rng, name = numpy_rng(seed, "impossible", number), names[number % len(names)]
         k, beyond = tool.index(name), float(rng.uniform(0.1, 1.0))
         target = float(tool.high[k] + beyond * tool.span[k] if number % 2 else tool.low[k] - beyond * tool.span[k])
@@ -264,10 +275,10 @@ def with_intervals(columns: dict[str, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def panels(tool: Instrument, rows: list[dict]) -> list[dict]:
-    """For `figures.scatter`: asked against measured of rows of `asked`, one panel an attribute."""
+def panels(tool: Instrument, rows: list[dict], names) -> list[dict]:
+    """For `figures.scatter`: asked against measured of rows of `asked`, one panel for each attribute of `names`."""
     drawn = []
-    for name in dict.fromkeys(row["attribute"] for row in rows):
+    for name in names:
         mine, unit = [row for row in rows if row["attribute"] == name], UNITS.get(name, "")
         line = [float(tool.low[tool.index(name)]), float(tool.high[tool.index(name)])]
         sets = {w: ([r["asked"] for r in mine], [r[f"{w} measured"] for r in mine]) for w in ("open", "closed")}
@@ -283,16 +294,16 @@ def by_ruler(volume: Volume) -> dict[str, float] | None:
         return None
 
 
-def confirmed(rows: list[dict], before: list, after: list) -> list[dict]:
+def confirmed(rows: list[dict], before: list, after: list, names) -> list[dict]:
     """What the slow ruler says of the bones of `asked` (rows), drawn whole before and after the move.
 
-    `before`, `after`: of every row what `by_ruler` found. Rows: attribute, N measured of
-    how many; the change asked, and measured over it (1: the slow ruler sees all of it): slope through 0; correlation.
+    `before`, `after`: of every row what `by_ruler` found. Rows: attribute (of `names`), N measured of how many; the
+    mean change read, and measured over it (1: the slow ruler sees all of it): slope through 0; correlation.
     """
     table = []
-    for name in dict.fromkeys(row["attribute"] for row in rows):
+    for name in names:
         mine = [i for i, row in enumerate(rows) if row["attribute"] == name]
-        both = [i for i in mine if before[i] and after[i]]
+        both = [i for i in mine if before[i] and after[i] and np.isfinite(after[i][name] - before[i][name])]
         wanted = np.array([rows[i]["closed measured"] - rows[i]["start"] for i in both])
         seen = np.array([after[i][name] - before[i][name] for i in both])
         enough = len(both) > 2 and wanted.std() > 0
@@ -330,13 +341,16 @@ def atlases(tool: Instrument, codes: Tensor, known: dict[str, np.ndarray]) -> tu
 
     Sexes are F and M; of numbers the 10th, 50th and 90th percentile are taken.
     """
-    found, rows = {"mean": codes.mean(0, keepdim=True)}, []
+    found, places = {"mean": codes.mean(0, keepdim=True)}, {"mean": ([float("nan")], len(codes))}
     for name, values in known.items():
         has = np.isfinite(values)
         at = np.array([0.0, 1.0]) if name == "sex" else np.quantile(values[has], [0.1, 0.5, 0.9])
         found[name] = atlas(codes[torch.from_numpy(has)], values[has][:, None], at[:, None])
+        places[name] = (at.tolist(), int(has.sum()))
+    rows = []
+    for name, (at, n) in places.items():
         for a, read in zip(at, readings(tool.read, found[name]).tolist(), strict=True):
-            rows.append(dict(condition=name, at=float(a), N=int(has.sum())) | dict(zip(tool.names, read, strict=True)))
+            rows.append(dict(condition=name, at=a, N=n) | dict(zip(tool.names, read, strict=True)))
     return found, rows
 
 
@@ -346,8 +360,24 @@ def _members(groups):
 
 
 def _draw(members, rng):
+    if not members:
+        return np.zeros(0, int)
     return np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
 
 
 def _resampled(values, members, rng, draws, statistic=lambda mean: mean):
-    return np.stack([statistic(np.nanmean(values[_draw(members, rng)], 0)) for _ in range(draws)])
+    return np.stack([statistic(_mean(values[_draw(members, rng)])) for _ in range(draws)])
+
+
+def _mean(values):
+    """Over the first axis, of what is not NaN; NaN of nothing."""
+    known = np.isfinite(values)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, values, 0).sum(0) / np.maximum(count, 1), np.nan)
+
+
+def _ends(some):
+    """The ends of intervals of 95 % from draws (draws, ...); NaN where no draw has a value."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, that there is nothing
+        return np.nanquantile(some, [0.025, 0.975], 0)
