@@ -83,6 +83,12 @@ def test_targets_are_met_by_the_loop_held_apart_and_refused_beyond_the_range(cal
     assert all(row["R2, left out"] > 0.9 for row in scores)
     bones = effects.subjects(tool, codes(5), list("abcde"), samples, 4)
     assert bones.sources == ["scan"] * 4 + ["sample"] * 4 and bones.groups[:4] == list("abcd")
+    hand = effects.sliders(tool, straight, {"n1": ORACLE.right[:, 0]}, 3.0)
+    assert list(hand)[1] == "Tb.BMD, mg HA/cm3" and hand["n1"][1:] == (-3, 3)
+    vector, low, high = hand["Tb.BMD, mg HA/cm3"]
+    assert float((read(0.1 * (high - low) * vector[None]) - read(torch.zeros(1, 12)))[0, 1]) == pytest.approx(
+        0.1 * float(tool.span[1]), rel=0.15
+    )
     rows, ends = effects.asked(tool, *bones, 8, straight, seed=1)
     for row, end in zip(rows, ends, strict=True):
         k = NAMES.index(row["attribute"])

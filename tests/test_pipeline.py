@@ -225,6 +225,12 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "06_image_transition/progan/film_strip",
         "06_image_transition/progan/densities",
         "06_image_transition/progan/geodesic",
+        "08_attribute_editing/progan/rulers",
+        "08_attribute_editing/progan/figure7",
+        "08_attribute_editing/progan/figure7_differences",
+        "08_attribute_editing/progan/effects",
+        "08_attribute_editing/progan/ranks",
+        "08_attribute_editing/progan/atlases",
         "04_image_quality/figure4_axial",
         "04_image_quality/figure4_coronal",
     ):
@@ -252,6 +258,22 @@ def test_the_pipeline_gives_held_out_bones_their_codes(pipeline):
     metrics = json.loads((pipeline / "out/tiny/metrics/05_inversion_progan.json").read_text())
     for way in ("mean bone", "encoder", "optimisation", "hybrid"):
         assert all(metrics[f"{way}.PSNR, dB.{key}"] > 0 for key in ("value", "low", "high", "N", "patients"))
+
+
+@pytest.mark.pipeline
+def test_the_pipeline_asks_for_bones_that_can_be_measured_and_no_others(pipeline):
+    from bonelib.latent.editing import load_instrument
+    from bonelib.latent.models import load_model
+
+    model = load_model(pipeline / "out/tiny/models/progan")
+    file = pipeline / "out/tiny/editing/progan/instrument.safetensors"
+    tool = load_instrument(file, model.generator, model.config["data"])
+    metrics = json.loads((pipeline / "out/tiny/metrics/08_attribute_editing_progan.json").read_text())
+    read = metrics["samples that can be read"]
+    assert metrics["samples"] == 40 and tool.calibrated == (read >= 4)
+    assert metrics["impossible targets"] == metrics["impossible targets refused"] == 4 * tool.calibrated
+    assert metrics["asked.all.N"] == 4 * (read >= 20) and metrics["rank.Tb.BMD.directions"] == 32
+    assert (pipeline / "out/tiny/figures/08_attribute_editing/progan/explorer.html").stat().st_size > 5000
 
 
 @pytest.mark.pipeline

@@ -354,6 +354,20 @@ def atlases(tool: Instrument, codes: Tensor, known: dict[str, np.ndarray]) -> tu
     return found, rows
 
 
+def sliders(
+    tool: Instrument, straight: dict[str, Direction], others: dict[str, Tensor], most: float
+) -> dict[str, tuple]:
+    """{label: (direction (d,), low, high)} for editing by hand: attributes in their units, over half a range each way.
+
+    `others` {label: direction} follow, over +-`most`.
+    """
+    found = {}
+    for name, direction in straight.items() if tool.calibrated else ():
+        half = float(tool.span[tool.index(name)]) / 2
+        found[f"{name}, {UNITS.get(name, '')}"] = (direction.vector / direction.slope, -half, half)
+    return found | {label: (vector, -most, most) for label, vector in others.items()}
+
+
 def _members(groups):
     names, group = np.unique(np.asarray(groups), return_inverse=True)
     return [np.flatnonzero(group == i) for i in range(len(names))]

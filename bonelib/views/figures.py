@@ -88,8 +88,9 @@ def bones(
     return fig
 
 
-def matrix(table: np.ndarray, rows: list[str], columns: list[str], limit: float, label: str, width=6.0):
+def matrix(table: np.ndarray, rows: list[str], columns: list[str], label: str, width=6.0):
     """A table of signed numbers (rows, columns) as a picture, blue below and red above 0, the numbers written in it."""
+    limit = np.nanmax(np.abs(table), initial=0.01)
     with plt.rc_context(STYLE):
         fig, axis = plt.subplots(figsize=(width, 0.3 * len(rows) + 0.9), layout="constrained")
         shown = axis.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
