@@ -171,11 +171,12 @@ def asked(
     A target is one attribute of `straight`, uniform over its calibrated range; all others are to stay. Rows: number of
     the code, its patient and source, attribute, start, asked, measured; error and side effect (mean change of the
     others), in shares of the ranges, of both ways; length of the move in SDs, whether the loop met all within 2 %. And
-    the codes (n, ...) it ended at. Nothing is asked where no code can be read, or nothing is calibrated.
+    the codes (n, ...) it ended at. Nothing is asked where no code can be read, there is no direction, or nothing is
+    calibrated.
     """
     start, rows, ends, last = readings(tool.read, codes), [], [], time.monotonic()
     fit = start.isfinite().all(1).nonzero()[:, 0]
-    for number in range(n if len(fit) and tool.calibrated else 0):
+    for number in range(n if len(fit) and straight and tool.calibrated else 0):
         rng, i = numpy_rng(seed, "asked", number), int(fit[number % len(fit)])
         name = list(straight)[number % len(straight)]
         k, code = tool.index(name), codes[i : i + 1]
