@@ -83,6 +83,11 @@ def test_targets_are_met_by_the_loop_held_apart_and_refused_beyond_the_range(cal
     assert all(row["R2, left out"] > 0.9 for row in scores)
     bones = effects.subjects(tool, codes(5), list("abcde"), samples, 4)
     assert bones.sources == ["scan"] * 4 + ["sample"] * 4 and bones.groups[:4] == list("abcd")
+    shrunk = {name: direction._replace(slope=1.0) for name, direction in straight.items()}
+    lines = {f"ridge {name}": straight[name].vector for name in NAMES}
+    matrix = effects.effect_matrix(tool, samples[:40], lines, list(range(40)), step=0.1, seed=1, draws=5)
+    again = effects.scaled(shrunk, matrix)
+    assert all(again[name].slope == pytest.approx(straight[name].slope, rel=0.1) for name in NAMES)
     hand = effects.sliders(tool, straight, {"n1": ORACLE.right[:, 0]}, 3.0)
     assert list(hand)[1] == "Tb.BMD, mg HA/cm3" and hand["n1"][1:] == (-3, 3)
     vector, low, high = hand["Tb.BMD, mg HA/cm3"]

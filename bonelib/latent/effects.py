@@ -84,6 +84,15 @@ def effect_matrix(
     return rows
 
 
+def scaled(straight: dict[str, Direction], matrix: list[dict]) -> dict[str, Direction]:
+    """Ridge directions with their measured effect as slope, for those named "ridge ATTRIBUTE" in `effect_matrix`.
+
+    The slope of a ridge is shrunk by its penalty. A direction without a measured effect is left out.
+    """
+    found = {r["attribute"]: r["effect"] for r in matrix if r["direction"] == f"ridge {r['attribute']}"}
+    return {n: straight[n]._replace(slope=effect) for n, effect in found.items() if np.isfinite(effect) and effect}
+
+
 def responses(tool: Instrument, codes: Tensor, vector: Tensor, alphas) -> np.ndarray:
     """Mean change of the attributes (alphas, k) over codes that are moved by alpha along a direction."""
     start = readings(tool.read, codes)

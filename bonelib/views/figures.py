@@ -91,11 +91,15 @@ def bones(
 def matrix(table: np.ndarray, rows: list[str], columns: list[str], label: str, width=6.0):
     """A table of signed numbers (rows, columns) as a picture, blue below and red above 0, the numbers written in it."""
     limit = np.nanmax(np.abs(table), initial=0.01)
+
+    def ink(value):
+        return "white" if abs(value) > 0.6 * limit else INK
+
     with plt.rc_context(STYLE):
         fig, axis = plt.subplots(figsize=(width, 0.3 * len(rows) + 0.9), layout="constrained")
         shown = axis.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         for (i, j), value in np.ndenumerate(table):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink(value))
         axis.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
         axis.tick_params(length=0)
         fig.colorbar(shown, label=label)
