@@ -103,8 +103,9 @@ class Generator(Section):
     """`widths`: channels of the coarsest grid (behind the dense layer, or of the constant) and behind each stage.
 
     `noise` starts the scales of the noise inputs: a ProGAN has none where it is 0, and none in the paper; a StyleGAN
-    always has them, and learns them from there. `style` (the width of W, 512) and `mapping_rate` (what multiplies the
-    mapping network's learning rate, 0.02) belong to a StyleGAN alone; left out, they are as published.
+    always has them, and learns them from there. `style` (the width of W, 512), `mapping_rate` (what multiplies the
+    mapping network's learning rate, 0.02) and `affine_rate` (the same for the affine maps of the styles, 1) belong to a
+    StyleGAN alone; left out, they are as published.
     """
 
     kind: Literal["progan", "stylegan"]
@@ -114,8 +115,9 @@ class Generator(Section):
     padding: Literal["zeros", "replicate"] = "zeros"
     style: Count | None = None
     mapping_rate: Positive | None = None
+    affine_rate: Positive | None = None
 
-    @field_validator("style", "mapping_rate")
+    @field_validator("style", "mapping_rate", "affine_rate")
     @classmethod
     def _of_this_kind(cls, value, info):
         kind = info.data.get("kind", "stylegan")  # a wrong kind is an error of its own

@@ -130,6 +130,22 @@ def test_bfloat16_gradients_are_right_at_every_depth(doubles):
             assert (exact - near).norm() < 0.03 * exact.norm(), depth
 
 
+def test_slow_affine_maps_begin_as_the_others_and_move_less():
+    moved, first = {}, {}
+    for rate in (1.0, 0.05):
+        torch.manual_seed(0)
+        generator = StyleGAN(**SMALL, affine_rate=rate)
+        weight = generator.factorized_weight()
+        first[rate] = weight.clone()
+        adam = torch.optim.Adam([conv.affine.weight for conv in generator.convs], lr=1e-2)
+        z = generator.sample_latent(2, torch.Generator().manual_seed(1))
+        generator.synthesize(generator.to_styles(z)).sum().backward()
+        adam.step()
+        moved[rate] = (generator.factorized_weight() - weight).abs().mean()
+    assert torch.allclose(first[1.0], first[0.05], atol=1e-5)
+    assert 0.03 * moved[1.0] < moved[0.05] < 0.07 * moved[1.0]
+
+
 def test_a_style_changes_its_layer_and_what_follows():
     generator = StyleGAN(**SMALL)
     w = styles_of(generator)[:1, None].repeat(1, generator.layers, 1)
@@ -241,7 +257,7 @@ def test_keys_of_the_other_kind_are_refused():
     assert section(Generator, HOW["generator"], "generator").style == 8
     progan = dict(kind="progan", widths=[8, 8, 8])
     assert section(Generator, progan, "generator").style is None
-    for key, value in dict(style=8, mapping_rate=0.02).items():
+    for key, value in dict(style=8, mapping_rate=0.02, affine_rate=0.05).items():
         with pytest.raises(InputError, match=f"generator.{key}: .*only kind stylegan has this key") as error:
             section(Train, {**HOW, "generator": {**progan, key: value}}, "t")
         assert "\n" not in str(error.value)

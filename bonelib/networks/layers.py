@@ -122,12 +122,12 @@ class ModulatedConv(Conv):
     al. 2020, section 2.2; Angermann et al. 2023, section 3.2).
 
     Scaling the input's and the output's channels around one shared convolution is the same map, and needs no kernels
-    per sample.
+    per sample. `rate` multiplies the learning rate of the affine map.
     """
 
-    def __init__(self, style, inputs, outputs, *, gain=2**0.5, **how):
+    def __init__(self, style, inputs, outputs, *, gain=2**0.5, rate=1.0, **how):
         super().__init__(inputs, outputs, **how)
-        self.affine, self.gain = Dense(style, inputs, bias=1.0), gain
+        self.affine, self.gain = Dense(style, inputs, bias=1.0, rate=rate), gain
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         scale = self.affine(style)

@@ -36,7 +36,9 @@ class StyleGAN(nn.Module):
     `noise` is where the scales of the noise inputs start, one a layer; the paper does not say where, StyleGAN begins
     at 0. `mapping_rate` multiplies the learning rate of the mapping network (0.02 in Appendix B).
 
-    Not in the paper, both off by default: `haar` lets each stage draw the eight Haar bands of a volume twice as fine;
+    Not in the paper, all off by default: `affine_rate` multiplies the learning rate of the affine maps of the styles (at
+    the full rate a short training first learns to leave the styles out, and draws one bone: see `ModulatedConv`, where
+    nothing but the bias of 1 is then left); `haar` lets each stage draw the eight Haar bands of a volume twice as fine;
     `padding` "replicate" repeats the border of a grid instead of adding zeros.
     """
 
@@ -47,6 +49,7 @@ class StyleGAN(nn.Module):
         latent=512,
         style=512,
         mapping_rate=0.02,
+        affine_rate=1.0,
         noise=0.0,
         haar=False,
         padding="zeros",
@@ -59,7 +62,7 @@ class StyleGAN(nn.Module):
         self.mapping = nn.ModuleList(Dense(latent, o, gain=GAIN, rate=mapping_rate) for o in outputs)
         self.constant = nn.Parameter(torch.randn(widths[0], *base))
         self.convs = nn.ModuleList(
-            ModulatedConv(style, inputs, o, upsample=doubles, gain=GAIN, padding=padding, dtype=dtype)
+            ModulatedConv(style, inputs, o, upsample=doubles, gain=GAIN, rate=affine_rate, padding=padding, dtype=dtype)
             for i, o in zip(widths[:-1], widths[1:], strict=True)
             for inputs, doubles in ((i, False), (o, True), (o, False))
         )
@@ -118,7 +121,7 @@ class StyleGAN(nn.Module):
 
     def factorized_weight(self) -> Tensor:
         """The matrix A of eq. (11): the affine maps of all layers, one below the other, (channels, style)."""
-        return torch.cat([conv.affine.weight.detach() for conv in self.convs])
+        return torch.cat([conv.affine.weight.detach() * conv.affine.rate for conv in self.convs])
 
     @torch.no_grad()
     def centre(self) -> None:
