@@ -36,8 +36,8 @@ class StyleGAN(nn.Module):
     `noise` is where the scales of the noise inputs start, one a layer; the paper does not say where, StyleGAN begins
     at 0. `mapping_rate` multiplies the learning rate of the mapping network (0.02 in Appendix B).
 
-    Not in the paper, all off by default: `affine_rate` multiplies the learning rate of the affine maps of the styles (at
-    the full rate a short training first learns to leave the styles out, and draws one bone: see `ModulatedConv`, where
+    Not in the paper, all off by default: `affine_rate` multiplies the learning rate of the styles' affine maps (at the
+    full rate a short training first learns to leave the styles out, and draws one bone: see `ModulatedConv`, where
     nothing but the bias of 1 is then left); `haar` lets each stage draw the eight Haar bands of a volume twice as fine;
     `padding` "replicate" repeats the border of a grid instead of adding zeros.
     """
