@@ -63,6 +63,7 @@ def main() -> int:
             stderr_file=sys.stderr,
             progress_bar=False,
             autosave_cell_every=30,
+            store_widget_state=False,  # megabytes of a view that is in a page of its own
             extra_arguments=["--IPKernelApp.log_level=40"],  # else it warns that loopback is not encrypted
         )
     except PapermillExecutionError as error:
