@@ -37,14 +37,11 @@ from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.scans.tables import write_table
 from bonelib.training import checkpoint, distributed
 from bonelib.training.detail import rate_at
-from bonelib.training.loop import follow, new_average, step
+from bonelib.training.loop import LEFT_OUT, SAVE_EVERY_S, SAY_EVERY_S, follow, new_average, step
 
-SAVE_EVERY_S = 20.0
-SAY_EVERY_S = 10.0
 CURVE_EVERY = 10  # updates between two points of the curves
 WATCHED = 8  # held-out volumes on which the curves are read as well
 AT_ONCE = 16  # volumes whose gradients are computed together
-LEFT_OUT = 20  # updates in a row without a finite gradient after which there is no hope
 CURVES = ("seen", "dist", "perc", "latent", "held_out_dist", "held_out_perc", "told_apart")
 CODE = code_hash(sys.modules[__name__], networks, training, dataset, pyramid, randomness)
 

@@ -3,13 +3,13 @@
 import base64
 import html
 import io
-import os
 from pathlib import Path
 
 import k3d
 import numpy as np
 from PIL import Image, ImageDraw
 
+from bonelib.training.checkpoint import write_whole
 from bonelib.views.figures import SCALE_MM, WINDOW, on_grid
 
 MODES = ("bone", "soft tissue", "surface")
@@ -118,8 +118,5 @@ def page(voxels: np.ndarray, spacing, title: str, rows: list[dict], recipe: str,
     text = text.replace("<body>", "<body>" + side, 1)
     text = text.replace("#canvasTarget {", "#canvasTarget { left: 380px; max-width: calc(100% - 380px);", 1)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
     return path

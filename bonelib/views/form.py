@@ -3,13 +3,13 @@
 import base64
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from bonelib.evaluation.raters import CRITERIA
+from bonelib.training.checkpoint import write_whole
 from bonelib.views.figures import WINDOW
 
 GAP = 4  # voxels between slices
@@ -49,8 +49,5 @@ def write_form(pictures: dict[str, np.ndarray], orders: list[list[str]], path: s
     data = dict(form=form, criteria=CRITERIA, orders=orders, pictures=images)
     text = PAGE.read_text(encoding="utf-8").replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
     return path
