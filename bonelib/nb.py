@@ -7,12 +7,16 @@ fails loudly instead of leaving a stale result.
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+from bonelib import InputError
 from bonelib.processes import die_with_parent
+
+STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
 
 
 def stage_params(stage: str) -> dict[str, Any]:
@@ -26,13 +30,31 @@ def stage_params(stage: str) -> dict[str, Any]:
 
 
 def root() -> Path:
-    """Change into the repository's root, from wherever a notebook was opened, and return it."""
+    """Change into the repository's root, from wherever a notebook was opened, and return it.
+
+    By hand, a user's error is from here on one sentence in the notebook, without a traceback.
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "dvc.yaml").is_file():
             os.chdir(folder)
+            if STAGE not in os.environ:
+                _say_errors_plainly()
             return folder
     raise FileNotFoundError(f"no dvc.yaml in {here} or above it: open the notebook inside the repository")
+
+
+def _say_errors_plainly() -> None:
+    from IPython import get_ipython
+
+    def say(shell, kind, error, trace, tb_offset=None):
+        text = str(error)
+        if re.search(r"\bout/\S+: no such file", text) and "make repro" not in text:
+            text += "; run `make repro` first, which makes it"
+        shell._showtraceback(kind, text, [text])
+
+    if shell := get_ipython():
+        shell.set_custom_exc((InputError,), say)
 
 
 def main() -> int:
@@ -44,7 +66,7 @@ def main() -> int:
         cli.add_argument(name)
     cli.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     args = cli.parse_args()
-    os.environ["BONELIB_NOTEBOOK"] = args.target  # nobody is there to move a slider, and links start from here
+    os.environ[STAGE] = args.target  # nobody is there to move a slider, and links start from here
 
     warnings.filterwarnings("ignore")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of defaults that span lines, and of dictionaries

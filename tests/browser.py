@@ -1,16 +1,25 @@
-"""A headless Chromium, driven over its own protocol: pages are opened, moved, read and photographed."""
+"""A headless Chromium, driven over its own protocol, and a JupyterLab for it: pages are opened, moved and looked at."""
 
 import base64
 import contextlib
+import io
 import itertools
 import json
+import os
 import shutil
+import socket
 import subprocess
+import sys
 import time
 import urllib.request
+from pathlib import Path
 
+import nbformat
+import numpy as np
 import websocket
+from PIL import Image
 
+ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--headless=new",
@@ -124,6 +133,7 @@ def browser(folder):
         with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json", timeout=60) as answer:
             target = next(t for t in json.load(answer) if t["type"] == "page")
         page = Page(target["webSocketDebuggerUrl"], downloads)
+        page.process = process.pid
         yield page
         page.socket.close()
     finally:
@@ -133,3 +143,79 @@ def browser(folder):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def colours(png):
+    """The colours of a PNG, of every seventh pixel."""
+    return {tuple(c) for c in np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3)[::7]}
+
+
+def drawn(page, of, unlike=None, seconds=120):
+    """A picture of an element as soon as it shows more than a few colours, and does not look like `unlike`."""
+    end = time.time() + seconds
+    while time.time() < end:
+        picture = page.picture(of=of)
+        if len(colours(picture)) > 50 and picture != unlike:
+            return picture
+        time.sleep(0.3)
+    raise AssertionError(f"{of} did not change within {seconds} s")
+
+
+@contextlib.contextmanager
+def lab(folder, token):
+    """JupyterLab on a free port of this machine, with the token that `make lab` has as well; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
+    command += [f"--IdentityProvider.token={token}", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
+    command += ["--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
+    place = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder / "config")}
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, cwd=folder, env={**os.environ, **place}, stdout=log, stderr=log)
+        try:
+            end = time.time() + 120
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=30).close()
+                    break
+                except OSError:
+                    assert server.poll() is None and time.time() < end, (folder / "lab.log").read_text()[-2000:]
+                    time.sleep(0.3)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+# The notebook has a kernel, and is the one that commands mean
+_READY = """(() => {
+    const app = window.jupyterapp, notebook = [...app.shell.widgets("main")].find(w => w.sessionContext);
+    if (!notebook?.sessionContext.session?.kernel) return false;
+    app.shell.activateById(notebook.id);
+    return app.shell.currentWidget === notebook;
+})()"""
+
+
+def click(page, text):
+    """Click the first button or link with this text."""
+    found = "[...document.querySelectorAll('.jp-OutputArea button, .jp-OutputArea a')]"
+    page.js(f"{found}.find(b => b.textContent.trim().startsWith({text!r})).click()")
+
+
+def write_notebook(path, *cells):
+    """A notebook of these code cells that names its kernel; without one, Lab would ask."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nbformat.write(notebook, path)
+
+
+def run_all(page, lab, token, path):
+    """Open a notebook of the folder that the address `lab` serves, and begin to run all its cells."""
+    page.open(f"{lab}/lab/tree/{path}?reset&token={token}")
+    page.wait("!!document.querySelector('.jp-Notebook .jp-CodeCell') && !!window.jupyterapp", 120)
+    page.wait(_READY, 120)
+    page.js("void window.jupyterapp.commands.execute('notebook:run-all-cells')")

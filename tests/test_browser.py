@@ -3,28 +3,21 @@
 Screenshots are kept in scratch/browser/ to be looked at.
 """
 
-import contextlib
 import csv
-import os
 import secrets
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from browser import CHROMIUM, browser
+from browser import CHROMIUM, browser, click, colours, drawn, lab, run_all, write_notebook
 
 from bonelib.scans.volumes import read_volume
 from bonelib.views import bone3d, form
 
-ROOT = Path(__file__).parents[1]
-PICTURES = ROOT / "scratch/browser"
+PICTURES = Path(__file__).parents[1] / "scratch/browser"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium")
 
 CODES = ["bcdfg", "ghjkm", "zzxxz"]
@@ -34,7 +27,7 @@ from bonelib.evaluation.features import random3d
 from bonelib.latent.models import Model
 from bonelib.networks import build_generator
 from bonelib.params import Generator
-from bonelib.views import explorer
+from bonelib.views import explorer, scenes
 import numpy as np
 torch.manual_seed(0)
 data = dict(intensity=[-500.0, 1500.0], spacing_mm=[0.5, 0.5, 0.5], unit="mgHA", stack_slices=8)
@@ -42,10 +35,10 @@ how = Generator(kind="progan", widths=(8, 8, 8, 8), latent=16, noise=0.5)
 model = Model(build_generator(how).requires_grad_(False), None, {"data": data})
 rng = np.random.default_rng(0)
 features = np.concatenate([random3d(rng.random((1, 4, 36, 28), np.float32)) for _ in range(8)])
-traits = {name: rng.normal(200, 20, 30) for name in explorer.TRAITS}
-known = explorer.Cohort(traits, features, np.linspace(0.5, 1.5, 11))
+traits = {name: rng.normal(200, 20, 30) for name in scenes.TRAITS}
+known = scenes.Cohort(traits, features, np.linspace(0.5, 1.5, 11))
 """
-SHOW = 'explorer.show(explorer.synthesis({"tiny": ("models/tiny", model)}), known, "scratch/explorer.html");'
+SHOW = 'explorer.show(scenes.synthesis({"tiny": ("models/tiny", model)}), known, "scratch/explorer.html");'
 
 
 @pytest.fixture
@@ -116,83 +109,13 @@ def test_the_offline_page_shows_a_volume(page, tmp_path):
     assert len(colours(picture)) > 50
 
 
-def colours(png):
-    from io import BytesIO
-
-    from PIL import Image
-
-    return {tuple(c) for c in np.asarray(Image.open(BytesIO(png)).convert("RGB")).reshape(-1, 3)[::7]}
-
-
-def drawn(page, of, unlike=None, seconds=120):
-    """A picture of an element as soon as it shows more than a few colours, and does not look like `unlike`."""
-    end = time.time() + seconds
-    while time.time() < end:
-        picture = page.picture(of=of)
-        if len(colours(picture)) > 50 and picture != unlike:
-            return picture
-        time.sleep(0.3)
-    raise AssertionError(f"{of} did not change within {seconds} s")
-
-
-@contextlib.contextmanager
-def lab(folder, token):
-    """JupyterLab on a free port of this machine, with the token that `make lab` has as well; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
-    command += [f"--IdentityProvider.token={token}", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
-    command += ["--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
-    place = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder / "config")}
-    with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen(command, cwd=folder, env={**os.environ, **place}, stdout=log, stderr=log)
-        try:
-            end = time.time() + 120
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=30).close()
-                    break
-                except OSError:
-                    assert server.poll() is None and time.time() < end, (folder / "lab.log").read_text()[-2000:]
-                    time.sleep(0.3)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-
-
-# The notebook has a kernel, and is the one that commands mean
-READY = """(() => {
-    const app = window.jupyterapp, notebook = [...app.shell.widgets("main")].find(w => w.sessionContext);
-    if (!notebook?.sessionContext.session?.kernel) return false;
-    app.shell.activateById(notebook.id);
-    return app.shell.currentWidget === notebook;
-})()"""
-
-
-def click(page, text):
-    """Click the first button or link with this text."""
-    found = "[...document.querySelectorAll('.jp-OutputArea button, .jp-OutputArea a')]"
-    page.js(f"{found}.find(b => b.textContent.trim().startsWith({text!r})).click()")
-
-
 def test_the_explorer_in_jupyterlab(page, tmp_path):
-    cells = [nbformat.v4.new_code_cell(MODEL), nbformat.v4.new_code_cell(SHOW)]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    nbformat.write(notebook, tmp_path / "explorer.ipynb")
+    write_notebook(tmp_path / "explorer.ipynb", MODEL, SHOW)
     token = secrets.token_hex(16)
     with lab(tmp_path, token) as address:
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{address}/api/contents", timeout=30)
-        page.open(f"{address}/lab/tree/explorer.ipynb?reset&token={token}")
-        page.wait("!!document.querySelector('.jp-Notebook .jp-CodeCell') && !!window.jupyterapp", 120)
-        page.wait(READY, 120)
-        page.js("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        run_all(page, address, token, "explorer.ipynb")
         page.wait("!!document.querySelector('.jp-OutputArea canvas')", 240)
         first = drawn(page, ".jp-OutputArea canvas")
         numbers = "[...document.querySelectorAll('.jp-OutputArea table td')].map(c => c.textContent).join()"

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shlex
 import sys
+import time
 
 import ipywidgets as widgets
 import numpy as np
@@ -17,7 +18,7 @@ from bonelib.latent.models import Model, draw
 from bonelib.networks import build_generator
 from bonelib.params import Generator
 from bonelib.scans.volumes import Volume, read_volume
-from bonelib.views import bone3d, explorer, form
+from bonelib.views import bone3d, explorer, form, scenes
 
 DATA = dict(intensity=[-500.0, 1500.0], spacing_mm=[0.9, 0.8, 0.8], unit="mgHA", stack_slices=8)
 
@@ -37,9 +38,9 @@ def models():
 @pytest.fixture(scope="module")
 def known():
     rng = np.random.default_rng(0)
-    traits = {name: rng.normal(200, 20, 30) for name in explorer.TRAITS}
+    traits = {name: rng.normal(200, 20, 30) for name in scenes.TRAITS}
     features = np.concatenate([random3d(rng.random((1, 4, 36, 28), np.float32)) for _ in range(8)])
-    return explorer.Cohort(traits, features, np.linspace(0.5, 1.5, 11))
+    return scenes.Cohort(traits, features, np.linspace(0.5, 1.5, 11))
 
 
 def shell():
@@ -51,19 +52,32 @@ def shell():
 
 
 def test_a_state_means_one_bone_and_that_of_the_command_line(models):
-    scene = explorer.synthesis(models)
-    state = explorer.start(scene) | {"seed": 7, "truncation": 0.9}
-    found = explorer.bone(scene, state)
-    assert (found.values == explorer.bone(scene, dict(state)).values).all()
+    scene = scenes.synthesis(models)
+    state = scenes.start(scene) | {"seed": 7, "truncation": 0.9}
+    found = scenes.bone(scene, state)
+    assert (found.values == scenes.bone(scene, dict(state)).values).all()
     assert (found.values == draw(models["progan"][1], 1, 7, 0.9)[0]).all()
     assert found.volume.spacing == (0.9, 0.8, 0.8) and found.volume.unit == "mgHA"
     for change in ({"seed": 8}, {"truncation": 1.0}, {"model": "stylegan"}):
-        assert (explorer.bone(scene, state | change).values != found.values).any()
+        assert (scenes.bone(scene, state | change).values != found.values).any()
+
+
+def test_each_model_begins_with_its_own_truncation(models):
+    scene = scenes.synthesis(models, {"progan": 1.8, "stylegan": 0.7})
+    assert scene.controls["truncation"].start == 1.8 and scene.presets["model", "stylegan"] == {"truncation": 0.7}
+
+    async def session():
+        box = explorer.controls(scene, None, (scenes.bone(scene, scenes.start(scene)), [{"what": ""}]))
+        slider = {getattr(w, "description", ""): w for w in walk(box) if hasattr(w, "value")}
+        slider["model"].value = "stylegan"
+        assert slider["truncation ψ"].value == 0.7
+
+    asyncio.run(session())
 
 
 def test_a_preview_is_the_same_bone_on_a_coarser_grid(models):
-    scene = explorer.synthesis(models)
-    found, coarse = (explorer.bone(scene, explorer.start(scene), preview) for preview in (False, True))
+    scene = scenes.synthesis(models)
+    found, coarse = (scenes.bone(scene, scenes.start(scene), preview) for preview in (False, True))
     assert found.volume.shape == (8, 72, 56) and coarse.volume.shape == (2, 18, 14)
     assert coarse.volume.extent_mm == pytest.approx(found.volume.extent_mm)
 
@@ -71,33 +85,33 @@ def test_a_preview_is_the_same_bone_on_a_coarser_grid(models):
 def test_ends_mixtures_and_edits_mean_what_they_say(models):
     model = models["stylegan"][1]
     codes = {name: sampling.sampled_code(model, i).repeat(9, 1) for i, name in enumerate("ab")}
-    scene = explorer.transition("m", model, codes)
+    scene = scenes.transition("m", model, codes)
     for share, name in ((0.0, "a"), (1.0, "b")):
-        assert torch.equal(scene.code(explorer.start(scene) | {"share": share})[1][0], codes[name])
-    scene = explorer.mixing("m", model, codes)
-    mixed = scene.code(explorer.start(scene) | {"crossover": 3})[1][0]
+        assert torch.equal(scene.code(scenes.start(scene) | {"share": share})[1][0], codes[name])
+    scene = scenes.mixing("m", model, codes)
+    mixed = scene.code(scenes.start(scene) | {"crossover": 3})[1][0]
     assert torch.equal(mixed[:3], codes["a"][:3]) and torch.equal(mixed[3:], codes["b"][3:])
     direction = torch.ones_like(codes["a"])
-    scene = explorer.editing("m", model, codes, {"Tb.BMD / mg": (direction, -20.0, 20.0)})
-    assert torch.equal(scene.code(explorer.start(scene))[1][0], codes["a"])
-    assert torch.allclose(scene.code(explorer.start(scene) | {"edit0": 5.0})[1][0], codes["a"] + 5)
+    scene = scenes.editing("m", model, codes, {"Tb.BMD / mg": (direction, -20.0, 20.0)})
+    assert torch.equal(scene.code(scenes.start(scene))[1][0], codes["a"])
+    assert torch.allclose(scene.code(scenes.start(scene) | {"edit0": 5.0})[1][0], codes["a"] + 5)
     assert not torch.equal(codes["a"], codes["b"])  # no view has changed its codes
     flat = sampling.sampled_code(models["progan"][1], 1)[0]
     with pytest.raises(InputError, match="one row a style"):
-        explorer.mixing("m", models["progan"][1], {"a": flat, "b": flat})
+        scenes.mixing("m", models["progan"][1], {"a": flat, "b": flat})
     with pytest.raises(InputError, match="a transition needs 2 codes, and 1"):
-        explorer.transition("m", model, {"a": codes["a"]})
+        scenes.transition("m", model, {"a": codes["a"]})
 
 
 def test_a_recipe_draws_exactly_the_bone_again(models, tmp_path, monkeypatch):
     codes = {str(i): sampling.sampled_code(models["progan"][1], i)[0] for i in range(2)}
     monkeypatch.setattr(sampling, "load_model", lambda folder: models["progan"][1])
     for scene, name in (
-        (explorer.synthesis(models, 1.3), "sample-1-0000.nii.gz"),
-        (explorer.transition("models/progan", models["progan"][1], codes, seed=4), None),
+        (scenes.synthesis(models, 1.3), "sample-1-0000.nii.gz"),
+        (scenes.transition("models/progan", models["progan"][1], codes, seed=4), None),
     ):
-        state = explorer.start(scene)
-        command = shlex.split(explorer.recipe(scene, state, tmp_path))
+        state = scenes.start(scene)
+        command = shlex.split(scenes.recipe(scene, state, tmp_path))
         assert command[:4] == ["python", "-m", "bonelib.latent.sampling", "models/progan"]
         monkeypatch.setattr(sys, "argv", command[2:])
         assert sampling.main() == 0
@@ -107,20 +121,20 @@ def test_a_recipe_draws_exactly_the_bone_again(models, tmp_path, monkeypatch):
             / (name or command[command.index("--codes") + 1].split("/")[-1].replace(".safetensors", "-0000.nii.gz"))
         )
         again = read_volume(file, unit="mgHA")
-        assert (again.voxels == np.rint(explorer.bone(scene, state).volume.voxels)).all()
+        assert (again.voxels == np.rint(scenes.bone(scene, state).volume.voxels)).all()
         assert again.spacing == pytest.approx((0.9, 0.8, 0.8))
 
 
 def test_readings_measure_the_bone_and_say_where_it_stands(known):
-    found = explorer.Bone(Volume(shell() * 2000 - 500, (0.9, 0.8, 0.8)), shell(), 0.1)
-    rows = {row["what"]: row for row in explorer.readings(found, known)}
+    found = scenes.Bone(Volume(shell() * 2000 - 500, (0.9, 0.8, 0.8)), shell(), 0.1)
+    rows = {row["what"]: row for row in scenes.readings(found, known)}
     assert float(rows["Tb.BMD"]["value"]) == pytest.approx(150, abs=40)
     assert float(rows["Ct.Th"]["value"]) == pytest.approx(2.7, abs=1.0)
     below = np.mean(known.traits["Tb.BMD"] < float(rows["Tb.BMD"]["value"]))
     assert rows["Tb.BMD"]["real ones below"] == f"{100 * below:.0f} % of 30"
-    assert np.isfinite(float(rows[explorer.REALISM]["value"]))
-    empty = explorer.Bone(found.volume.with_voxels(np.zeros((8, 72, 56), np.float32)), 0 * shell() + 0.25, 0.1)
-    assert explorer.readings(empty, known)[0] == {
+    assert np.isfinite(float(rows[scenes.REALISM]["value"]))
+    empty = scenes.Bone(found.volume.with_voxels(np.zeros((8, 72, 56), np.float32)), 0 * shell() + 0.25, 0.1)
+    assert scenes.readings(empty, known)[0] == {
         "what": "Tb.BMD",
         "value": "nan",
         "unit": "mg HA/cm³",
@@ -167,7 +181,13 @@ def walk(widget):
 
 def test_the_widgets_follow_a_slider_and_write_into_one_folder(models, known, tmp_path, monkeypatch):
     monkeypatch.setattr(explorer, "PAUSE_S", 0.01)
-    scene = explorer.synthesis({"progan": models["progan"]})
+    scene = scenes.synthesis({"progan": models["progan"]})
+
+    async def until(there):
+        end = time.time() + 20
+        while not there():
+            assert time.time() < end
+            await asyncio.sleep(0.02)
 
     async def session():
         box = explorer.controls(scene, known, folder=tmp_path)
@@ -180,16 +200,18 @@ def test_the_widgets_follow_a_slider_and_write_into_one_folder(models, known, tm
         seed.value = 12
         preview = picture.value
         assert preview != before and "--seed 1 " in text.value
-        await asyncio.sleep(0.3)
-        assert picture.value not in (before, preview) and "--seed 12 " in text.value
+        await until(lambda: "--seed 12 " in text.value)
+        assert picture.value not in (before, preview) and not reset.disabled
         reset.click()
-        await asyncio.sleep(0.3)
-        assert seed.value == 1 and picture.value == before
+        await until(lambda: "--seed 1 " in text.value)
+        assert seed.value == 1 and picture.value == before and reset.disabled
         press = {w.description: w for w in found if isinstance(w, widgets.Button)}
         name = next(w for w in found if isinstance(w, widgets.Text) and w.description == "file name")
         says = [w for w in found if isinstance(w, widgets.HTML)][-1]
-        for label in ("NIfTI", "page"):
+        seed.value = 30
+        for label in ("NIfTI", "page"):  # pressed before the bone is drawn, they wait for it
             press[label].click()
+        assert "--seed 30 " in text.value and "--seed 30 " in (tmp_path / "bone.html").read_text()
         next(w for w in found if isinstance(w, widgets.BoundedIntText)).value = 2
         press["batch"].click()
         assert "2 volumes" in says.value
@@ -202,16 +224,18 @@ def test_the_widgets_follow_a_slider_and_write_into_one_folder(models, known, tm
     assert made == {
         "bone.nii.gz",
         "bone.html",
-        *(f"bone/{n}" for n in ("morphometry.tsv", "sample-1-0000.nii.gz", "sample-1-0001.nii.gz")),
+        *(f"bone/{n}" for n in ("morphometry.tsv", "sample-30-0000.nii.gz", "sample-30-0001.nii.gz")),
     }
-    assert read_volume(tmp_path / "bone.nii.gz", unit="mgHA").spacing == pytest.approx((0.9, 0.8, 0.8))
+    kept = read_volume(tmp_path / "bone.nii.gz", unit="mgHA")
+    assert (kept.voxels == np.rint(scenes.bone(scene, scenes.start(scene) | {"seed": 30}).volume.voxels)).all()
+    assert kept.spacing == pytest.approx((0.9, 0.8, 0.8))
 
 
 def test_without_anybody_there_a_picture_and_a_link_are_left(models, known, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(explorer, "display", shown.append)
     monkeypatch.setenv("BONELIB_NOTEBOOK", str(tmp_path / "notebooks/04.ipynb"))
-    scene = explorer.synthesis(models)
+    scene = scenes.synthesis(models)
     explorer.show(scene, known, tmp_path / "figures/04/explorer.html")
     assert [type(s).__name__ for s in shown] == ["Image", "HTML"] and 'href="../figures/04/explorer.html"' in shown[
         1

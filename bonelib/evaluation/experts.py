@@ -26,6 +26,30 @@ def drawn(model: Model, n: int, seed: int, truncation: float | None) -> np.ndarr
     return np.stack([draw_code(model, sampled_code(model, s, truncation), s) for s in range(seed, seed + n)])
 
 
+def drawn_by_all(
+    models: dict[str, Model], truncation: dict[str, float | None], n: int, seed: int
+) -> tuple[np.ndarray, list[tuple[str, int]]]:
+    """`n` samples, as many of each of `models` as there is room for: volumes (n, z, y, x), and (model, seed) of each.
+
+    What does not divide evenly falls to the first models.
+    """
+    counts = {name: (n - i + len(models) - 1) // len(models) for i, name in enumerate(models)}
+    volumes = [drawn(models[name], count, seed, truncation[name]) for name, count in counts.items() if count]
+    return np.concatenate(volumes), [(name, seed + i) for name, count in counts.items() for i in range(count)]
+
+
+def beside(scores: np.ndarray, of_real: np.ndarray) -> dict[str, float]:
+    """Realism of samples beside that of held-out bones: medians, numbers, and the share above the median real one."""
+    middle = float(np.median(of_real))
+    return {
+        "N": len(scores),
+        "samples, median": float(np.median(scores)) if len(scores) else None,
+        "N real": len(of_real),
+        "real, median": middle,
+        "samples above the median real": float(np.mean(scores > middle)) if len(scores) else None,
+    }
+
+
 def one_a_patient(rows: list[dict], count: int, seed: int) -> list[dict]:
     """At most `count` stacks of `rows`, each of another patient, taken at random."""
     rng, patients = numpy_rng(seed, "one a patient"), {}

@@ -88,6 +88,27 @@ def bones(
     return fig
 
 
+FEW = 12  # points of a curve, up to which each is marked: of a single one there is no line
+
+
+def _finish(axis, legend=True, size=7) -> None:
+    """Above the axis, where it hides nothing, what its colours mean; in it, if nothing is there to be seen, so much."""
+    drawn = [v for line in axis.lines for v in np.asarray(line.get_ydata(), float)]
+    if not np.isfinite(drawn).any() and not axis.patches and not axis.containers:
+        axis.text(0.5, 0.5, "nothing could be read", ha="center", va="center", color="0.6", transform=axis.transAxes)
+        axis.set(xticks=[], yticks=[])
+    labels = axis.get_legend_handles_labels()[1]
+    if not legend or not labels:
+        return
+    inches = axis.get_figure().get_figwidth() / axis.get_subplotspec().get_gridspec().ncols  # with what stands aside
+    columns = max(1, min(len(labels), int(inches * 54 / (max(map(len, labels)) * 0.55 * size + 30))))
+    rows = -(-len(labels) // columns)
+    where = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, columnspacing=1, labelspacing=0.2)
+    axis.legend(fontsize=size, ncols=columns, **where)
+    if axis.get_title():
+        axis.set_title(axis.get_title(), pad=6 + 1.35 * size * rows)
+
+
 def matrix(table: np.ndarray, rows: list[str], columns: list[str], label: str, width=6.0):
     """A table of signed numbers (rows, columns) as a picture, blue below and red above 0, the numbers written in it."""
     limit = np.nanmax(np.abs(table), initial=0.01)
@@ -114,10 +135,11 @@ def curves(table: list[dict], x: str, groups: list[tuple[str, list[str]]], marks
             for mark in marks:
                 axis.axvline(mark, color="0.85", linewidth=1)
             for column in columns:
-                axis.plot([float(r[x]) for r in table], [float(r[column]) for r in table], linewidth=1, label=column)
+                points = [float(r[x]) for r in table], [float(r[column]) for r in table]
+                marker = "o" if np.isfinite(points[1]).sum() <= FEW else None
+                axis.plot(*points, linewidth=1, marker=marker, markersize=3, label=column)
             axis.set(xlabel=x, ylabel=label)
-            if len(columns) > 1:
-                axis.legend()
+            _finish(axis, len(columns) > 1)
     return fig
 
 
@@ -127,13 +149,13 @@ def histograms(groups: dict[str, dict[str, np.ndarray]], width=10.0):
         fig, axes = plt.subplots(1, len(groups), figsize=(width, width * 0.24), layout="constrained")
         for axis, (label, sets) in zip(np.atleast_1d(axes), groups.items(), strict=True):
             every = np.concatenate([np.asarray(values, float) for values in sets.values()])
-            bins = np.linspace(every.min(), every.max(), 25)
+            bins = np.linspace(*((every.min(), every.max()) if every.size else (0, 1)), 25)
             for name, values in sets.items():
-                axis.hist(
-                    values, bins, histtype="stepfilled", alpha=0.45, density=True, label=f"{name}, N={len(values)}"
-                )
+                if len(values):
+                    said = dict(label=f"{name}, N={len(values)}", density=True)
+                    axis.hist(values, bins, histtype="stepfilled", alpha=0.45, **said)
             axis.set(xlabel=label, yticks=[])
-            axis.legend(fontsize=7)
+            _finish(axis)
     return fig
 
 
@@ -155,8 +177,7 @@ def scatter(panels: list[dict], columns=None, width=10.0):
             for color, (name, (x, y)) in zip(ACCENTS, panel.get("lines", {}).items(), strict=False):
                 axis.plot(x, y, color=color if name else "0.6", linewidth=1.5 if name else 1, label=name or None)
             axis.set(title=panel.get("title", ""), xlabel=panel["x"], ylabel=panel["y"])
-            if any(name for name in (*panel["sets"], *panel.get("lines", {}))):
-                axis.legend(fontsize=6)
+            _finish(axis, any(name for name in (*panel["sets"], *panel.get("lines", {}))), size=6)
     return fig
 
 
@@ -189,7 +210,7 @@ def crops(pictures: dict[str, np.ndarray], spacing, panels: list[dict] = (), wid
             for color, (name, (x, y)) in zip(ACCENTS, panel["lines"].items(), strict=False):
                 axis.plot(x, y, color=color, linewidth=1.5, label=name)
             axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
-            axis.legend(fontsize=7)
+            _finish(axis)
     return fig
 
 
@@ -206,6 +227,7 @@ def paths(panels: list[dict], width=10.0):
                 color, size = (ACCENTS[1], 2) if i == 0 else (ACCENTS[0], 0.7)
                 axis.plot(panel["at"], values, "o-", color=color, linewidth=size, markersize=2 + (i == 0))
             axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+            _finish(axis, legend=False)
     return fig
 
 
@@ -224,10 +246,13 @@ def bands(panels: list[dict], at: str, width=10.0):
                 x, value, low, high = np.array(known).reshape(-1, 4).T
                 style = dict(color=ACCENTS[i % len(ACCENTS)], linestyle=("-", "--")[i // len(ACCENTS) % 2])
                 axis.plot(x, value, "o", markersize=3, linewidth=1.2, label=name, **style)
-                axis.fill_between(x, low, high, alpha=0.15, color=style["color"], linewidth=0)
+                if len(x) > 1:
+                    axis.fill_between(x, low, high, alpha=0.15, color=style["color"], linewidth=0)
+                else:
+                    axis.vlines(x, low, high, color=style["color"], linewidth=1)
             axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.legend(fontsize=7)
+            _finish(axis)
     return fig
 
 
@@ -270,7 +295,7 @@ def estimates(rows: list[dict], label: str, value: str, low: str, high: str, mar
         axis.plot([float(r[mark]) for r in rows], places, "|", markersize=9, markeredgewidth=2, label=mark)
         axis.axvline(0, color="0.85", linewidth=1, zorder=0)
         axis.set(yticks=places, yticklabels=[r[label] for r in rows], xlabel=xlabel)
-        axis.legend(fontsize=7)
+        _finish(axis)
     return fig
 
 
