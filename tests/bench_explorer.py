@@ -7,6 +7,7 @@ as the seconds are those of the machine.
 """
 
 import argparse
+import os
 import re
 import secrets
 import statistics
@@ -76,24 +77,35 @@ def megabytes(pid):
     return int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) / 1024
 
 
-def memory(page, kernel):
-    """Megabytes of the kernel, of the page's own processes and of the one that draws for it."""
-    page.call("HeapProfiler.collectGarbage")
-    sizes = {"kernel": megabytes(kernel), "page": 0.0, "drawing": 0.0}
+def seconds(pid):
+    """Processor time of a process so far, which does not depend on what else the machine does."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def of_each(page, kernel, what):
+    """`what`(process id) of the kernel, of the page's own processes and of the one that draws for it."""
+    found = {"kernel": what(kernel), "page": 0.0, "drawing": 0.0}
     for pid in descendants(page.process):
         command = Path(f"/proc/{pid}/cmdline").read_text()
         if "--type=renderer" in command:
-            sizes["page"] += megabytes(pid)
+            found["page"] += what(pid)
         elif "--type=gpu-process" in command:
-            sizes["drawing"] += megabytes(pid)
-    return sizes
+            found["drawing"] += what(pid)
+    return found
 
 
-def update(page, key="ArrowRight", code=39):
+def memory(page, kernel):
+    page.call("HeapProfiler.collectGarbage")
+    return of_each(page, kernel, megabytes)
+
+
+def update(page, kernel, key="ArrowRight", code=39):
     """Press a key on the first slider and wait until the bone is drawn, shown and measured; what it took."""
     before = page.js(RECIPE)
     page.js("seen.keys = []; seen.pictures = []; seen.volumes = []")
     page.js("document.querySelector('.noUi-handle').focus()")
+    spent = of_each(page, kernel, seconds)
     page.key(key, code)
     page.wait(f"{RECIPE} != {before!r} && /measured in/.test({STATUS}) && seen.volumes.length > 0", 120)
     seen = page.js("seen")
@@ -110,7 +122,8 @@ def update(page, key="ArrowRight", code=39):
     }
     times["slices without the generator"] = times["slices, key to picture"] - preview
     times["3D view without the generator"] = times["3D view, key to drawn"] - preview - finished
-    return times
+    spent = {name: value - spent[name] for name, value in of_each(page, kernel, seconds).items()}
+    return times | {f"processor time, {name}": value for name, value in spent.items()}
 
 
 def main():
@@ -128,17 +141,17 @@ def main():
         run_all(page, address, token, "bench.ipynb")
         page.wait("!!document.querySelector('.jp-OutputArea canvas') && window.seen.volumes.length > 0", 240)
         kernel = int((folder / "kernel.pid").read_text())
-        found = [update(page) for _ in range(args.moves + 1)][1:]  # the first one warms up
+        found = [update(page, kernel) for _ in range(args.moves + 1)][1:]  # the first one warms up
         for name in found[0] if found else ():
             values = [row[name] for row in found]
             print(f"{name:40} median {statistics.median(values):5.2f} s, worst {max(values):5.2f} s of {len(values)}")
         if args.picture:
             page.picture(args.picture)
         for _ in range(3):
-            update(page)
+            update(page, kernel)
         first = memory(page, kernel)
-        for i in range(1, args.updates + 1):
-            update(page)
+        for i in range(1, args.updates + 1):  # to and fro, as kept volumes cost no drawing; now and then a new one
+            update(page, kernel, *(("ArrowLeft", 37) if i % 2 == 0 and i % 10 else ("ArrowRight", 39)))
             if i % 50 == 0 or i == args.updates:
                 grown = {name: size - first[name] for name, size in memory(page, kernel).items()}
                 says = ", ".join(f"{name} {first[name]:.0f} {by:+.0f} MB" for name, by in grown.items())

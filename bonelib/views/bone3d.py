@@ -25,7 +25,7 @@ COLOURS = {
     "bone": [(-400, 0.25, 0.18, 0.14), (300, 0.55, 0.44, 0.34), (700, 0.86, 0.78, 0.65), (1200, 1.0, 0.98, 0.92)],
     "soft tissue": [(-400, 0.3, 0.05, 0.05), (0, 0.7, 0.3, 0.25), (400, 0.85, 0.65, 0.5), (1200, 1.0, 0.98, 0.92)],
 }
-SAMPLES = 64  # along a ray; the default of 512 stalls where a processor draws, and looks the same
+SAMPLES = 96  # along a ray; the default of 512 stalls where a processor draws
 SCALE = 2  # pixels of a voxel in the picture
 GAP = 6  # voxels between slices
 
@@ -59,9 +59,7 @@ def plot3d(voxels: np.ndarray, spacing, mode: str = "bone", height: int = 460):
     Axes are in mm. The objects stay; `show_in_plot` gives them other voxels.
     """
     extent = [n * mm for n, mm in zip(voxels.shape[::-1], spacing[::-1], strict=True)]
-    plot = k3d.plot(
-        height=height, menu_visibility=False, camera_auto_fit=False, grid_auto_fit=False, axes_helper=0, antialias=0
-    )
+    plot = k3d.plot(height=height, menu_visibility=False, camera_auto_fit=False, grid_auto_fit=False, axes_helper=0)
     plot.axes, plot.grid = ["x / mm", "y / mm", "z / mm"], [0, 0, 0, *extent]
     bounds, empty = [0, extent[0], 0, extent[1], 0, extent[2]], np.zeros((2, 2, 2), np.float16)
     body = k3d.volume(
