@@ -103,9 +103,10 @@ class Generator(Section):
     """`widths`: channels of the coarsest grid (behind the dense layer, or of the constant) and behind each stage.
 
     `noise` starts the scales of the noise inputs: a ProGAN has none where it is 0, and none in the paper; a StyleGAN
-    always has them, and learns them from there. `style` (the width of W, 512), `mapping_rate` (what multiplies the
-    mapping network's learning rate, 0.02) and `affine_rate` (the same for the affine maps of the styles, 1) belong to a
-    StyleGAN alone; left out, they are as published.
+    always has them, and learns them from there. `base_convs` are convolutions before the first stage, none in the
+    paper. `style` (the width of W, 512), `mapping_rate` (what multiplies the mapping network's learning rate, 0.02) and
+    `affine_rate` (the same for the affine maps of the styles, 1) belong to a StyleGAN alone; left out, they are as
+    published.
     """
 
     kind: Literal["progan", "stylegan"]
@@ -113,6 +114,7 @@ class Generator(Section):
     latent: Count = 512
     noise: Annotated[float, Field(ge=0)] = 0.0
     padding: Literal["zeros", "replicate"] = "zeros"
+    base_convs: Annotated[int, Field(ge=0)] = 0
     style: Count | None = None
     mapping_rate: Positive | None = None
     affine_rate: Positive | None = None
@@ -127,11 +129,12 @@ class Generator(Section):
 
 
 class CriticNet(Section):
-    """`convs` 2, `whole` and `standardise` are not in the paper (see `networks.critic.Critic`)."""
+    """`convs` 2, `whole`, `head` and `standardise` are not in the paper (see `networks.critic.Critic`)."""
 
     widths: tuple[Count, ...]
     convs: Annotated[int, Field(ge=1, le=3)] = 1
     whole: bool = False
+    head: tuple[Count, ...] = ()
     standardise: bool = False
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,17 @@ def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent ends, also by `kill -9` (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+def peak_memory() -> float:
+    """The most memory this process has held so far, in MB (2^20 bytes).
+
+    On Linux read from /proc: what `getrusage` says there is carried over from the process that started this one.
+    """
+    if sys.platform == "linux":
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 @contextlib.contextmanager

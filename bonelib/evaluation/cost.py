@@ -5,7 +5,6 @@ upsampling before its convolution, kernels made per sample, the penalty by a dou
 made batch by batch. Ratios are of times taken in turn in one run; absolute times are the machine's.
 """
 
-import resource
 import time
 from dataclasses import dataclass, fields, replace
 
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from bonelib.networks import build_critic, build_generator
 from bonelib.networks.layers import Conv, ModulatedConv
 from bonelib.params import CriticNet, Generator
-from bonelib.processes import workers
+from bonelib.processes import peak_memory, workers
 from bonelib.randomness import torch_rng
 from bonelib.training import losses
 from bonelib.training.loop import step
@@ -181,6 +180,18 @@ def update_times(
     ]  # fmt: skip
 
 
+def update_cost(generator: Generator, critic: CriticNet, name: str, savings: Savings, **how) -> dict:
+    """The row of `update_times` for one variant in a process of its own, with that process's peak memory in MB."""
+    with workers(1) as pool:
+        return pool.submit(_updated, generator, critic, {name: savings}, how).result()
+
+
+def _updated(generator: Generator, critic: CriticNet, which: dict[str, Savings], how: dict) -> dict:
+    before, (row,) = peak_memory(), update_times(generator, critic, which, **how)
+    del row["times faster"]  # than itself
+    return row | {"MB above start": peak_memory() - before, "MB in all": peak_memory()}
+
+
 class _Flops(TorchDispatchMode):
     """Counts the floating-point operations of convolutions and matrix products, also those of a double backward."""
 
@@ -204,15 +215,14 @@ def _sampled(how: Generator, savings: Savings) -> dict[str, float]:
     torch.manual_seed(1)
     precision = "bfloat16" if savings.bfloat16 else "float32"
     generator = plainer(build_generator(how, precision=precision), savings).eval()
-    rng, before = torch_rng(1, "cost sample"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rng, before = torch_rng(1, "cost sample"), peak_memory()
     seconds = []
     for _ in range(3):  # the first one is not counted
         start = time.thread_time()
         with torch.inference_mode():
             generator.synthesize(generator.to_styles(generator.sample_latent(1, rng)), noise=rng)
         seconds.append(time.thread_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": min(seconds[1:]), "MB above start": (peak - before) / 1024, "MB in all": peak / 1024}
+    return {"seconds": min(seconds[1:]), "MB above start": peak_memory() - before, "MB in all": peak_memory()}
 
 
 def peak_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:

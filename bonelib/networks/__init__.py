@@ -26,6 +26,7 @@ def build_critic(
         params.widths,
         params.convs,
         BASE if params.whole else None,
+        params.head,
         haar,
         statistics if params.standardise else None,
         dtype=getattr(torch, precision),

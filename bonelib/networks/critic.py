@@ -25,13 +25,21 @@ class Critic(nn.Module):
     convolution to one channel.
 
     Not in the paper, all off by default: `convs` 2 puts a stride-1 convolution before each of stride 2; `whole`,
-    the coarsest grid, makes the last layer see all of it at once instead of patches; `haar` looks at the
+    the coarsest grid, makes the last layer see all of it at once instead of patches; `head` puts fully connected layers
+    of these widths before the score, the first of which sees what the last layer would; `haar` looks at the
     Haar bands of a volume twice as fine, as the generator's `haar` makes them; `statistics` (stages, 2, bands), the
     mean and SD of every band at every stage, standardise the input.
     """
 
     def __init__(
-        self, widths=(128, 128, 128, 64, 32, 16), convs=1, whole=None, haar=False, statistics=None, dtype=torch.float32
+        self,
+        widths=(128, 128, 128, 64, 32, 16),
+        convs=1,
+        whole=None,
+        head=(),
+        haar=False,
+        statistics=None,
+        dtype=torch.float32,
     ):
         super().__init__()
         self.stages, self.haar = len(widths) - 1, haar
@@ -49,11 +57,15 @@ class Critic(nn.Module):
             )
             for coarse, fine in zip(widths[:-1], widths[1:], strict=True)
         )
-        self.out = (
-            Conv(widths[0], 1, gain=1.0, dtype=dtype)
-            if whole is None
-            else Conv(widths[0], 1, tuple(whole), padding="none", gain=1.0, dtype=dtype)
+        kernels = [(3, 3, 3) if whole is None else tuple(whole), *[(1, 1, 1)] * len(head)]
+        how = dict(padding="zeros" if whole is None else "none", dtype=dtype)
+        *hidden, self.out = (
+            Conv(i, o, kernel, gain=gain, **how)
+            for i, o, kernel, gain in zip(
+                (widths[0], *head), (*head, 1), kernels, [2**0.5] * len(head) + [1.0], strict=True
+            )
         )
+        self.head = nn.ModuleList(hidden)
 
     def forward(self, x: Tensor, stage: int | None = None, fade: float = 1.0) -> Tensor:
         return self.patches(x, stage, fade).mean(dim=1)
@@ -77,6 +89,8 @@ class Critic(nn.Module):
             if s == stage and s > 1 and fade < 1:
                 old = layer(self.from_image[s - 2], self._look(downsample(x), s - 1))
                 h = fade * h + (1 - fade) * old.to(h.dtype)
+        for conv in self.head:
+            h = layer(conv, h)
         return self.out(h).float().flatten(1)
 
     def _look(self, x: Tensor, stage: int) -> Tensor:
@@ -106,11 +120,14 @@ class Critic(nn.Module):
             mask = masks.pop()
             return conv.transposed(rectified_back(gradient, mask))
 
+        first = (*self.head, self.out)[0]
         patches = [
             (n >> stage + self.haar) - k + 1 + 2 * p
-            for n, k, p in zip(x.shape[2:], self.out.weight.shape[2:], self.out.pad, strict=True)
+            for n, k, p in zip(x.shape[2:], first.weight.shape[2:], first.pad, strict=True)
         ]
         gradient = self.out.transposed(x.new_full((len(x), 1, *patches), 1 / math.prod(patches)))
+        for conv in reversed(self.head):
+            gradient = back(conv, gradient)
         skip = 0.0
         for s in range(1, stage + 1):
             if s == stage and old_mask is not None:

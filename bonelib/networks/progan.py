@@ -17,9 +17,11 @@ class ProGAN(nn.Module):
     the upsampling layers u4 and u5, their inputs have 64 and 32, and upsampling keeps the number of channels: the
     table is read so.
 
-    Not in the paper, all off by default: `noise` adds noise inputs behind every convolution, scaled per channel by
-    weights drawn with this SD (without them all bones carry the same trabecular pattern); `haar` lets each stage draw
-    the eight Haar bands of a volume twice as fine, which saves the finest stage.
+    Not in the paper, all off by default: `base_convs` puts so many convolutions before the first upsampling, on a grid
+    so coarse that they cost next to nothing and that four of them see all of the bone; `noise` adds noise inputs behind
+    every other convolution, scaled per channel by weights drawn with this SD (without them, on grids that show
+    trabeculae, all bones carry the same pattern); `haar` lets each stage draw the eight Haar bands of a volume twice as
+    fine, which saves the finest stage.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class ProGAN(nn.Module):
         widths=(128, 128, 128, 64, 32, 16),
         latent=512,
         noise=0.0,
+        base_convs=0,
         haar=False,
         padding="zeros",
         dtype=torch.float32,
@@ -36,6 +39,7 @@ class ProGAN(nn.Module):
         self.base, self.latent, self.stages = tuple(base), latent, len(widths) - 1
         self.haar = haar
         self.dense = Dense(latent, widths[0] * base[0] * base[1] * base[2])
+        self.ground = nn.ModuleList(Conv(widths[0], widths[0], padding=padding, dtype=dtype) for _ in range(base_convs))
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
         self.first = nn.ModuleList(Conv(i, o, upsample=True, padding=padding, dtype=dtype) for i, o in pairs)
         self.second = nn.ModuleList(Conv(o, o, padding=padding, dtype=dtype) for _, o in pairs)
@@ -67,6 +71,8 @@ class ProGAN(nn.Module):
         """
         stage = self.stages if stage is None else stage
         x = self.dense(styles).reshape(len(styles), -1, *self.base).contiguous(memory_format=CHANNELS_LAST)
+        for conv in self.ground:
+            x = pixel_norm(F.silu(conv(x)))
         for s in range(stage):
             before = x
             x = self._behind(self.first[s](x), s, 0, noise)

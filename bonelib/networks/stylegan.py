@@ -38,7 +38,9 @@ class StyleGAN(nn.Module):
 
     Not in the paper, all off by default: `affine_rate` multiplies the learning rate of the styles' affine maps (at the
     full rate a short training first learns to leave the styles out, and draws one bone: see `ModulatedConv`, where
-    nothing but the bias of 1 is then left); `haar` lets each stage draw the eight Haar bands of a volume twice as fine;
+    nothing but the bias of 1 is then left); `base_convs` puts so many more layers before the first upsampling, which
+    follow the first layer's style (on the coarsest grid they cost next to nothing, and four of them see all of the
+    bone); `haar` lets each stage draw the eight Haar bands of a volume twice as fine;
     `padding` "replicate" repeats the border of a grid instead of adding zeros.
     """
 
@@ -51,6 +53,7 @@ class StyleGAN(nn.Module):
         mapping_rate=0.02,
         affine_rate=1.0,
         noise=0.0,
+        base_convs=0,
         haar=False,
         padding="zeros",
         dtype=torch.float32,
@@ -61,8 +64,10 @@ class StyleGAN(nn.Module):
         outputs = [latent] * (MAPPING - 1) + [style]
         self.mapping = nn.ModuleList(Dense(latent, o, gain=GAIN, rate=mapping_rate) for o in outputs)
         self.constant = nn.Parameter(torch.randn(widths[0], *base))
+        how = dict(gain=GAIN, rate=affine_rate, padding=padding, dtype=dtype)
+        self.ground = nn.ModuleList(ModulatedConv(style, widths[0], widths[0], **how) for _ in range(base_convs))
         self.convs = nn.ModuleList(
-            ModulatedConv(style, inputs, o, upsample=doubles, gain=GAIN, rate=affine_rate, padding=padding, dtype=dtype)
+            ModulatedConv(style, inputs, o, upsample=doubles, **how)
             for i, o in zip(widths[:-1], widths[1:], strict=True)
             for inputs, doubles in ((i, False), (o, True), (o, False))
         )
@@ -102,6 +107,8 @@ class StyleGAN(nn.Module):
         if styles.dim() == 2:
             styles = styles[:, None].expand(-1, self.layers, -1)
         x = self.constant.expand(len(styles), *self.constant.shape).contiguous(memory_format=CHANNELS_LAST)
+        for conv in self.ground:
+            x = F.leaky_relu(conv(x, styles[:, 0]), SLOPE)
         for layer in range(PER_STAGE * stage):
             if layer % PER_STAGE == 0:
                 before = x
@@ -121,7 +128,7 @@ class StyleGAN(nn.Module):
 
     def factorized_weight(self) -> Tensor:
         """The matrix A of eq. (11): the affine maps of all layers, one below the other, (channels, style)."""
-        return torch.cat([conv.affine.weight.detach() * conv.affine.rate for conv in self.convs])
+        return torch.cat([conv.affine.weight.detach() * conv.affine.rate for conv in (*self.ground, *self.convs)])
 
     @torch.no_grad()
     def centre(self) -> None:
