@@ -512,6 +512,36 @@ class Cost(Section):
     rounds: Count = 3
 
 
+class Trials(Section):
+    """Short trainings of variants of one model (see `evaluation.trials`).
+
+    `base` is a `Train` section, `variants` are changes of it, nested alike; each is trained with `seeds` seeds, for
+    `seconds` of CPU time, and judged by `samples`; `draws` are those of the intervals.
+    """
+
+    base: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    seeds: Count = 2
+    seconds: Positive
+    samples: Annotated[int, Field(ge=8)] = 320
+    draws: Annotated[int, Field(ge=2)] = 200
+
+    @model_validator(mode="after")
+    def _trains(self):
+        for name, changes in self.variants.items():
+            section(Train, changed(self.base, changes), name)
+        return self
+
+
+def changed(base: dict, changes: dict) -> dict:
+    """A nested dictionary with some values replaced; `changes` is nested alike, and an empty one replaces all."""
+    both = dict(base)
+    for key, value in changes.items():
+        inner = value and isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = changed(both[key], value) if inner else value
+    return both
+
+
 class PhantomCheck(Section):
     """How many phantoms are drawn and measured on each grid, from many coarse ones to few on the scanner's own."""
 
@@ -545,6 +575,7 @@ PROFILE = {
     "editing": Editing,
     "inversion": dict[str, Inversion],
     "cost": Cost,
+    "trials": Trials,
     "experts": Experts,
     "phantom_check": PhantomCheck,
 }

@@ -69,7 +69,10 @@ def test_folded_upsampling_is_upsampling_and_convolution(padding):
 
 
 @pytest.mark.parametrize("fade", [0.4, 1.0])
-@pytest.mark.parametrize("options", [{}, dict(convs=2), dict(convs=2, whole=(1, 9, 7), haar=True)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(convs=2), dict(head=(6,)), dict(convs=2, whole=(1, 9, 7), haar=True), dict(whole=(1, 9, 7), head=(6, 5))],
+)
 def test_explicit_input_gradient_is_autograds(options, fade):
     bands = 8 if options.get("haar") else 1
     critic = Critic(SMALL["widths"], statistics=torch.rand(3, 2, bands) + 0.5, **options)
