@@ -88,6 +88,7 @@ def bones(
     return fig
 
 
+ROW_INCH = 0.13  # of a legend
 FEW = 12  # points of a curve, up to which each is marked: of a single one there is no line
 
 
@@ -106,7 +107,7 @@ def _finish(axis, legend=True, size=7) -> None:
     where = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, columnspacing=1, labelspacing=0.2)
     axis.legend(fontsize=size, ncols=columns, **where)
     if axis.get_title():
-        axis.set_title(axis.get_title(), pad=6 + 1.35 * size * rows)
+        axis.set_title(axis.get_title(), pad=6 + 1.5 * size * rows)
 
 
 def matrix(table: np.ndarray, rows: list[str], columns: list[str], label: str, width=6.0):
@@ -130,7 +131,8 @@ def matrix(table: np.ndarray, rows: list[str], columns: list[str], label: str, w
 def curves(table: list[dict], x: str, groups: list[tuple[str, list[str]]], marks: list[float] = (), width=10.0):
     """Line plots side by side: `groups` of (axis label, columns) of `table` over its column `x`."""
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(groups), figsize=(width, width * 0.26), layout="constrained")
+        height = width * 0.26 + ROW_INCH * max((len(columns) for _, columns in groups if len(columns) > 1), default=0)
+        fig, axes = plt.subplots(1, len(groups), figsize=(width, height), layout="constrained")
         for axis, (label, columns) in zip(np.atleast_1d(axes), groups, strict=True):
             for mark in marks:
                 axis.axvline(mark, color="0.85", linewidth=1)
@@ -236,9 +238,8 @@ def bands(panels: list[dict], at: str, width=10.0):
     with value, low and high over the column `at`}; rows without a value are left out.
     """
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(
-            1, len(panels), figsize=(width, width / len(panels) * 0.62), layout="constrained", squeeze=False
-        )
+        height = width / len(panels) * 0.62 + ROW_INCH * max(len(panel["lines"]) for panel in panels)
+        fig, axes = plt.subplots(1, len(panels), figsize=(width, height), layout="constrained", squeeze=False)
         for axis, panel in zip(axes.flat, panels, strict=True):
             for i, (name, rows) in enumerate(panel["lines"].items()):
                 kept = [row for row in rows if row["low"] is not None]
