@@ -70,7 +70,7 @@ def plot3d(voxels: np.ndarray, spacing, mode: str = "bone", height: int = 460):
     )
     plot += body
     plot += surface
-    middle, far = np.array(extent) / 2, 1.35 * max(extent)
+    middle, far = np.array(extent) / 2, 1.5 * max(extent)  # clear of the colour bar
     plot.camera = [*(middle + far * np.array([0.35, -0.6, 0.75])), *middle, 0, 0, 1]
     show_in_plot(plot, body, surface, voxels, mode)
     return plot, body, surface
