@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from bonelib.scans.scanner import NATIVE_MM, noise_kernel
 from bonelib.scans.volumes import Volume, read_volume
 from bonelib.views import figures
 
+TRUTH = ("truth_by_finer", "found_by_own", "found_by_finer", "volume_by_finer")
 CROP = Path(__file__).parents[2] / "shared/data/trab_1237_mgHAccm.nii.gz"
 
 
@@ -23,6 +25,38 @@ def white(shape, sd=105.0, seed=1):
 @pytest.fixture(scope="module")
 def rows():
     return phantoms.survey(4, 0.2428, 1)
+
+
+def test_an_interrupted_survey_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    drawn = []
+
+    def one(seed, patient, voxel_mm):
+        if patient == 3 and 3 not in drawn:
+            drawn.append(3)
+            raise KeyboardInterrupt
+        drawn.append(patient)
+        return [{"patient": patient, "measured": np.float32(0.5)}]
+
+    monkeypatch.setattr(phantoms, "_one", one)
+    monkeypatch.setattr(phantoms, "workers", lambda: ThreadPoolExecutor(1))
+    with pytest.raises(KeyboardInterrupt):
+        phantoms.survey(4, 0.2428, 1, keep=tmp_path)
+    drawn.clear()
+    drawn.append(3)
+    rows = phantoms.survey(4, 0.2428, 1, keep=tmp_path)
+    assert [row["patient"] for row in rows] == [1, 2, 3, 4] and not {1, 2} & set(drawn)
+    drawn.clear()
+    assert phantoms.survey(4, 0.2428, 1, keep=tmp_path) == rows and not drawn
+    monkeypatch.setattr(phantoms, "CODE", "another")
+    phantoms.survey(2, 0.2428, 1, keep=tmp_path)
+    phantoms.survey(1, 0.2428, 2, keep=tmp_path)
+    assert drawn == [1, 2, 1]  # other code, another seed
+
+
+def test_the_true_cortex_depends_on_its_grid_by_half_a_voxel():
+    for row in phantoms.truth_survey(2, 0.2428, 1):
+        assert 0.93 < row["truth_by_finer"] < 1 and 0.93 < row["found_by_finer"] < 1
+        assert abs(row["volume_by_finer"]) < 0.01
 
 
 def test_measurements_agree_with_the_truth_of_every_phantom(rows):
@@ -60,6 +94,42 @@ def test_overlaps_have_a_table_of_their_own():
     worse = [rows[0] | {"dice_cortical": 0.94}, *rows[1:], {"refused": "no contour"}]
     table = {row["compartment"]: row for row in check.overlaps({"coarse": worse})}
     assert table["cortical"]["all met"] == "no" and table["total"]["all met"] == "yes"
+
+
+def test_densities_and_overlaps_are_judged_in_words():
+    bias = [{"grid": "fine", "trait": t, "compared": "measured against seen", "N": 4} for t in ("Tb.BMD", "Ct.BMD")]
+    bias = [r | {"off, %": off, "within 3 %": 0.75} for r, off in zip(bias, (-1.0, -3.5), strict=True)]
+    dice = [{"compartment": "cortical", "voxel size": "fine", "mean": 0.96, "lowest": 0.94, "all met": "no"}]
+    said = check.faithful(bias, dice)
+    assert "Ct.BMD -3.5 % (75% of 4 within 3 %), on average not within 3 %" in said
+    assert "below 0.95: cortical 0.940 (mean 0.960)" in said
+    good = check.faithful(bias[:1], [dice[0] | {"all met": "yes"}])
+    assert "average within 3 %" in good and "every Dice is at least 0.95" in good
+    truth = check.truth_table([{key: v for key in TRUTH} for v in (0.9, 1.0)])
+    assert all(r["mean"] == pytest.approx(0.95) and r["lowest"] == 0.9 and r["N"] == 2 for r in truth)
+
+
+def test_what_gives_the_phantom_away_is_what_is_surely_off():
+    rng, rows = np.random.default_rng(0), []
+    for i in range(40):
+        sex, age = "FM"[i % 2], 20 + 1.5 * i
+        row = {"sex": sex, "age": age}
+        for trait in check.SPONGY:
+            mean, sd = check.expected_at(sex, trait, age), check.REFERENCE[sex][trait][1]
+            far = -1.5 if trait == "Tb.N" else 0.0
+            row["measured_" + trait] = float(mean + sd * (far + 0.1 * rng.standard_normal()))
+            row["sharpened_" + trait] = float(mean)
+        rows.append(row)
+    lines = check.by_segmentation(rows)
+    assert {r["segmentation"] for r in lines} == {"Gaussian", "Laplace-Hamming"} and len(lines) == 20
+    pairs = [{"pair": "a, b", "expected": 0.5, "measured": 0.9, "low": 0.8, "high": 0.95}]
+    pairs += [{"pair": "c, d", "expected": 0.5, "measured": 0.7, "low": 0.6, "high": 0.8}]
+    said = check.giveaways(lines, pairs)
+    assert "Tb.N of F -1.5" in said and "Tb.N of M" in said and "BV/TV" not in said and "Hamming" not in said
+    assert "a, b 0.90 for 0.50" in said and "c, d" not in said
+    assert check.giveaways([], []).startswith("Nothing")
+    plain = [{k: v for k, v in row.items() if "sharpened" not in k} for row in rows]
+    assert {r["segmentation"] for r in check.by_segmentation(plain)} == {"Gaussian"}
 
 
 def test_a_cohort_that_is_off_is_found_off():
@@ -209,8 +279,10 @@ def test_the_acceptance_judges_what_was_measured(rows):
     assert found["noise, autocorrelation along x at 1"]["met"] == ""  # nothing was read there
     assert found["plates, largest error in mm"]["measured"] == 0.02
     assert found["plates, largest error in mm"]["met"] == "no"
+    assert {r["row"] for r in table if "Laplace-Hamming" in r["quantity"]} == {6, 7, 8}
+    assert found["BV/TV by Tb.BMD/1200, Laplace-Hamming"]["met"] == ""  # read on the scanner's own grid alone
     ratio = np.mean([r["measured_BV/TV"] / r["measured_Tb.BMD"] * 1200 for r in rows])
-    assert found["BV/TV by Tb.BMD/1200"]["measured"] == pytest.approx(ratio)
+    assert found["BV/TV by Tb.BMD/1200, Gaussian"]["measured"] == pytest.approx(ratio)
     assert all(r["met"] == "yes" for r in table if r["row"] == 14)
     assert found["grades, mean"]["measured"] == 2.5 and found["grades, mean"]["met"] == "no"
     assert found["fabric, worst angle of its axis to z"]["measured"] == max(r["axis_off_z_deg"] for r in rows)
@@ -218,7 +290,7 @@ def test_the_acceptance_judges_what_was_measured(rows):
     found = {r["quantity"]: r for r in accepted(rows, mixed, grades)}
     assert found["motion, median of grade 3 less that of 2"]["met"] == "no"
     assert found["motion, chance that a grade 3 shows more than a grade 2"]["met"] == "no"
-    assert found["BV/TV by Tb.BMD/1200"]["met"] == ""  # a coarse grid says nothing of trabeculae
+    assert found["BV/TV by Tb.BMD/1200, Gaussian"]["met"] == ""  # a coarse grid says nothing of trabeculae
 
 
 def test_a_trait_of_zero_counts_and_a_missing_one_does_not():
@@ -243,6 +315,7 @@ def test_slices_of_crops_have_one_window_and_a_bar_in_mm():
 @pytest.mark.skipif(not CROP.exists(), reason="the genuine scanner crop is not here")
 def test_the_recorded_statistics_are_those_of_the_genuine_crop():
     found, recorded = crops.crop_statistics(read_volume(CROP, unit="mgHA")), crops.genuine_statistics()
-    assert found["traits"] == pytest.approx(recorded["traits"], rel=1e-3)
+    for name in ("traits", "sharpened"):
+        assert found[name] == pytest.approx(recorded[name], rel=1e-3)
     assert found["histogram"] == pytest.approx(recorded["histogram"], abs=1e-4)
     assert 105 < recorded["marrow_sd"] < 112 and 0.65 < np.mean([axis[0] for axis in recorded["noise"]]) < 0.72

@@ -8,7 +8,7 @@ tolerance, the tolerance is this project's judgement.
 import numpy as np
 
 from bonelib.evaluation.crops import NOISE_SD
-from bonelib.evaluation.phantom_check import REFERENCE, expected_at
+from bonelib.evaluation.phantom_check import MEAN_SDS, PAIR_R, SEGMENTED, SPONGY, off_curve
 from bonelib.randomness import numpy_rng
 from bonelib.scans.scanner import NATIVE_MM
 
@@ -17,7 +17,6 @@ LEAST = 3  # patients; of fewer nothing is said
 OLD = 60.0  # years, from which on women stand for those of 70
 BAD_AGE = 65.0  # years, from which on motion is commoner
 SD_RATIO = (0.7, 1.3)
-MEAN_SDS = 0.3  # a mean may be off by so many SDs
 MARROW = (-5.0, 12.0)  # mg HA/cm3: mean and SD over subjects
 NOISE = {1: (0.65, 0.75), 2: (0.18, 0.31), 3: (-0.14, 0.14)}  # of autocorrelation by lag in voxels
 EIGENVALUES = (0.18, 0.32, 0.50)  # of the structure tensor
@@ -121,7 +120,7 @@ def _from_tables(tables):
         share = float(np.mean(held)) if held else ""
         yield _line(6, f"the young, share of traits: {name}", len(held), share, "", "", 1, np.inf)
     pairs = {p["pair"]: p for p in tables["pairs"]}
-    near = [abs(p["measured"] - p["expected"]) <= 0.15 and p["measured"] * p["expected"] > 0 for p in pairs.values()]
+    near = [abs(p["measured"] - p["expected"]) <= PAIR_R and p["measured"] * p["expected"] > 0 for p in pairs.values()]
     yield _line(10, "share of correlations within 0.15", len(near), float(np.mean(near)), "", "", 1, np.inf)
     for name, bounds in (("Tb.BMD, BV/TV", (0.95, np.inf)), ("Tb.N, Tb.Sp", (-np.inf, -0.7))):
         p = pairs[name]
@@ -129,21 +128,22 @@ def _from_tables(tables):
 
 
 def _trabeculae(rows):
-    own = [
-        {k.removeprefix("measured_"): v for k, v in r.items() if k.startswith("measured_")} | {"sex": r["sex"]}
-        for r in rows
-    ]
-    yield line(7, "BV/TV by Tb.BMD/1200", [m["BV/TV"] / (m["Tb.BMD"] / 1200) for m in own], 1.6, 1.9)
-    spaced = [m["Tb.N"] * (m["Tb.Th"] + m["Tb.Sp"]) for m in own if m["sex"] == "F"]
-    yield line(8, "Tb.N (Tb.Th + Tb.Sp), women", spaced, 1.17, 1.37)
+    for by, name in SEGMENTED.items():
+        own = [r for r in rows if f"{by}_BV/TV" in r]
+        for trait in SPONGY:
+            off = off_curve(own, trait, by=by)
+            yield line(6, f"{trait} off its curve in SDs, {name}", off, -MEAN_SDS, MEAN_SDS)
+        ratio = [r[f"{by}_BV/TV"] / (r[f"{by}_Tb.BMD"] / 1200) for r in own]
+        yield line(7, f"BV/TV by Tb.BMD/1200, {name}", ratio, 1.6, 1.9)
+        spaced = [r[f"{by}_Tb.N"] * (r[f"{by}_Tb.Th"] + r[f"{by}_Tb.Sp"]) for r in own if r["sex"] == "F"]
+        yield line(8, f"Tb.N (Tb.Th + Tb.Sp), women, {name}", spaced, 1.17, 1.37)
 
 
 def _old_women(full, coarse):
     for trait, rows in (("Tt.BMD", coarse), ("Ct.BMD", coarse), ("Rel.Ct.Th", coarse), ("BV/TV", full)):
         old = [r for r in rows if r["sex"] == "F" and r["age"] >= OLD]
-        wanted = expected_at("F", trait, [r["age"] for r in old])
-        off = (np.array([r[f"measured_{trait}"] for r in old]) - wanted) / REFERENCE["F"][trait][1]
-        yield line(9, f"women from {OLD:.0f} y on, {trait} off its curve in SDs", off, -MEAN_SDS, MEAN_SDS)
+        quantity = f"women from {OLD:.0f} y on, {trait} off its curve in SDs"
+        yield line(9, quantity, off_curve(old, trait), -MEAN_SDS, MEAN_SDS)
 
 
 def _geometry(rows):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from bonelib.evaluation import corruption, features, metrics
 from bonelib.evaluation.contours import BONE, smoothed
-from bonelib.evaluation.morphometry import _loops
+from bonelib.evaluation.morphometry import loop_count
 from bonelib.latent.models import calibrated
 from bonelib.processes import workers
 from bonelib.randomness import numpy_rng
@@ -70,7 +70,7 @@ def _distances(a, b):
 
 def connectivity(volume: Volume, interior: np.ndarray) -> float:
     """Loops of the largest piece of bone in a mask, per mm3 of it: the connectivity density."""
-    return _loops((smoothed(volume) > BONE) & interior) / float(interior.sum() * np.prod(volume.spacing))
+    return loop_count((smoothed(volume) > BONE) & interior) / float(interior.sum() * np.prod(volume.spacing))
 
 
 def spoiled(values: np.ndarray, data: dict, number: int, strengths: tuple, grading_dir, seed: int) -> list[dict]:

@@ -3,6 +3,7 @@
 Reference: Bern multi-stack XtremeCT II cohort, distal radius (Poncioni et al. 2026, hrpqct-multistack-db).
 """
 
+from itertools import product
 from types import MappingProxyType
 
 import numpy as np
@@ -52,6 +53,8 @@ YOUNG = (20.0, PLATEAU_AGE)  # years
 LEAST_BMD_BVTV = 0.95  # correlation of Tb.BMD and BV/TV, whose p-value was too small to be printed
 COARSE_TRAITS = ("Tt.Ar", "Tt.BMD", "Ct.BMD", "Tb.BMD", "Ct.Th", "Rel.Ct.Th")
 FINE_TRAITS = (*COARSE_TRAITS, "BV/TV", "Tb.N", "Tb.Th", "Tb.Sp", "Ct.Po", "DA")
+SPONGY = ("BV/TV", "Tb.N", "Tb.Th", "Tb.Sp", "DA")
+SEGMENTED = MappingProxyType({"measured": "Gaussian", "sharpened": "Laplace-Hamming"})  # columns of a survey, by name
 AGED_TRAITS = ("Tt.BMD", "Ct.BMD", "Tb.BMD", "Rel.Ct.Th")
 PAIRS = (
     ("Tt.Ar", "measured_Tt.Ar", "true_Tt.Ar", "measured against true"),
@@ -73,6 +76,9 @@ SHAPE = (
     ("area of the ulna, mm2", "ulna_mm2", "10-40 % of about 130"),
 )
 LEAST_DICE = 0.95
+MOST_BIAS = 3.0  # %
+MEAN_SDS = 0.3  # a mean may be off by so many SDs
+PAIR_R = 0.15  # and a correlation by so much
 PARTS = ("total", "trabecular", "cortical")
 
 
@@ -87,37 +93,78 @@ def expected_at(sex: str, trait: str, ages: np.ndarray) -> np.ndarray:
     return mean - FEMALE_CURVES.get(trait, 0.0) * late**2
 
 
-def against_reference(rows: list[dict], traits: tuple[str, ...]) -> list[dict]:
+def against_reference(rows: list[dict], traits: tuple[str, ...], *, by: str = "measured") -> list[dict]:
     """Measured means and SDs of the young by sex beside the reference, and the mean difference at all ages.
 
     `off by SDs` is the difference of the young means in SDs of the reference, `SD ratio` that of their SDs; `off at
     all ages` is the mean of every phantom's difference from the age curve, with the half-width of its 95 % interval.
+    `by` is one of `SEGMENTED`; a trait that no row of a sex has by it has no line.
     """
     table = []
-    for sex in ("F", "M"):
-        own = [r for r in rows if r["sex"] == sex and "refused" not in r]
-        young = [r for r in own if YOUNG[0] <= r["age"] <= YOUNG[1]]
-        for trait in traits:
-            mean, sd = REFERENCE[sex][trait]
-            values = np.array([r[f"measured_{trait}"] for r in young], float)
-            every = np.array([r[f"measured_{trait}"] for r in own], float)
-            off = (every - expected_at(sex, trait, [r["age"] for r in own])) / sd
-            few = len(values) < 3
-            table.append(
-                {
-                    "sex": sex,
-                    "trait": trait,
-                    "N young": len(values),
-                    "measured": None if few else f"{values.mean():.4g} ({values.std(ddof=1):.3g})",
-                    "reference": f"{mean:.4g} ({sd:.3g})",
-                    "off by SDs": None if few else float((values.mean() - mean) / sd),
-                    "SD ratio": None if few else float(values.std(ddof=1) / sd),
-                    "N": len(off),
-                    "off at all ages": float(off.mean()),
-                    "+-": float(1.96 * off.std(ddof=1) / np.sqrt(len(off))) if len(off) > 1 else None,
-                }
-            )
+    for sex, trait in product(("F", "M"), traits):
+        own = [r for r in rows if r["sex"] == sex and f"{by}_{trait}" in r]
+        if not own:
+            continue
+        mean, sd = REFERENCE[sex][trait]
+        every = np.array([r[f"{by}_{trait}"] for r in own], float)
+        values = every[[YOUNG[0] <= r["age"] <= YOUNG[1] for r in own]]
+        off = off_curve(own, trait, by=by)
+        few = len(values) < 3
+        table.append(
+            {
+                "sex": sex,
+                "trait": trait,
+                "N young": len(values),
+                "measured": None if few else f"{values.mean():.4g} ({values.std(ddof=1):.3g})",
+                "reference": f"{mean:.4g} ({sd:.3g})",
+                "off by SDs": None if few else float((values.mean() - mean) / sd),
+                "SD ratio": None if few else float(values.std(ddof=1) / sd),
+                "N": len(off),
+                "off at all ages": float(off.mean()),
+                "+-": float(1.96 * off.std(ddof=1) / np.sqrt(len(off))) if len(off) > 1 else None,
+            }
+        )
     return table
+
+
+def off_curve(rows: list[dict], trait: str, *, by: str = "measured") -> np.ndarray:
+    """How far each phantom (n,) lies from the age curve of its sex, in SDs of the reference."""
+    wanted = [float(expected_at(r["sex"], trait, r["age"])) for r in rows]
+    sds = [REFERENCE[r["sex"]][trait][1] for r in rows]
+    return (np.array([r[f"{by}_{trait}"] for r in rows], float) - wanted) / sds
+
+
+def by_segmentation(rows: list[dict]) -> list[dict]:
+    """The trabecular traits of `against_reference` at all ages, by every one of `SEGMENTED` that the rows hold."""
+    kept = ("sex", "trait", "reference", "N", "off at all ages", "+-")
+    return [
+        {"segmentation": name} | {key: line[key] for key in kept}
+        for by, name in SEGMENTED.items()
+        for line in against_reference(rows, SPONGY, by=by)
+    ]
+
+
+def giveaways(lines: list[dict], pairs: list[dict]) -> str:
+    """In a sentence or two: what is surely unlike published bones, the furthest off first.
+
+    Of the `lines` of `by_segmentation` those whose interval lies beyond `MEAN_SDS`, of `pairs` (`correlations`) those
+    whose interval leaves out everything within `PAIR_R` of what is expected.
+    """
+    far = {}
+    for line in lines:
+        if line["+-"] is not None and abs(line["off at all ages"]) - line["+-"] > MEAN_SDS:
+            far.setdefault(line["segmentation"], []).append(line)
+    said = []
+    for name, own in far.items():
+        own = sorted(own, key=lambda line: -abs(line["off at all ages"]))
+        each = [f"{x['trait']} of {x['sex']} {x['off at all ages']:+.1f} (+-{x['+-']:.1f})" for x in own]
+        said.append(f"By {name}, off in SDs of the reference: {', '.join(each)}.")
+    unlike = [p for p in pairs if p["low"] > p["expected"] + PAIR_R or p["high"] < p["expected"] - PAIR_R]
+    unlike = sorted(unlike, key=lambda p: -abs(p["measured"] - p["expected"]))
+    if unlike:
+        each = [f"{p['pair']} {p['measured']:.2f} for {p['expected']:.2f}" for p in unlike]
+        said.append(f"Correlations: {'; '.join(each)}.")
+    return " ".join(said) or "Nothing that was measured is surely unlike published bones."
 
 
 def correlations(rows: list[dict]) -> list[dict]:
@@ -183,6 +230,35 @@ def overlaps(sets: dict[str, list[dict]]) -> list[dict]:
                 }
             )
     return table
+
+
+def truth_table(rows: list[dict]) -> list[dict]:
+    """Of `truth_survey`: mean and lowest over its phantoms of each comparison."""
+    named = {
+        "Dice of the true cortex with that of a finer grid": "truth_by_finer",
+        "Dice of the found cortex with the true one": "found_by_own",
+        "Dice of the found cortex with that of a finer grid": "found_by_finer",
+        "volume of the true cortex by that of a finer grid, less 1": "volume_by_finer",
+    }
+    values = {name: [r[key] for r in rows] for name, key in named.items()}
+    return [{"": name, "N": len(v), "mean": float(np.mean(v)), "lowest": min(v)} for name, v in values.items()]
+
+
+def faithful(bias: list[dict], overlap: list[dict]) -> str:
+    """In a sentence a grid: whether densities are read within `MOST_BIAS` and contours found to `LEAST_DICE`."""
+    said = []
+    for grid in dict.fromkeys(row["grid"] for row in bias):
+        own = [r for r in bias if r["grid"] == grid and r["trait"] in ("Tb.BMD", "Ct.BMD")]
+        own = [r for r in own if r["compared"] == "measured against seen" and r["N"]]
+        read = [f"{r['trait']} {r['off, %']:+.1f} % ({r['within 3 %']:.0%} of {r['N']} within 3 %)" for r in own]
+        held = all(abs(r["off, %"]) <= MOST_BIAS for r in own)
+        dice = [r for r in overlap if r["voxel size"] == grid]
+        low = [f"{r['compartment']} {r['lowest']:.3f} (mean {r['mean']:.3f})" for r in dice if r["all met"] == "no"]
+        said.append(
+            f"At {grid}: {', '.join(read)}, on average {'within' if held else 'not within'} {MOST_BIAS:g} %; "
+            + (f"lowest Dice below {LEAST_DICE}: {', '.join(low)}." if low else f"every Dice is at least {LEAST_DICE}.")
+        )
+    return " ".join(said)
 
 
 def agreement(sets: dict[str, list[dict]]) -> list[dict]:

@@ -1,24 +1,33 @@
 """Phantoms are drawn, scanned and measured: rows of truth and measurement, for `phantom_check` to judge."""
 
+import json
+import sys
 import time
 from concurrent.futures import as_completed
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 from scipy.special import erf
 
-from bonelib import InputError
+from bonelib import InputError, randomness, scans
+from bonelib.evaluation import contours as contouring
+from bonelib.evaluation import crops, morphometry, thickness
 from bonelib.evaluation.contours import BONE, SMOOTHING_MM, bounding_box, contours, smoothed
 from bonelib.evaluation.crops import LAGS, marrow
-from bonelib.evaluation.morphometry import fabric, measure
+from bonelib.evaluation.morphometry import fabric, measure, trabecular
+from bonelib.params import fingerprint
 from bonelib.processes import workers
+from bonelib.provenance import code_hash
 from bonelib.randomness import numpy_rng
 from bonelib.scans import population
 from bonelib.scans.motion import moved
 from bonelib.scans.rendering import CORTICAL, TISSUE, TRABECULAR, ULNA, Drawn, draw_visit
 from bonelib.scans.scanner import NATIVE_MM, PSF_SIGMA_MM, scan
 from bonelib.scans.volumes import Volume
+from bonelib.training.checkpoint import write_whole
 
+CODE = code_hash(scans, contouring, crops, morphometry, thickness, randomness, sys.modules[__name__])
 INNER = 0.6  # share of the trabecular compartment that counts as its centre
 BORDER_MM = 0.5  # of the trabecular compartment that is left out of its structure, as the cortex shows there
 MOTION_GRADES = (1, 2, 3, 4, 5)
@@ -26,24 +35,37 @@ MOVED = 20  # phantoms at most that are moved: each is scanned six times
 PROGRESS_S = 15.0
 
 
-def survey(count: int, voxel_mm: float, seed: int, *, first: int = 1) -> list[dict]:
+def survey(count: int, voxel_mm: float, seed: int, *, first: int = 1, keep: str | Path | None = None) -> list[dict]:
     """One row a phantom: what is asked of it, what its true compartments hold, and what its scan measures.
 
     Patients `first` and on of `seed`, first visit, still, scanned with their own noise. `seen_...` is the density that
-    the noise-free scan has in the true compartments: the best that any contour could read. In parallel, with a line of
-    progress. Rows are in the order of the patients.
+    the noise-free scan has in the true compartments: the best that any contour could read. `measured_...` is read by
+    the default segmentation; on the scanner's own grid `sharpened_...` is the same by Laplace-Hamming. In parallel,
+    with a line of progress. Rows are in the order of the patients. In the folder `keep` every phantom is put down when
+    it is done, so that a second call with equal code goes on where the first one was interrupted.
     """
-    return _in_parallel(_one, count, voxel_mm, seed, first)
+    return _in_parallel(_one, count, voxel_mm, seed, first, keep)
 
 
-def motion_survey(count: int, voxel_mm: float, seed: int) -> list[dict]:
+def motion_survey(count: int, voxel_mm: float, seed: int, *, keep: str | Path | None = None) -> list[dict]:
     """One row a patient and motion grade: `motion` is 1 - correlation of the moved with the still scan.
 
     Of `count` phantoms, `MOVED` at most. Both are scans with point spread and noise of their own, so that grade 1
     tells what noise alone does. The size of a motion was drawn by its effect on the true density; here it is read from
-    what the scanner returns.
+    what the scanner returns. `keep` is as for `survey`.
     """
-    return _in_parallel(_moved, min(count, MOVED), voxel_mm, seed, 1)
+    return _in_parallel(_moved, min(count, MOVED), voxel_mm, seed, 1, keep)
+
+
+def truth_survey(count: int, voxel_mm: float, seed: int, *, keep: str | Path | None = None) -> list[dict]:
+    """One row a phantom: how far the true cortex depends on the grid it is drawn on, as Dice and share of volume.
+
+    The same bone is drawn on a grid twice as fine, and a voxel counts as cortex where half of its eight parts do.
+    `truth_by_finer` compares the cortex drawn on the grid with this one, `found_by_own` and `found_by_finer` the one
+    that is found in the scan with either; `volume_by_finer` is the volume of the drawn one over that of the finer,
+    less 1. Of `count` phantoms, `MOVED` at most; `keep` is as for `survey`.
+    """
+    return _in_parallel(_redrawn, min(count, MOVED), voxel_mm, seed, 1, keep)
 
 
 def graded(seed: int, patients: int, visits: int, scans: int | None, shares: tuple[float, ...]) -> list[dict]:
@@ -57,18 +79,25 @@ def graded(seed: int, patients: int, visits: int, scans: int | None, shares: tup
     return rows
 
 
-def _in_parallel(one, count: int, voxel_mm: float, seed: int, first: int) -> list[dict]:
+def _in_parallel(one, count: int, voxel_mm: float, seed: int, first: int, keep) -> list[dict]:
     began = last = time.monotonic()
-    found = {}
+    patients, run = range(first, first + count), fingerprint(seed, voxel_mm, one.__name__, CODE)
+    files = {p: Path(keep) / f"{run}-{p}.json" for p in patients} if keep else {}
+    found = {p: json.loads(file.read_text()) for p, file in files.items() if file.exists()}
+    known = len(found)
     with workers() as pool:
-        jobs = {pool.submit(one, seed, p, voxel_mm): p for p in range(first, first + count)}
+        jobs = {pool.submit(one, seed, p, voxel_mm): p for p in patients if p not in found}
         for future in as_completed(jobs):
-            found[jobs[future]] = future.result()
+            patient = jobs[future]
+            found[patient] = future.result()
+            if keep:
+                text = json.dumps(found[patient], default=float)
+                write_whole(files[patient], lambda part, text=text: part.write_text(text))
             now = time.monotonic()
             if now - last >= PROGRESS_S or len(found) == count:
-                last, left = now, (now - began) / len(found) * (count - len(found))
+                last, left = now, (now - began) / (len(found) - known) * (count - len(found))
                 print(f"measured {len(found)} of {count} phantoms of {voxel_mm} mm, {left:.0f} s left", flush=True)
-    return [row for patient in sorted(found) for row in found[patient]]
+    return [row for patient in patients for row in found[patient]]
 
 
 def _one(seed: int, patient: int, voxel_mm: float) -> list[dict]:
@@ -86,6 +115,9 @@ def _one(seed: int, patient: int, voxel_mm: float) -> list[dict]:
     found = measure(seen, compartments=(outer, inner))
     found["Rel.Ct.Th"] = found["Ct.Th"] / np.sqrt(found["Tt.Ar"] / np.pi)
     row |= {f"measured_{name}": value for name, value in found.items()}
+    if np.isclose(voxel_mm, NATIVE_MM):
+        sharpened = trabecular(seen, inner, segmentation="laplace-hamming")
+        row |= {f"sharpened_{name}": value for name, value in sharpened.items()}
     radius = np.isin(drawn.compartments, (TRABECULAR, CORTICAL))
     row["dice_total"] = dice(outer, radius)
     row["dice_trabecular"] = dice(inner, drawn.compartments == TRABECULAR)
@@ -103,6 +135,28 @@ def _moved(seed: int, patient: int, voxel_mm: float) -> list[dict]:
         alike = np.corrcoef(still.voxels.ravel(), seen.voxels.ravel())[0, 1]
         rows.append({"patient": patient, "grade": grade, "motion": float(1 - alike)})
     return rows
+
+
+def _redrawn(seed: int, patient: int, voxel_mm: float) -> list[dict]:
+    drawn, finer = (draw_visit(seed, patient, 1, mm) for mm in (voxel_mm, voxel_mm / 2))
+    seen = scan(drawn.volume, numpy_rng(seed, "noise", patient, 1), noise_sd=drawn.truth["noise_sd"])
+    outer, inner = contours(seen)
+    shape = [min(n, m // 2) for n, m in zip(seen.shape, finer.volume.shape, strict=True)]
+    turn = (..., slice(None, None, -1 if drawn.volume.side == "left" else 1))  # a left bone was mirrored when drawn
+    both, twice = (tuple(slice(n * parts) for n in shape) for parts in (1, 2))
+    found, own = (mask[turn][both] for mask in (outer & ~inner, drawn.compartments == CORTICAL))
+    parts = (finer.compartments == CORTICAL)[turn][twice]
+    parts = parts.reshape(shape[0], 2, shape[1], 2, shape[2], 2).mean((1, 3, 5))
+    fine = parts >= 0.5
+    return [
+        {
+            "patient": patient,
+            "truth_by_finer": dice(own, fine),
+            "found_by_own": dice(found, own),
+            "found_by_finer": dice(found, fine),
+            "volume_by_finer": float(own.sum() / parts.sum() - 1),
+        }
+    ]
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:
