@@ -317,7 +317,8 @@ class Transition(Section):
     among the lowest share `low` of the bones. A path stays within its ends to `tolerance` times the SD of that density
     over the bones, and its densities are trusted where `closed` of the slices have a closed cortex. `frames` has the
     film, `points` a path whose smoothness is measured. `geodesics` of so many pairs have `geodesic_points` each and are
-    found in `steps` iterations at most. `draws` are those of the intervals.
+    found in `steps` iterations at most. A fast ruler, fitted to `scans` training scans, reads bones on the generator's
+    own grid where `ring` of their outline has cortex. `draws` are those of the intervals.
     """
 
     weights: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -325,6 +326,8 @@ class Transition(Section):
     pairs: Count
     tolerance: Annotated[float, Field(ge=0)] = 0.1
     closed: Share = 0.5
+    scans: Count = 60
+    ring: Share = 0.9
     frames: Annotated[int, Field(ge=3)] = 12
     points: Annotated[int, Field(ge=3)] = 33
     geodesics: Count
@@ -365,7 +368,8 @@ class Editing(Section):
     A fast ruler is fitted to `scans` training scans; a bone is read where `closed` of its outline has cortex. Ranges
     come from `samples` of the model, `truncation` as in `quality`. Effects are measured at `codes` bones over +-`step`,
     responses up to the largest of `alphas`; `alpha` is that of Figure 7. `targets` can be met, `impossible` ones not;
-    `verified` of the former are measured by the slow ruler too. The classifiers of `tries` random networks each learn
+    `verified` of the former are measured by the slow ruler too, and counted apart where `shut` of the slices have a
+    closed cortex. The classifiers of `tries` random networks each learn
     for `epochs`; curvature is taken at `points`, over `tangents` directions. `draws` are those of the intervals.
     """
 
@@ -380,6 +384,7 @@ class Editing(Section):
     targets: Count
     impossible: Count = 20
     verified: Count
+    shut: Share = 0.5
     tries: Count
     epochs: Count
     points: Count
@@ -428,14 +433,29 @@ class Refinement(Section):
     space: Literal["w", "w+"] = "w"
 
 
+class Tried(Section):
+    """Weights and rates of a refinement, all combined, of which the best is taken: not in the paper.
+
+    It is chosen on `stacks` stacks of a share `apart` of the training patients, whom the encoder does not learn from
+    either; with the share of `Snapshots.validation` they are those whom the generator has not seen.
+    """
+
+    weights: tuple[tuple[NotNegative, NotNegative, NotNegative], ...]
+    rates: tuple[Positive, ...]
+    stacks: Count = 12
+    apart: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
 class Inversion(Section):
     """How real bones get codes (section 3.5): all held-out stacks, and `train_stacks` of the training stacks.
 
-    Reconstructions are compared on all held-out stacks, and `measured` of them, of as many patients, at full size.
+    `refine` is how, but for what is `tried`. Reconstructions are compared on all held-out stacks, and `measured` of
+    them, of as many patients, at full size.
     """
 
     encoder: EncoderTraining
     refine: Refinement = Refinement()
+    tried: Tried | None = None
     train_stacks: Annotated[int, Field(ge=0)] = 0
     measured: Annotated[int, Field(ge=0)] = 0
     draws: Count = 200

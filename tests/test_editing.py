@@ -84,6 +84,26 @@ def test_a_bone_is_drawn_to_measure_and_keeps_the_rest(tool, layers):
     assert (free - code).norm() < (moved - code).norm()
 
 
+def test_a_walk_goes_round_what_cannot_be_read(tool):
+    oracle = Oracle(latent=12, entangled=True).float()
+    code, free = torch.zeros(1, 12), torch.linalg.svd(oracle.M.float())[2][-1]  # nothing is seen of this direction
+    away = oracle.direction("Tb.BMD").float() + free
+
+    def margin(codes):
+        return 0.1 - 0.1 * codes @ away
+
+    def read(codes):
+        return torch.where(margin(codes)[:, None] < 0, torch.nan, tool.read(codes))
+
+    wanted = tool.read(code)[0]
+    wanted[1] = tool.low[1] + 0.95 * tool.span[1]
+    blind = tool._replace(read=read)
+    straight = editing.closed_loop(blind, code, wanted, starts=1, steps=6)
+    warned = editing.closed_loop(blind._replace(margin=margin), code, wanted, starts=1, steps=6)
+    assert straight.error > 0.1 and warned.error <= editing.TOLERANCE
+    assert float(margin(warned.code)) >= 0 and float(warned.code @ free) < -0.5
+
+
 def test_what_cannot_be_drawn_is_refused(tool):
     code = torch.zeros(1, 12)
     for target in (2 * float(tool.high[1]), float(tool.low[1]) / 2):

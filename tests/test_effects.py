@@ -7,6 +7,7 @@ import torch
 from bonelib import InputError
 from bonelib.latent import directions, editing, effects
 from bonelib.randomness import torch_rng
+from bonelib.scans.volumes import Volume
 from tests.oracle import TRAITS, Oracle
 
 NAMES = ("Tt.Ar", "Tb.BMD", "Ct.BMD", "Ct.Th")
@@ -110,14 +111,25 @@ def test_targets_are_met_by_the_loop_held_apart_and_refused_beyond_the_range(cal
 
 def test_the_slow_ruler_confirms_what_it_sees_and_counts_what_it_does_not():
     rows = [{"attribute": "Ct.Th", "start": 1.0, "closed measured": 1.0 + change} for change in (-0.2, 0.2, 0.4, 0.1)]
-    before = [{"Ct.Th": 1.0}] * 4
-    after = [{"Ct.Th": 0.9}, {"Ct.Th": 1.1}, {"Ct.Th": 1.2}, None]
-    thick, area = effects.confirmed(rows, before, after, ("Ct.Th", "Tt.Ar"))
-    assert (thick["N"], thick["of"]) == (3, 4)
-    assert thick["measured over read"] == pytest.approx(0.5) and thick["r"] == pytest.approx(1)
+    before = [{"Ct.Th": 1.0, "Tt.Ar": 1.0, "closed slices": share} for share in (1, 1, 0.3, 1)]
+    after = [{"Ct.Th": thick, "Tt.Ar": 1.0, "closed slices": 1.0} for thick in (0.9, 1.1, 1.4)] + [None]
+    thick, closed, area, _ = effects.confirmed(rows, before, after, ("Ct.Th", "Tt.Ar"), least=0.5)
+    assert (thick["bones"], thick["N"], thick["of"]) == ("contours found", 3, 4)
+    assert thick["measured over read"] == pytest.approx((0.02 + 0.02 + 0.16) / 0.24)
+    assert (closed["bones"], closed["N"]) == ("cortex closed", 2)
+    assert closed["measured over read"] == pytest.approx(0.5) and np.isnan(closed["r"])
     assert area["N"] == 0 and np.isnan(area["measured over read"])
-    blank = effects.confirmed(rows, before, [{"Ct.Th": np.nan}] * 4, ("Ct.Th",))[0]
-    assert blank["N"] == 0
+    nothing = [row | {"Ct.Th": np.nan} for row in before]
+    assert effects.confirmed(rows, before, nothing, ("Ct.Th",), least=0.5)[0]["N"] == 0
+
+
+def test_the_slow_ruler_tells_whether_a_cortex_is_closed():
+    z, y, x = np.indices((6, 80, 60))
+    radius = np.hypot(y - 40, x - 30)
+    ring = (200.0 * (radius < 22) + 700.0 * ((radius < 22) & (radius > 18))).astype(np.float32)
+    found = effects.by_ruler(Volume(ring, (0.3, 0.3, 0.3), "mgHA"))
+    assert found["closed slices"] == 1 and found["Tt.Ar"] == pytest.approx(np.pi * (22 * 0.3) ** 2, rel=0.05)
+    assert effects.by_ruler(Volume(np.zeros_like(ring), (0.3, 0.3, 0.3), "mgHA")) is None
 
 
 def test_an_atlas_of_a_density_has_it(calibrated):

@@ -7,7 +7,7 @@ from oracle import GRID, SPACING, Oracle
 
 from bonelib import InputError
 from bonelib.latent import inversion
-from bonelib.latent.codes import load_codes
+from bonelib.latent.codes import load_codes, mean_code
 from bonelib.latent.models import Model
 from bonelib.networks import build_critic, build_generator
 from bonelib.networks.encoder import LatentDiscriminator, critic_features
@@ -102,7 +102,7 @@ def test_refinement_recovers_codes(model):
 
 def test_the_published_refinement_lowers_the_loss_of_every_bone(model):
     _, volumes = bones(model, 6, "lowered")
-    how, start = Refinement(), inversion.mean_code(model, 6)
+    how, start = Refinement(), mean_code(model).expand(6, -1)
     found = inversion.refine(start, volumes, model, how, say=silent)
     before, after = (inversion.losses(how, model, volumes, codes) for codes in (start, found))
     assert (after < before).all()
@@ -121,7 +121,7 @@ def test_w_plus_fits_a_mixed_bone_that_one_style_cannot(model):
     mixed = codes[None]  # one bone, a style of its own in each of the three layers
     volume = inversion.draw_codes(model, mixed)
     how = Refinement(steps=200, rate=0.03, weights=(1, 0, 0))
-    start = inversion.mean_code(model, 1)
+    start = mean_code(model)[None]
     wide = inversion.refine(start, volume, model, how.model_copy(update=dict(space="w+")), say=silent)
     assert wide.shape == (1, 3, 8) and not torch.allclose(wide[:, 0], wide[:, 1])
     one = inversion.refine(start, volume, model, how, say=silent)
@@ -164,7 +164,7 @@ def test_an_encoder_trained_on_real_bones_draws_unseen_ones(model, data, tmp_pat
     inverter, points = inversion.train_encoder(how, model, data, tmp_path, state=tmp_path / "state", seed=1, say=silent)
     held_out = inversion.targets(model, data, data.of("held-out"))
     drawn = inversion.draw_codes(model, inversion.encode(inverter.encoder, held_out))
-    mean = inversion.draw_codes(model, inversion.mean_code(model, len(held_out)))
+    mean = inversion.draw_codes(model, mean_code(model).expand(len(held_out), -1))
     ratio = inversion.distortion(held_out, drawn).mean() / inversion.distortion(held_out, mean).mean()
     assert ratio < 0.5
     assert 0 <= points[-1]["told_apart"] <= 1 and points[-1]["seen"] == 640

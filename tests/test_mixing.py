@@ -23,6 +23,7 @@ def codes_of(oracle, n, seed=1):
 def test_the_published_crossings_follow_the_number_of_styles():
     assert mx.crossings(15, (3, 7, 12), 15) == [3, 7, 12]
     assert mx.crossings(6, (3, 7, 12), 15) == [1, 3, 5] and mx.crossings(3, (3, 7, 12), 15) == [1, 2]
+    assert mx.scaled(3, (3, 7, 12), 15) == "3 of 15: 1 of 3; 7 of 15: 1 of 3; 12 of 15: 2 of 3"
 
 
 def test_what_is_crossed(oracle):

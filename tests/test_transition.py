@@ -20,6 +20,19 @@ def test_the_published_weights():
     assert torch.allclose(path[1], 0.75 * first + 0.25 * last)
 
 
+def test_an_arc_keeps_its_distance_from_the_middle_and_turns_evenly():
+    middle, first, last = torch.randn(3, 2, 40, generator=torch_rng(4, "test"))
+    path = tr.arc(first, last, np.linspace(0, 1, 9), middle)
+    away = (path - middle).flatten(1)
+    assert torch.allclose(path[[0, -1]], torch.stack([first, last]), atol=1e-5)
+    size = away.norm(dim=1)
+    assert torch.allclose(size, torch.linspace(float(size[0]), float(size[-1]), 9), rtol=1e-4)
+    turn = torch.arccos((away[1:] * away[:-1]).sum(1) / (size[1:] * size[:-1]))
+    assert turn.std() < 1e-3 * turn.mean() and turn.mean() > 0.1
+    assert (tr.line(first, last, [0.5])[0] - middle).norm() < 0.8 * size[4]  # where the straight line falls inwards
+    assert torch.equal(tr.arc(first, first, [0, 1], middle), tr.line(first, first, [0, 1]))
+
+
 def test_codes_that_share_an_attribute_share_it_with_all_between_them():
     oracle = Oracle(latent=12)
     oracle.M = oracle.M.double()
@@ -98,12 +111,16 @@ def test_staying_is_counted_by_path_and_resampled_by_patient():
     patients = [(f"p{i}", f"q{i}") for i in range(10)]
     closed = np.ones((10, 3))
     closed[3:8, 1] = 0.2  # three paths within the ends, and two outside, have an open cortex
-    table = tr.staying(values, closed, patients, margin=0.6, least=0.5, seed=1, draws=200)
+    table = tr.staying(values, closed, patients, low=2.0, margin=0.6, least=0.5, seed=1, draws=200)
     rows = {(row["paths"], row[""]): row for row in table}
     exact = rows["contours found", "share of paths within the ends"]
     assert exact["value"] == pytest.approx(6 / 9) and exact["N"] == 9 and exact["low"] < 6 / 9 < exact["high"]
     assert rows["contours found", "share of paths within the ends, up to 0.6"]["value"] == 1
+    assert rows["contours found", "share of paths that stay low, up to 0.6"]["value"] == 1
     assert rows["contours found", "distance beyond the ends"]["value"] == pytest.approx(0.5 * 3 / 9)
+    strict = tr.staying(values, closed, patients, low=2.0, margin=0.1, least=0.5, seed=1, draws=20)
+    strict = {(row["paths"], row[""]): row["value"] for row in strict}
+    assert strict["contours found", "share of paths that stay low, up to 0.1"] == pytest.approx(6 / 9)
     assert rows["contours found", "share of all paths"]["value"] == 0.9
     exact = rows["cortex closed", "share of paths within the ends"]
     assert exact["value"] == 0.75 and exact["N"] == 4 and rows["cortex closed", "share of all paths"]["value"] == 0.4

@@ -23,6 +23,7 @@ GRID_MM = 0.9  # volumes are averaged over blocks while their voxels are finer t
 BONE = 200.0  # mg HA/cm3: more than soft tissue on such voxels, less than half a voxel of cortex
 MARROW = 60.0  # mg HA/cm3: less than trabecular bone with its marrow, more than soft tissue
 CORTEX = 300.0  # mg HA/cm3: there is cortex where a voxel or one beside it has as much
+SOFT_CORTEX = 50.0  # mg HA/cm3, width of the threshold in `closure`
 CLOSED = 0.9  # share of the outline that needs cortex, as of a closed ring in `contours`
 SOFT = (0.0, 600.0)  # mg HA/cm3: a voxel of the border counts from nothing to wholly
 FEATURES = ("area", "outline", "core", "rim", "peak", "mean")
@@ -32,6 +33,7 @@ UNITS = {"Tt.Ar": "mm2", "Tb.BMD": "mg HA/cm3", "Ct.BMD": "mg HA/cm3", "Ct.Th": 
 LEAST = 4  # scans that `fit` must be given
 RIDGE = 1e-4  # variance of a logarithm that is added to each feature's
 PLANE = ndimage.generate_binary_structure(2, 1)[None]
+WIDE = (np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5)[None]  # no gap between radius and ulna is as wide
 DISC = (np.hypot(*np.mgrid[-3:4, -3:4]) < 3.5)[None]  # what joins radius and ulna is narrower
 
 
@@ -69,13 +71,10 @@ def features(density: Tensor, spacing, closed: float = CLOSED) -> Tensor:
     outline (mg/cm3 mm), the rim's density weighted by itself, the mean density within; rotation in degrees. Which
     voxels are looked at, the radius and not the ulna, is decided without a gradient. NaN if no cortex closes.
     """
-    spacing = list(spacing)
-    while min(spacing) < GRID_MM and not any(n % 2 for n in density.shape[2:]):
-        density, spacing = downsample(density), [2 * s for s in spacing]
+    density, spacing = _coarse(density, spacing)
     n, _, z, y, x = density.shape
     flat = density.reshape(n * z, y, x)
-    steady = ndimage.uniform_filter(density[:, 0].detach().cpu().numpy(), (0, 3, 0, 0), mode="nearest")
-    radius = _outlines(steady.reshape(n * z, y, x))
+    radius = _outlines(_steady(density))
     outer = torch.from_numpy(radius).to(flat)
     near, deep = _grown(outer, 1), _shrunk(outer, 1)
     inside = deep + (near - deep) * ((flat - SOFT[0]) / (SOFT[1] - SOFT[0])).clamp(0, 1)
@@ -101,9 +100,38 @@ def features(density: Tensor, spacing, closed: float = CLOSED) -> Tensor:
     return torch.where(enough[:, None], found, torch.nan)
 
 
+def closure(density: Tensor, spacing) -> Tensor:
+    """Share of the outline at which bones (n, 1, z, y, x) have cortex, (n,), differentiable: softly counted."""
+    density, _ = _coarse(density, spacing)
+    n, _, z, y, x = density.shape
+    flat = density.reshape(n * z, y, x)
+    edge = torch.from_numpy(_edge(_outlines(_steady(density)))).to(flat).reshape(n, -1)
+    cortex = torch.sigmoid((_grown(flat, 1) - CORTEX) / SOFT_CORTEX).reshape(n, -1)
+    return (edge * cortex).sum(1) / edge.sum(1).clamp(min=1)
+
+
+def _coarse(density, spacing):
+    spacing = list(spacing)
+    while min(spacing) < GRID_MM and not any(n % 2 for n in density.shape[2:]):
+        density, spacing = downsample(density), [2 * s for s in spacing]
+    return density, spacing
+
+
+def _steady(density):
+    """Slices (n * z, y, x) on which outlines are sought: a mean of three, so that they fit one another."""
+    steady = ndimage.uniform_filter(density[:, 0].detach().cpu().numpy(), (0, 3, 0, 0), mode="nearest")
+    return steady.reshape(-1, *steady.shape[2:])
+
+
+def _edge(radius):
+    return radius & ~ndimage.binary_erosion(radius, PLANE)
+
+
 def _outlines(flat):
     """The radius and what it encloses, in every slice (n, y, x)."""
-    marrow = ndimage.median_filter(flat, (1, 3, 3)) > MARROW  # where the cortex has a gap
+    # Where the cortex has a gap, marrow fills it; what is narrower than marrow lies between two bones, or about one
+    marrow = (ndimage.median_filter(flat, (1, 3, 3)) > MARROW) & (flat < CORTEX)
+    marrow = ndimage.binary_opening(marrow, WIDE)
     filled = ndimage.binary_fill_holes((flat > BONE) | marrow, PLANE)
     body = ndimage.binary_erosion(filled, DISC, border_value=1)
     labels, count = ndimage.label(body, np.pad(PLANE, ((1, 1), (0, 0), (0, 0))))
@@ -116,7 +144,7 @@ def _outlines(flat):
 
 def _closed(flat, radius, n):
     """Share of the outline of every bone (n,) at which there is cortex."""
-    edge = radius & ~ndimage.binary_erosion(radius, PLANE)
+    edge = _edge(radius)
     cortex = ndimage.maximum_filter(flat, (1, 3, 3)) > CORTEX
     found, whole = ((mask.reshape(n, -1)).sum(1) for mask in (edge & cortex, edge))
     return found / np.maximum(whole, 1)

@@ -42,6 +42,13 @@ def load_codes(folder: str | Path, which: str = "refined") -> tuple[Tensor, list
     return codes, rows
 
 
+def mean_code(model: Model) -> Tensor:
+    """The code at the middle of the latent space, (code,), where the model's generator is."""
+    generator = trunk(model.generator)
+    place = next(generator.parameters(), torch.zeros(1)).device
+    return generator.to_styles(generator.sample_latent(1, torch_rng(0, "any code")).to(place), 0.0)[0].detach()
+
+
 def scan_of(data: Stacks, row: dict) -> Volume:
     """The stack of slices, in mg HA/cm3, that a row of codes.csv names by its scan and first slice."""
     found = [r for r in data.rows if r["scan"] == row["scan"] and r["start"] == int(row["start"])]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bonelib import InputError
-from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge
+from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge, closure
 from bonelib.networks.encoder import trunk
 from bonelib.randomness import torch_rng
 
@@ -25,7 +25,9 @@ PLAUSIBLE = 0.999  # share of samples that lie no farther out than a code may be
 REACH = 6.0  # length of a move in SDs of the latent distribution beyond which it is another bone
 TOLERANCE = 0.01  # of the range: where the closed loop stops
 STEPS = 16  # of the closed loop at most
-LONGEST, PARTS, ASIDE = 2.5, (1.0, 0.6, 0.3, 0.1), 0.3  # of its steps in SDs, parts of them, and how far these turn
+LONGEST, PARTS, ASIDE = 2.5, (1.0, 0.6, 0.3, 0.1), 0.5  # of its steps in SDs, parts of them, and how far these turn
+SHUT = 0.02  # margin of a reading below which a step holds it
+STARTS, BESIDE = 4, 1.5  # walks of the closed loop at most, and how many SDs beside the code all but one begin
 DAMPING = 3e-3  # of the mean squared effect, added before it is inverted
 
 
@@ -33,7 +35,8 @@ class Instrument(NamedTuple):
     """A generator whose attributes can be read and asked for.
 
     `read(codes)` gives attributes `names` (n, k). `low`, `high` (k,): the calibrated range, outside of which nothing is
-    drawn. `mean` (d,), `spread` (d, d): of the generator's codes, a code is mean + spread @ white; `farthest`: the norm
+    drawn. `margin(codes)` (n,) says how far what is read is from being lost, at 0, if it can be.
+    `mean` (d,), `spread` (d, d): of the generator's codes, a code is mean + spread @ white; `farthest`: the norm
     of white that `PLAUSIBLE` of them do not exceed.
     """
 
@@ -44,6 +47,7 @@ class Instrument(NamedTuple):
     mean: Tensor
     spread: Tensor
     farthest: float
+    margin: Callable[[Tensor], Tensor] | None = None
 
     @property
     def span(self) -> Tensor:
@@ -80,15 +84,21 @@ def reader(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
 
     The levels of detail are left out: they keep the mean of every block of voxels, which is all that a gauge looks at.
     """
-    own = trunk(generator)
-    low, high = data["intensity"]
-    halvings = generator.stages - own.stages
-    spacing = [mm * 2**halvings for mm in data["spacing_mm"]]
+    density, spacing = _coarsely(generator, data)
+    return lambda codes: gauge.read(density(codes), spacing)
 
-    def read(codes):
-        return gauge.read(low + (high - low) * own.synthesize(codes), spacing)
 
-    return read
+def shutter(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
+    """`margin(codes)` (n,): the share of its outline at which a bone has cortex, less what a reading needs."""
+    density, spacing = _coarsely(generator, data)
+    return lambda codes: closure(density(codes), spacing) - gauge.closed
+
+
+def _coarsely(generator, data):
+    """What maps codes to densities on the grid of the generator itself, and that grid's spacing."""
+    own, (low, high) = trunk(generator), data["intensity"]
+    spacing = [mm * 2 ** (generator.stages - own.stages) for mm in data["spacing_mm"]]
+    return lambda codes: low + (high - low) * own.synthesize(codes), spacing
 
 
 def readings(read: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
@@ -109,7 +119,9 @@ def jacobian(read: Callable[[Tensor], Tensor], codes: Tensor) -> tuple[Tensor, T
     return torch.cat(values), torch.cat(slopes)
 
 
-def calibrate(read, names, generator, *, seed: int, samples: int, truncation: float | None = None, within=None):
+def calibrate(
+    read, names, generator, *, seed: int, samples: int, truncation: float | None = None, within=None, margin=None
+):
     """An `Instrument` for a generator: range and plausible density from samples of its own, with their readings.
 
     `within` (low, high), each (k,) with NaN for no bound, narrows the range, as to what a gauge was fitted on. If fewer
@@ -131,7 +143,7 @@ def calibrate(read, names, generator, *, seed: int, samples: int, truncation: fl
     low, high = measurable.quantile(torch.tensor(RANGE), 0) if enough else torch.full((2, len(names)), torch.nan)
     if within is not None and enough:
         low, high = torch.fmax(low, within[0]), torch.fmin(high, within[1])
-    made = Instrument(read, tuple(names), low, high, mean, spread, 0.0)
+    made = Instrument(read, tuple(names), low, high, mean, spread, 0.0, margin)
     fresh = made.distance(drawn(8 * codes.shape[-1], "codes of the farthest"))
     return made._replace(farthest=float(fresh.quantile(PLAUSIBLE))), codes, found
 
@@ -150,47 +162,78 @@ class Moved(NamedTuple):
     steps: int
 
 
-def closed_loop(tool: Instrument, code: Tensor, targets: Tensor, *, seed: int = 0, steps: int = STEPS) -> Moved:
+def closed_loop(
+    tool: Instrument, code: Tensor, targets: Tensor, *, seed: int = 0, steps: int = STEPS, starts: int = STARTS
+) -> Moved:
     """Move a code (1, ...) until its attributes are `targets` (k,), NaN where one may go anywhere.
 
     Gauss-Newton on measured values: a step is the shortest, in SDs of the latent distribution, that corrects all errors
-    by the effects measured at the code, so that what is right already is held by their null space. Of its parts, and of
-    parts turned aside at random, the best is taken; what is read jumps where an outline opens or closes, and a way
-    around is needed then. No step leaves the plausible region (`Instrument`, `REACH`); a code that lies outside of it
-    may not move farther out. The best code of the way is returned, whether or not it is as asked.
+    by the effects measured at the code, so that what is right already is held by their null space; so is the cortex,
+    where the step would open it (`Instrument.margin`). Of its parts, and of parts turned aside at random, the best is
+    taken; if none is better than where it stands, the step is halved. No step leaves the plausible region
+    (`Instrument`, `REACH`); a code that lies outside of it may not move farther out. What is read jumps where an
+    outline opens or closes, and a walk may end there: up to `starts` walks are made, all but the first from a place
+    `BESIDE` the code. The best code of all is returned, whether or not it is as asked.
     """
-    asked, rng = targets.isfinite(), torch_rng(seed, "closed loop")
-    limit = max(tool.farthest, float(tool.distance(code)))
+    rng, best = torch_rng(seed, "closed loop"), None
+    for number in range(starts):
+        start = torch.zeros(1, code.shape[-1])
+        if number:
+            start = torch.randn(start.shape, generator=rng)
+            start = start * BESIDE / start.norm()
+        found = _walk(tool, code, start, targets, steps, rng)
+        best = found if best is None or found.error < best.error else best
+        if best.error <= TOLERANCE:
+            break
+    return best
+
+
+def _walk(tool, code, white, targets, steps, rng) -> Moved:
+    """One walk of `closed_loop`, from the code moved by `white` (1, d) SDs."""
+    asked, limit = targets.isfinite(), max(tool.farthest, float(tool.distance(code)))
 
     def errors(values):
         return ((targets - values)[:, asked] / tool.span[asked]).nan_to_num(nan=torch.inf)
 
-    white = torch.zeros(1, code.shape[-1])
-    values = readings(tool.read, code)
-    best = Moved(code, values[0], float(errors(values).abs().max()), 0.0, 0)
+    at, longest = shifted(code, white @ tool.spread.T), LONGEST
+    values = readings(tool.read, at)
+    error = float(errors(values).abs().max()) if float(tool.distance(at)) <= limit + 1e-3 else float("inf")
+    best = Moved(at, values[0], error, float(white.norm()), 0)
     for number in range(1, steps + 1):
         if best.error <= TOLERANCE:
             break
-        values, slopes = jacobian(tool.read, shifted(code, white @ tool.spread.T))
+        at = shifted(code, white @ tool.spread.T)
+        values, slopes = jacobian(tool.read, at)
         if not (values.isfinite().all() and slopes.isfinite().all()):
             break
-        step = nearest((slopes[0] / tool.span[:, None])[asked] @ tool.spread, errors(values)[0])
-        step = step * min(1.0, LONGEST / max(float(step.norm()), 1e-9))
+        effect, change = (slopes[0] / tool.span[:, None])[asked] @ tool.spread, errors(values)[0]
+        step = _shortened(nearest(effect, change), longest)
+        if tool.margin is not None:
+            margin, its = jacobian(lambda codes: tool.margin(codes)[:, None], at)
+            its = its[0] @ tool.spread
+            if float(margin + its @ step) < SHUT:  # the cortex would open: hold it shut, as one attribute more
+                more = torch.cat([change, SHUT - margin[0]])
+                step = _shortened(nearest(torch.cat([effect, its]), more), longest)
         aside = torch.randn(len(PARTS), len(step), generator=rng) * ASIDE / len(step) ** 0.5
-        trials = white + torch.cat(
-            [torch.outer(torch.tensor(PARTS), step), torch.outer(torch.tensor(PARTS), step) + aside]
-        )
+        trials = torch.outer(torch.tensor(PARTS), step)
+        trials = white + torch.cat([trials, trials + float(step.norm()) * aside])
         codes = shifted(code.expand(len(trials), *code.shape[1:]), trials @ tool.spread.T)
         plausible = (trials.norm(dim=1) <= REACH) & (tool.distance(codes) <= limit)
         found = readings(tool.read, codes)
         miss = torch.where(plausible, errors(found).norm(dim=1), torch.inf)
-        if not miss.isfinite().any():
-            break
         chosen = int(miss.argmin())
-        white, error = trials[chosen : chosen + 1], float(errors(found)[chosen].abs().max())
+        if not miss[chosen] < change.norm():
+            longest = float(step.norm()) / 2
+            continue
+        white, longest = trials[chosen : chosen + 1], min(LONGEST, 2 * longest)
+        error = float(errors(found)[chosen].abs().max())
         if error < best.error:
             best = Moved(codes[chosen : chosen + 1], found[chosen], error, float(white.norm()), number)
     return best
+
+
+def _shortened(step, longest):
+    return step * min(1.0, longest / max(float(step.norm()), 1e-9))
 
 
 def nearest(effect: Tensor, change: Tensor) -> Tensor:
@@ -247,7 +290,8 @@ def load_instrument(path: str | Path, generator, data: dict) -> Instrument:
     tensors = load_file(path)
     gauge = Gauge(**{key.removeprefix("gauge."): value for key, value in tensors.items() if key.startswith("gauge.")})
     rest = {key: tensors[key] for key in ("low", "high", "mean", "spread")}
-    return Instrument(reader(generator, gauge, data), ATTRIBUTES, **rest, farthest=float(tensors["farthest"]))
+    rest |= {"farthest": float(tensors["farthest"]), "margin": shutter(generator, gauge, data)}
+    return Instrument(reader(generator, gauge, data), ATTRIBUTES, **rest)
 
 
 def _flat(codes: Tensor) -> Tensor:

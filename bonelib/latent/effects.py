@@ -6,6 +6,7 @@ samples, the samples).
 
 import time
 import warnings
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.evaluation.compartments import CLOSED, read
 from bonelib.evaluation.gauge import UNITS
 from bonelib.evaluation.morphometry import measure
 from bonelib.latent.directions import Direction
@@ -297,27 +299,31 @@ def panels(tool: Instrument, rows: list[dict], names) -> list[dict]:
 
 
 def by_ruler(volume: Volume) -> dict[str, float] | None:
-    """`morphometry.measure` of a bone, None where no contours are found."""
+    """`morphometry.measure` of a bone and its share of closed slices, None where no contours are found."""
     try:
-        return measure(volume)
+        return measure(volume) | {CLOSED: read(volume).traits[CLOSED]}
     except InputError:
         return None
 
 
-def confirmed(rows: list[dict], before: list, after: list, names) -> list[dict]:
+def confirmed(rows: list[dict], before: list, after: list, names, *, least: float) -> list[dict]:
     """What the slow ruler says of the bones of `asked` (rows), drawn whole before and after the move.
 
-    `before`, `after`: of every row what `by_ruler` found. Rows: attribute (of `names`), N measured of how many; the
-    mean change read, and measured over it (1: the slow ruler sees all of it): slope through 0; correlation.
+    `before`, `after`: of every row what `by_ruler` found. Rows: attribute (of `names`), of all bones with contours and
+    of those whose cortex is closed in the share `least` of their slices, both before and after, as contours forced over
+    a gap may leave out part of a bone; N of how many; the mean change read, and measured over it (1: the slow ruler
+    sees all of it): slope through 0; correlation.
     """
     table = []
-    for name in names:
+    for name, (bones, limit) in product(names, {"contours found": 0.0, "cortex closed": least}.items()):
         mine = [i for i, row in enumerate(rows) if row["attribute"] == name]
         both = [i for i in mine if before[i] and after[i] and np.isfinite(after[i][name] - before[i][name])]
+        both = [i for i in both if min(before[i][CLOSED], after[i][CLOSED]) >= limit]
         wanted = np.array([rows[i]["closed measured"] - rows[i]["start"] for i in both])
         seen = np.array([after[i][name] - before[i][name] for i in both])
         enough = len(both) > 2 and wanted.std() > 0
-        row = dict(attribute=name, N=len(both), of=len(mine), read=float(np.abs(wanted).mean()) if both else np.nan)
+        row = dict(attribute=name, bones=bones, N=len(both), of=len(mine))
+        row["read"] = float(np.abs(wanted).mean()) if both else np.nan
         row["measured over read"] = float((wanted @ seen) / (wanted @ wanted)) if both and wanted.any() else np.nan
         table.append(row | {"r": float(np.corrcoef(wanted, seen)[0, 1]) if enough else np.nan})
     return table
@@ -359,8 +365,8 @@ def atlases(tool: Instrument, codes: Tensor, known: dict[str, np.ndarray]) -> tu
         places[name] = (at.tolist(), int(has.sum()))
     rows = []
     for name, (at, n) in places.items():
-        for a, read in zip(at, readings(tool.read, found[name]).tolist(), strict=True):
-            rows.append(dict(condition=name, at=a, N=n) | dict(zip(tool.names, read, strict=True)))
+        for a, values in zip(at, readings(tool.read, found[name]).tolist(), strict=True):
+            rows.append(dict(condition=name, at=a, N=n) | dict(zip(tool.names, values, strict=True)))
     return found, rows
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bonelib import InputError, networks, pyramid, randomness, training
+from bonelib.latent.codes import mean_code
 from bonelib.latent.models import Model
 from bonelib.latent.models import refine as draw_details
 from bonelib.networks.encoder import (
@@ -116,13 +117,6 @@ def targets(model: Model, data: Stacks, rows: list[dict]) -> Tensor:
     return data.pooled(rows, halvings(model, data.meta["stack_slices"])).float()
 
 
-def mean_code(model: Model, n: int) -> Tensor:
-    """`n` times the code at the middle of the latent space, (n, code)."""
-    generator = trunk(model.generator)
-    latent = generator.sample_latent(1, torch_rng(0, "any code")).to(_place(model))
-    return generator.to_styles(latent, 0.0).repeat(n, 1).detach().cpu()
-
-
 def encode(encoder: Encoder, volumes: Tensor) -> Tensor:
     """Codes (n, code) of volumes on the generator's grid, (n, 1, z, y, x)."""
     place = encoder.statistics.device
@@ -171,7 +165,8 @@ def train_encoder(
     the newest state in `state`, bit for bit. Raises `InputError` if it diverges, or when asked to stop.
     """
     folder, state = Path(folder), Path(state)
-    run = fingerprint(params, model.config["sha256"], data.meta["data_hash"], seed, CODE)
+    patients = sorted({row["patient"] for row in data.of("train")})
+    run = fingerprint(params, model.config["sha256"], data.meta["data_hash"], patients, seed, CODE)
     with checkpoint.locked(state), checkpoint.asked_to_stop() as asked:
         inverter, points = _train_encoder(params, model, data, state, run, seed, say, asked)
     folder.mkdir(parents=True, exist_ok=True)
@@ -433,7 +428,7 @@ def ways(
     timed("encoder", lambda: encode(inverter.encoder, every), len(every))
     first = codes["encoder"]
     timed("hybrid", lambda: refined("hybrid", first, every), len(every), seconds["encoder"])
-    timed("optimisation", lambda: refined("optimisation", mean_code(model, n), volumes), n)
+    timed("optimisation", lambda: refined("optimisation", mean_code(model).cpu().expand(n, -1), volumes), n)
     if style_layers(model.generator) is not None and how.space == "w":
         wide = how.model_copy(update=dict(space="w+"))
         timed("hybrid in W+", lambda: refined("hybrid in W+", first[:n], volumes, wide), n, seconds["encoder"])

@@ -48,6 +48,11 @@ def crossings(styles: int, published, of: int) -> list[int]:
     return sorted({min(max(round(a * styles / of), 1), styles - 1) for a in published})
 
 
+def scaled(styles: int, published, of: int) -> str:
+    """What becomes of each of the `published` crossings, to be read: "3 of 15: 1 of 3; ..."."""
+    return "; ".join(f"{a} of {of}: {crossings(styles, [a], of)[0]} of {styles}" for a in published)
+
+
 def opposite_pairs(values, patients, share: float, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """`count` pairs (source, target) at random: a source among the lowest `share` of `values` (n,), a target among the
     highest, of two patients. NaN values are left out. Raises `InputError` where there is no such pair."""

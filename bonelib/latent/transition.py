@@ -25,6 +25,19 @@ def line(first: Tensor, last: Tensor, weights) -> Tensor:
     return (1 - weights) * first + weights * last
 
 
+def arc(first: Tensor, last: Tensor, weights, centre: Tensor) -> Tensor:
+    """The path on a sphere about `centre` (weights, *code): the direction from it turns evenly, and the distance from
+    it changes evenly, so that no code between two lies nearer to the mean than both do. For codes of one shape."""
+    a, b = first - centre, last - centre
+    size_a, size_b = a.norm(), b.norm()
+    angle = torch.arccos((a * b / (size_a * size_b)).sum().clamp(-1, 1))
+    if angle < 1e-3:
+        return line(first, last, weights)
+    w = torch.as_tensor(weights, dtype=first.dtype).reshape(-1, *[1] * first.dim())
+    turned = (torch.sin((1 - w) * angle) * a / size_a + torch.sin(w * angle) * b / size_b) / torch.sin(angle)
+    return centre + ((1 - w) * size_a + w * size_b) * turned
+
+
 def geodesic(draw: Callable[[Tensor], Tensor], path: Tensor, steps: int) -> Tensor:
     """The path with the ends of `path` (points, *code) whose volumes change least: a geodesic of the metric that the
     generator pulls back from voxels to codes (Shao et al. 2018).
@@ -102,30 +115,43 @@ def low_pairs(values, patients, share: float, count: int, rng: np.random.Generat
     return [pairs[k] if rng.random() < 0.5 else pairs[k][::-1] for k in chosen]
 
 
-def measured(model: Model, codes: Tensor, pairs: list[tuple[int, int]], weights, seed: int) -> dict[str, np.ndarray]:
-    """Area and densities along the straight path of every pair of `codes` (n, *code): {trait: (pairs, weights)}.
+def measured(
+    model: Model, codes: Tensor, pairs: list[tuple[int, int]], weights, seed: int, way=line
+) -> dict[str, np.ndarray]:
+    """Area and densities along the path of every pair of `codes` (n, *code): {trait: (pairs, weights)}.
 
-    `weights` run from 0 to 1; bones that stand in several pairs are drawn once. NaN where no contours are found.
+    `weights` run from 0 to 1, `way(first, last, weights)` is the path; bones that stand in several pairs are drawn
+    once. NaN where no contours are found.
     """
-    between = [line(codes[i], codes[j], weights[1:-1]) for i, j in pairs]
+    between = [way(codes[i], codes[j], weights[1:-1]) for i, j in pairs]
     paths = along(model, codes, pairs, between, seed, read)
     return {trait: np.array([[reading.traits[trait] for reading in path] for path in paths]) for trait in TRAITS}
 
 
 def staying(
-    values: np.ndarray, closed: np.ndarray, patients: list[tuple[str, str]], *, margin: float, least: float, seed, draws
+    values: np.ndarray,
+    closed: np.ndarray,
+    patients: list[tuple[str, str]],
+    *,
+    low: float,
+    margin: float,
+    least: float,
+    seed,
+    draws,
 ) -> list[dict]:
     """What the paths (n, points) of one density do between their ends, a row each, with intervals by patient.
 
-    The share that stays within the ends, exactly and up to `margin`; how far a path leaves them on average; and how
-    much its middle lies above the mean of its ends, since a code between two codes is nearer to the mean bone. All this
-    for paths on which every bone has contours, and for those on which every bone also has a closed cortex in the share
-    `least` of its slices (`closed`, (n, points)), where the density can be trusted. `patients` names the two of a path.
+    The share that stays below `low`, which both ends should be, up to `margin`, and within the ends, exactly and up to
+    `margin`; how far a path leaves them on average; and how much its middle lies above the mean of its ends, since a
+    code between two codes is nearer to the mean bone. All this for paths on which every bone has contours, and for
+    those on which every bone also has a closed cortex in the share `least` of its slices (`closed`, (n, points)), where
+    the density can be trusted. `patients` names the two of a path.
     """
     values, closed = np.asarray(values, float), np.asarray(closed, float)
     away, measured = beyond(values), np.isfinite(values).all(axis=1)
     middle = values[:, values.shape[1] // 2] - values[:, [0, -1]].mean(axis=1)
     numbers = {
+        f"share of paths that stay low, up to {margin:.3g}": values.max(axis=1) <= low + margin,
         "share of paths within the ends": away <= 0,
         f"share of paths within the ends, up to {margin:.3g}": away <= margin,
         "distance beyond the ends": away,
