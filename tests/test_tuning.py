@@ -48,7 +48,8 @@ def test_nothing_is_chosen_where_nothing_can_be_read(model, tmp_path):
     empty = torch.zeros(2, 1, 4, 36, 28)
     assert np.isnan(tuning.misread(model, empty, empty)).all()
     tried = Tried(weights=((1, 0, 0),), rates=(1e-6,))
-    with pytest.raises(InputError, match="none of 2 reconstructions can be read"):
-        tuning.choose(empty, model, inversion.Inverter(guess, None), Refinement(steps=1), tried)
+    how = Refinement(steps=1, rate=0.1)
+    chosen, rows = tuning.choose(empty, model, inversion.Inverter(guess, None), how, tried)
+    assert chosen == how and (rows[0]["N"], rows[0]["chosen"], rows[0]["attributes, SDs off"]) == (0, False, None)
     with pytest.raises(InputError, match="no such file"):
         tuning.load_refinement(tmp_path)

@@ -38,28 +38,29 @@ def choose(
 ) -> tuple[Refinement, list[dict]]:
     """`how` with the weights and the rate of `tried` whose reconstructions of `volumes` measure most like them.
 
-    Rows: weights, rate, `misread` (mean over bones that could be read), PSNR, latent loss, share of bones whose loss
-    was lowered, whether it was chosen. Raises `InputError` if no bone can be read.
+    Rows: weights, rate, `misread` (mean over the bones that can be read in all of them, and how many these are), PSNR,
+    latent loss, share of bones whose loss was lowered, whether it was chosen. If no bone can be read, none is chosen,
+    and `how` stays as it is.
     """
-    start, rows, ways = encode(inverter.encoder, volumes), [], []
+    start, rows, ways, wrong = encode(inverter.encoder, volumes), [], [], []
     for weights, rate in product(tried.weights, tried.rates):
         way = how.model_copy(update=dict(weights=weights, rate=rate))
         codes = refine(start, volumes, model, way, judge=inverter.judge)
         before, after = (further_measures(way, model, volumes, c, inverter.judge) for c in (start, codes))
         drawn = draw_codes(model, codes)
-        wrong = misread(model, volumes, drawn)
-        wrong = float(wrong[np.isfinite(wrong)].mean()) if np.isfinite(wrong).any() else float("nan")
+        wrong.append(misread(model, volumes, drawn))
         latent = next(float(v.mean()) for key, v in after.items() if key.startswith("latent"))
         lowered = float((after["refinement loss"] < before["refinement loss"]).mean())
         quality = float(psnr(volumes[:, 0].numpy(), drawn[:, 0].numpy()).mean())
-        found = {"attributes, SDs off": wrong, "PSNR, dB": quality, "latent": latent, "loss lowered": lowered}
-        rows.append({"weights": " ".join(f"{w:g}" for w in weights), "rate": rate, "N": len(volumes), **found})
+        named = {"weights": " ".join(f"{w:g}" for w in weights), "rate": rate}
+        rows.append(named | {"PSNR, dB": quality, "latent": latent, "loss lowered": lowered})
         ways.append(way)
-    scores = [row["attributes, SDs off"] for row in rows]
-    if not np.isfinite(scores).any():
-        raise InputError(f"inversion: none of {len(volumes)} reconstructions can be read, and no refinement is best")
-    best = int(np.nanargmin(scores))
-    return ways[best], [row | {"chosen": i == best} for i, row in enumerate(rows)]
+    read = np.isfinite(wrong).all(0)
+    scores = [float(values[read].mean()) if read.any() else None for values in wrong]
+    best = int(np.argmin(scores)) if read.any() else None
+    for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
+        row |= {"attributes, SDs off": score, "N": int(read.sum()), "chosen": i == best}
+    return how if best is None else ways[best], rows
 
 
 def save_refinement(folder: str | Path, how: Refinement) -> None:
