@@ -29,7 +29,7 @@ def test_an_arc_keeps_its_distance_from_the_middle_and_turns_evenly():
     assert torch.allclose(size, torch.linspace(float(size[0]), float(size[-1]), 9), rtol=1e-4)
     turn = torch.arccos((away[1:] * away[:-1]).sum(1) / (size[1:] * size[:-1]))
     assert turn.std() < 1e-3 * turn.mean() and turn.mean() > 0.1
-    assert (tr.line(first, last, [0.5])[0] - middle).norm() < 0.8 * size[4]  # where the straight line falls inwards
+    assert (tr.line(first, last, [0.5])[0] - middle).norm() < 0.95 * size[4]  # where the straight line falls inwards
     assert torch.equal(tr.arc(first, first, [0, 1], middle), tr.line(first, first, [0, 1]))
 
 
