@@ -61,6 +61,9 @@ def main() -> int:
     die_with_parent()
     # Threads that wait in a loop for each other lose most of their time where another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Freed memory is kept (glibc): to give back and fetch again what a feature map takes costs more than to fill it.
+    for name, value in (("MALLOC_MMAP_MAX_", 0), ("MALLOC_TRIM_THRESHOLD_", 1 << 33)):
+        os.environ.setdefault(name, str(value))
     cli = argparse.ArgumentParser(description=__doc__)
     for name in ("stage", "source", "target"):
         cli.add_argument(name)

@@ -508,15 +508,21 @@ class Ladder(Section):
 class Privacy(Section):
     """The privacy audit: `stacks` of each of `members` training patients and of all held-out ones, `samples` drawn.
 
-    The leak is planted with `planted` patients; voxels are compared after `halvings`, codes fitted in `steps`.
+    The leak is planted with `planted` patients: copies with noise of `copy_noise` of the intensities, and a critic that
+    is trained `overtraining` updates too long. Voxels are compared after `halvings`, codes fitted in `steps` of Adam at
+    `rate`. `tolerated` is the share of members that may be recognised at 1 % false alarms.
     """
 
     samples: Annotated[int, Field(ge=4)]
     members: Annotated[int, Field(ge=4)]
     planted: Annotated[int, Field(ge=2)] = 20
     stacks: Count = 2
+    copy_noise: NotNegative = 0.005
+    overtraining: Count = 600
     halvings: Annotated[int, Field(ge=0)] = 2
     steps: Count = 30
+    rate: Positive = 0.05
+    tolerated: Annotated[float, Field(gt=0, lt=1)] = 0.05
     draws: Annotated[int, Field(ge=2)] = 1000
 
 

@@ -1,9 +1,10 @@
 """Weights that come with the repository, in place of a training.
 
-python -m bonelib.published MODEL_FOLDER NAME
+python -m bonelib.published MODEL_FOLDER NAME --audit METRICS_FILE
 
-puts a model folder into dvc-store/, a small DVC remote that is committed with the code. It checks the folder, copies it
-to published/NAME, lets DVC write its hash to published/NAME.dvc, and names it in the profile `published` of
+puts a model folder into dvc-store/, a small DVC remote that is committed with the code. It checks the folder, asks the
+privacy audit of these very weights (metrics/S5_privacy.json of the profile they were made in), copies them to
+published/NAME, lets DVC write its hash to published/NAME.dvc, and names it in the profile `published` of
 params.yaml, which uses these weights for the model NAME. What it changed is then to be committed.
 """
 
@@ -55,19 +56,26 @@ def fetch(name: str, given: dict, folder: str | Path, data: dict) -> Train:
     return section(Train, config["train"], f"{folder / 'config.json'}: train")
 
 
-def publish(folder: str | Path, name: str) -> str:
+def publish(folder: str | Path, name: str, audit: str | Path, say=print) -> str:
     """Put the model in `folder` into the store of the repository that is the working folder; returns its hash.
 
-    Raises `InputError` for a folder that is not one whole model, or a file that is too large to be committed.
+    `audit` is the metrics file of the stage `privacy`, where the model bears the name of its folder. Raises
+    `InputError` for a folder that is not one whole model, a file that is too large to be committed, and weights that
+    `require_release` does not let pass.
     """
     folder, target = Path(folder), _pointer(name).with_suffix("")
-    _checked(folder)
+    weights = _checked(folder)["sha256"]
     load_model(folder)
     for path in sorted(folder.iterdir()):
         if path.name not in FILES:
             raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(FILES))}")
         if path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
+    try:
+        values = json.loads(Path(audit).read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{audit}: not the metrics of the stage `privacy`; weights are audited first") from None
+    say(f"{name}: {require_release(values, folder.resolve().name, weights)}")
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder, target)
     _dvc("add", "--quiet", str(target))
@@ -81,6 +89,25 @@ def publish(folder: str | Path, name: str) -> str:
         path.unlink()  # of a model that was replaced
     _name_in_params(Path("params.yaml"))
     return _hash(name)
+
+
+def require_release(values: dict, model: str, weights: dict[str, str]) -> str:
+    """The gate before weights are published, with the audit's metrics `values`; returns the reason to let them pass.
+
+    `weights` {file: sha256} must be those that were audited. They pass if the audit says "released", or if the model
+    was trained on phantoms alone, which are no persons. Raises `InputError` if the gate is shut.
+    """
+    found = values.get(f"{model}.verdict", "not audited")
+    audited = {name: values.get(f"{model}.sha256.{name}") for name in weights}
+    if found != "not audited" and audited != weights:
+        raise InputError(f"{model}: the weights are not those that were audited; run the stage `privacy` on them first")
+    if found == "released":
+        return "the privacy audit says 'released'"
+    if found != "not audited" and values.get(f"{model}.holds nobody") is True:
+        return f"the model was trained on phantoms and holds no person (the audit, as if it did: {found!r})"
+    raise InputError(
+        f"{model}: the privacy audit says {found!r}; weights are published if it says 'released', or of phantoms"
+    )
 
 
 def stored(pointer: Path) -> list[Path]:
@@ -138,9 +165,10 @@ def main() -> int:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("folder", type=Path)
     cli.add_argument("name", help="of the model, as in `models` of params.yaml")
+    cli.add_argument("--audit", type=Path, required=True, help="metrics/S5_privacy.json of these weights")
     args = cli.parse_args()
     try:
-        found = publish(args.folder, args.name)
+        found = publish(args.folder, args.name, args.audit)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -8,7 +8,10 @@ from bonelib.scans.volumes import Volume
 
 
 def summary(volumes, seed):
-    return comparison.summary(volumes, [comparison.measured(v) for v in volumes], seed)
+    found = [comparison.measured(v) for v in volumes]
+    of = comparison.summary(volumes, found, range(len(volumes)), seed=seed, draws=20)
+    assert all(set(row) >= {"value", "low", "high", "n"} for row in of.values())
+    return {"N": of["contours found"]["n"]} | {key: row["value"] for key, row in of.items()}
 
 
 def ring(hole=True, gap=0, seed=0):
@@ -31,6 +34,35 @@ def test_bones_without_contours_are_counted_not_measured():
 def test_an_open_ring_has_contours_but_no_closed_slices():
     found = summary([ring(gap=3), ring()], seed=1)
     assert found["contours found"] == 1 and found["closed slices"] == 0.5
+
+
+def test_a_summary_has_intervals_by_patients_and_numbers_beside_those_of_other_reals():
+    rng = np.random.default_rng(2)
+    found = [result(rng, shift=i // 10) | {"interior": np.ones((2, 8, 8), bool)} for i in range(40)]
+    for one in found:
+        one["traits"][comparison.CLOSED] = 1.0
+    volumes = [Volume(rng.standard_normal((2, 8, 8)), (0.3,) * 3, "mgHA") for _ in found]
+    alone = comparison.summary(volumes, found, range(40), seed=1, draws=200)
+    patients = comparison.summary(volumes, found, [i // 10 for i in range(40)], seed=1, draws=200)
+    trait = alone["Tb.N"]
+    assert trait["low"] < trait["value"] < trait["high"] and trait["n"] == 40
+    assert trait["value"] == pytest.approx(1.5, abs=0.5)
+    assert patients["Tb.N"]["high"] - patients["Tb.N"]["low"] > 1.5 * (trait["high"] - trait["low"])
+    assert alone["stamp"]["pairs"] == 500 and patients["stamp"]["pairs"] == 500
+    numbers = comparison.as_numbers({"other real": alone, "m 1": patients})
+    assert numbers["m 1.Tb.N.real_against_real"] == trait["value"] == numbers["other real.Tb.N"]
+    table = comparison.side_by_side({"other real": alone, "m 1": patients})
+    assert [row[""] for row in table] == list(alone) and table[1]["m 1"].endswith("N=40")
+
+
+def test_traits_are_features_if_enough_bones_were_measured():
+    sets, patients = groups(shift=3.0), [f"p{i // 2}" for i in range(40)]
+    sets["good"][5:] = [None] * 35
+    features, owners = comparison.trait_features(sets, patients)
+    assert list(features) == ["real", "other real", "bad"] and owners == patients
+    np.testing.assert_allclose(features["real"].std(axis=0), 1)
+    assert features["bad"].mean() == pytest.approx(3, abs=0.7) and features["bad"].shape == (40, len(comparison.TRAITS))
+    assert comparison.trait_features(sets, [f"p{i // 5}" for i in range(40)])[0] == {}
 
 
 def result(rng, shift=0.0, mix=0.0):

@@ -72,6 +72,14 @@ def test_sets_lose_patients_modes_and_privacy():
     assert all(len(set(source)) == len(source) for _, source in copies)
 
 
+def test_the_stillest_and_first_stacks_are_taken_first():
+    rows = [dict(scan=f"s{i}", start=start) for i in range(6) for start in (0, 16)]
+    grade = {f"s{i}": 1 + i % 3 for i in range(6)}
+    found = ladder.stillest(rows, grade, 1)
+    keys = [(grade[row["scan"]], row["start"]) for row in found]
+    assert keys == sorted(keys) and len(found) == 12 and found == ladder.stillest(rows, grade, 1)
+
+
 def test_bad_strengths_and_sets_are_refused():
     with pytest.raises(InputError, match="strength is 1.5"):
         damage("noise", 1.5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from bonelib import InputError
+from bonelib import InputError, published
 from bonelib.evaluation import privacy
 from bonelib.networks.critic import Critic
 from bonelib.networks.progan import ProGAN
@@ -33,7 +33,7 @@ def test_attack_counts_and_its_interval_holds_the_truth():
 
 def test_nearness_and_likeness_know_a_copy_again():
     real, fake = bones(12, 1), bones(8, 2)
-    fake[3] = privacy.copies(real[5:6], 1)[0]
+    fake[3] = privacy.copies(real[5:6], 1, 0.005)[0]
     assert privacy.likeness(real, fake).argmax() == 5 and privacy.likeness(real, fake)[5] > 0.75
     assert privacy.likeness(real, real + 0.1).min() > 0.999
     near = privacy.nearness(real.reshape(12, -1), fake.reshape(8, -1))
@@ -62,50 +62,97 @@ def test_reconstruction_is_closer_for_what_the_generator_draws():
     assert found[:3].min() > found[3:].max() and (found < 0).all()
 
 
-def test_an_overtrained_critic_knows_its_patients_and_the_given_one_stays(monkeypatch):
-    monkeypatch.setattr(privacy, "OVERTRAINING", 150)
+def test_an_overtrained_critic_knows_its_patients_and_the_given_one_stays():
     torch.manual_seed(0)
     build = lambda: Critic((24, 16), whole=(1, 9, 7))  # noqa: E731
     critic = build().requires_grad_(False)
     before = {k: v.clone() for k, v in critic.state_dict().items()}
     known, strange, others = (torch.from_numpy(bones(n, s))[:, None] for n, s in ((8, 7), (16, 8), (16, 9)))
     known, strange, others = (v[:, :, ::2, ::2, ::2] for v in (known, strange, others))
-    found = privacy.overtrained(critic, build, known, strange, 1)
+    found = privacy.overtrained(critic, build, known, strange, 1, 150)
     scores = [privacy.critic_scores(found, v) for v in (known, others)]
     assert privacy.auc(*scores) > privacy.CAUGHT
     assert all(torch.equal(v, before[k]) for k, v in critic.state_dict().items())
 
 
-def scored(gap, seed, n=40):
+def test_true_positives_by_chance_are_counted_exactly():
+    # of 3 members and 2 others in random order: none, one, two or all members above both others
+    members, others = np.array([3.0, 4.0, 0.0]), np.array([1.0, 2.0])
+    assert privacy.chance(members, others) == pytest.approx(3 / 10)  # two of three members on top: (3 x 2) / (5 x 4)
+    assert privacy.chance(members - 9, others) == pytest.approx(1)
+    rng, found = numpy_rng(0, "chance"), []
+    for _ in range(400):
+        scores = rng.standard_normal(75)
+        found.append(privacy.chance(scores[:60], scores[60:]))
+    assert np.mean(np.array(found) < 0.05) < 0.07  # never oftener than it says, but for the luck of 400
+    many = rng.standard_normal(400)
+    assert privacy.chance(many[:200] + 3, many[200:]) < 1e-6
+
+
+def scored(gap, seed, n=40, others=20):
     rng = numpy_rng(seed, "scores")
-    return rng.standard_normal(n) + gap, rng.standard_normal(20)
+    return rng.standard_normal(n) + gap, rng.standard_normal(others)
+
+
+def audited(gap, planted, others=20):
+    names = ("near", "critic")
+    kinds = dict(scores=gap, planted=planted, strangers=0)
+    found = {kind: {name: scored(g, i, others=others) for i, name in enumerate(names)} for kind, g in kinds.items()}
+    del found["strangers"]["critic"]
+    return privacy.audit(found, tolerated=0.05, seed=1, draws=200)
+
+
+def numbers(rows, nobody=False):
+    return {"m.verdict": privacy.verdict(rows), "m.sha256.generator": "a", "m.holds nobody": nobody}
 
 
 @pytest.mark.parametrize(
-    "gap, planted, expected",
-    [(0, 6, "released"), (8, 6, "blocked"), (0, 0.2, "audit failed"), (8, 0.2, "audit failed")],
+    "gap, planted, others, expected",
+    [
+        (0, 6, 20, "released"),
+        (8, 6, 20, "blocked"),
+        (0, 6, 12, "undecided"),
+        (8, 6, 12, "blocked"),
+        (0, 0.2, 20, "audit failed"),
+        (8, 0.2, 20, "audit failed"),
+    ],
 )
-def test_the_verdict_needs_its_controls_and_no_leak(gap, planted, expected):
-    scores = {name: scored(gap, i) for i, name in enumerate(("near", "critic"))}
-    rows = privacy.audit(scores, {name: scored(planted, 7) for name in scores}, seed=1, draws=200)
+def test_the_verdict_needs_its_controls_no_leak_and_enough_others(gap, planted, others, expected):
+    rows = audited(gap, planted, others)
     assert privacy.verdict(rows) == expected
-    text = privacy.page(rows, "progan", 48)
+    assert ["strangers AUC" in row for row in rows] == [True, False]
+    text = privacy.page(rows, "progan", 48, tolerated=0.05, nobody=False)
     assert f"Verdict on progan: {expected}" in text and "| near |" in text and "## Limits" in text
     assert ("MISSED" in text) == (expected == "audit failed")
-    values = {"progan.verdict": privacy.verdict(rows)}
+    assert ("must not be released" in text) == (expected != "released")
     if expected == "released":
-        privacy.require_release(values, "progan")
+        assert "released" in published.require_release(numbers(rows), "m", {"generator": "a"})
     else:
         with pytest.raises(InputError, match=expected):
-            privacy.require_release(values, "progan")
+            published.require_release(numbers(rows), "m", {"generator": "a"})
+
+
+def test_phantoms_pass_the_gate_and_the_page_says_whose_data_it_is():
+    rows = audited(8, 6)
+    assert privacy.holds_nobody("bonelib/scans/phantom.py", "d1", "d1")
+    assert not privacy.holds_nobody("bonelib/scans/phantom.py", "d1", "d2")  # trained on something else
+    assert not privacy.holds_nobody("data/mine", "d1", "d1")
+    assert "holds no person" in published.require_release(numbers(rows, True), "m", {"generator": "a"})
+    text = privacy.page(rows, "m", 48, tolerated=0.05, nobody=True)
+    assert "Nobody's." in text and "may be released" in text and "as if phantoms were patients, blocked" in text
+
+
+def test_weights_that_were_not_audited_are_not_released():
+    values = numbers(audited(0, 6), True)
+    with pytest.raises(InputError, match="not those that were audited"):
+        published.require_release(values, "m", {"generator": "b"})
+    with pytest.raises(InputError, match="not audited"):
+        published.require_release(values, "other", {"generator": "a"})
+    with pytest.raises(InputError, match="not audited"):
+        published.require_release({"m.holds nobody": True}, "m", {})
 
 
 def test_members_that_differ_among_themselves_fail_the_audit(monkeypatch):
     monkeypatch.setattr(privacy, "halves", lambda scores, seed: (np.sort(scores)[20:], np.sort(scores)[:20]))
-    rows = privacy.audit({"near": scored(0, 1)}, {"near": scored(6, 7)}, seed=1, draws=100)
+    rows = audited(0, 6)
     assert not rows[0]["negative holds"] and privacy.verdict(rows) == "audit failed"
-
-
-def test_what_was_not_audited_is_not_released():
-    with pytest.raises(InputError, match="not audited"):
-        privacy.require_release({}, "progan")

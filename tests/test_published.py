@@ -1,5 +1,6 @@
 """Weights in the repository: what is published can be fetched by a clone that has nothing else, and is checked."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,6 +32,15 @@ def write_model(folder):
     loop.write_model(folder, how, DATA, **parts, growth=growth, candidates=[], run="0", details=None)
 
 
+def audit(folder, **values):
+    """What the stage `privacy` would have written of the weights in a folder, beside it."""
+    weights = json.loads((folder / "config.json").read_text())["sha256"]
+    known = {f"{folder.name}.verdict": "released"} | {f"{folder.name}.sha256.{k}": v for k, v in weights.items()}
+    file = folder.with_name(f"{folder.name}.json")
+    file.write_text(json.dumps(known | {f"{folder.name}.{key}": value for key, value in values.items()}))
+    return file
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """A repository in which a tiny model is published, and the hash that its publication gave."""
@@ -39,10 +49,11 @@ def repository(tmp_path_factory):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, place / name)
     write_model(place / "model")
+    audit(place / "model")
     subprocess.run(["git", "init", "-q"], cwd=place, check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        found = published.publish("model", "mine")
+        found = published.publish("model", "mine", "model.json")
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["add", "-A"], [*who, "commit", "-q", "-m", "published"]):
         subprocess.run(["git", *command], cwd=place, check=True)
@@ -83,18 +94,35 @@ def test_another_model_than_the_one_named_or_another_grid_is_refused(inside, tmp
 def test_what_is_no_whole_model_or_too_large_is_not_published(inside, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     write_model(folder)
+    said = audit(folder)
     (folder / "notes.pkl").write_bytes(b"")
     with pytest.raises(InputError, match="notes.pkl: not a part of a published model"):
-        published.publish(folder, "mine")
+        published.publish(folder, "mine", said)
     (folder / "notes.pkl").unlink()
     monkeypatch.setattr(published, "LARGEST", 1000)
     with pytest.raises(InputError, match="config.json: 0.0 MB; accepted are at most 0 MB"):
-        published.publish(folder, "mine")
+        published.publish(folder, "mine", said)
     checkpoint.save_tensors(folder / "generator.safetensors", {"a": torch.ones(1)})
     with pytest.raises(InputError, match="generator.safetensors: not the weights whose hash config.json holds"):
-        published.publish(folder, "mine")
+        published.publish(folder, "mine", said)
     with pytest.raises(InputError, match="not a whole model folder"):
-        published.publish(tmp_path, "mine")
+        published.publish(tmp_path, "mine", said)
+
+
+def test_weights_are_published_only_if_the_audit_lets_them_pass(inside, tmp_path, capsys):
+    folder = tmp_path / "model"
+    write_model(folder)
+    before = {path: path.stat().st_mtime_ns for path in published.STORE.glob("*/*")}
+    with pytest.raises(InputError, match="model.json: not the metrics of the stage `privacy`"):
+        published.publish(folder, "mine", tmp_path / "model.json")
+    for verdict in ("blocked", "undecided", "audit failed"):
+        with pytest.raises(InputError, match=f"audit says '{verdict}'"):
+            published.publish(folder, "mine", audit(folder, verdict=verdict))
+    with pytest.raises(InputError, match="not those that were audited"):
+        published.publish(folder, "mine", audit(folder, **{"sha256.generator": "0"}))
+    assert {path: path.stat().st_mtime_ns for path in published.STORE.glob("*/*")} == before
+    published.publish(folder, "mine", audit(folder, verdict="blocked", **{"holds nobody": True}))
+    assert "holds no person" in capsys.readouterr().out
 
 
 def test_the_profile_names_the_models_that_the_repository_holds(monkeypatch):
@@ -110,6 +138,6 @@ def test_the_profile_names_the_models_that_the_repository_holds(monkeypatch):
 def test_a_model_that_is_replaced_leaves_nothing(inside, tmp_path):
     before = {path for path in published.STORE.glob("*/*")}
     write_model(tmp_path / "other")
-    assert published.publish(tmp_path / "other", "mine") != inside
+    assert published.publish(tmp_path / "other", "mine", audit(tmp_path / "other")) != inside
     after = set(published.STORE.glob("*/*"))
     assert after == set(published.stored(Path("published/mine.dvc"))) and len(after) == len(before) and after != before

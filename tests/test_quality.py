@@ -29,7 +29,7 @@ PATIENTS = [f"p{i // 2}" for i in range(24)]
 
 @pytest.fixture(scope="module")
 def features(sets):
-    return {name: iq.extracted(name, extract, sets) for name, extract in families().items()}
+    return {name: iq.scaled(name, {k: extract(v) for k, v in sets.items()}) for name, extract in families().items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,47 @@ def test_a_perfect_generator_scores_as_real_bones_do(rows):
 
 
 def test_features_of_networks_stay_in_their_unit(sets):
-    found = iq.extracted("vgs", lambda v: 7 + v.mean(axis=(2, 3)).astype(float), sets)
-    assert found["real"].mean() > 7
-    found = iq.extracted("random3d", lambda v: 7 + v.mean(axis=(2, 3)).astype(float), sets)
+    means = {name: 7 + v.mean(axis=(2, 3)).astype(float) for name, v in sets.items()}
+    assert iq.scaled("vgs", means)["real"].mean() > 7
+    found = iq.scaled("random3d", means)
     assert abs(found["real"].mean()) < 1e-6 and list(found) == list(sets)
+    np.testing.assert_allclose(found["real"].std(axis=0), 1)
+
+
+def test_workers_extract_what_one_process_does(sets, features, tmp_path):
+    few = {name: volumes[:12] for name, volumes in sets.items()}
+    found = iq.extracted({"spectrum": families()["spectrum"]}, few, tmp_path)
+    wanted = iq.scaled("spectrum", {name: families()["spectrum"](volumes) for name, volumes in few.items()})
+    assert list(found) == ["spectrum"] and list(found["spectrum"]) == list(few)
+    for name in few:
+        np.testing.assert_array_equal(found["spectrum"][name], wanted[name])
+    assert len(list(tmp_path.glob("spectrum-*.safetensors"))) == len(few)
+
+
+def test_a_feature_that_is_flat_among_the_real_ones_does_not_rule():
+    rng = np.random.default_rng(3)
+    real, fake = rng.standard_normal((40, 6)), rng.standard_normal((40, 6))
+    real[:, 0], fake[:, 0] = 0, 0.1  # a rectifier that no real bone opens
+    a, b = iq.standardised(real, fake)
+    assert abs(b[:, 0]).max() < 15 and a[:, 0].std() == 0
+    np.testing.assert_allclose(a[:, 1:].std(axis=0), 1)
+
+
+def test_parity_has_an_interval_and_what_real_bones_reach():
+    rng = np.random.default_rng(4)
+    certain = np.eye(5)[np.arange(40) % 5]
+    chances = {"real": certain, "other real": rng.dirichlet(np.ones(5), 40), "m 1": np.full((40, 5), 0.2)}
+    similar = {
+        name: dict(value=v, low=v, high=v, n=40, pairs=9) for name, v in zip(chances, (0.1, 0.2, 0.3), strict=True)
+    }
+    rows = iq.parity(chances, {"real": [f"p{i // 4}" for i in range(40)]}, similar, seed=1, draws=40)
+    found = {(row["setting"], row["metric"]): row for row in rows}
+    score = found["real", "inception score"]
+    assert score["value"] == pytest.approx(5) and found["m 1", "inception score"]["value"] == pytest.approx(1)
+    assert score["low"] <= 5 and score["n"] == 40 and score["d"] == 5
+    other = found["other real", "inception score"]
+    assert score["real_against_real"] == other["value"] and other["low"] < other["value"] < other["high"]
+    assert found["m 1", "MS-SSIM"]["real_against_real"] == 0.2 and found["m 1", "MS-SSIM"]["pairs"] == 9
 
 
 def test_table1_has_its_twelve_settings_and_our_numbers_beside_the_published(rows):
@@ -65,6 +102,8 @@ def test_table1_has_its_twelve_settings_and_our_numbers_beside_the_published(row
     fd = next(r for r in rows if (r["setting"], r["features"], r["metric"]) == ("progan 5", "random3d", "FD"))
     assert found[0]["FD_random3d"].startswith(f"{fd['value']:.3g} [") and "FID_inc" not in found[0]
     assert found[2]["FD_random3d"] == "not trained"
+    partly = iq.table1([*rows, fd | {"features": "morphometry"}], ["progan"], "random3d")
+    assert "[" in partly[0]["FD_morphometry"] and partly[1]["FD_morphometry"] == "not measured"
     with pytest.raises(InputError, match="'progan 3'"):
         iq.table1([fd | {"setting": "progan 3"}], ["progan"], "random3d")
 
@@ -79,10 +118,12 @@ def test_the_published_table_obeys_the_law_of_truncation():
 def test_the_law_is_found_where_samples_gather_in_the_middle():
     rng = np.random.default_rng(5)
     real, wide = rng.standard_normal((60, 3)), rng.standard_normal((60, 3))
-    family = {"f": {"real": real, "m 5": 1.3 * wide, "m 1": 0.3 * wide}}
+    other = rng.standard_normal((60, 3))
+    family = {"f": {"real": real, "other real": other, "m 5": 1.3 * wide, "m 1": 0.3 * wide}}
     found = iq.truncation_law(family, [("m 5", "m 1")], list(range(60)), seed=1, draws=20)
     assert [r["metric"] for r in found] == ["precision", "recall"] and all(r["as_published"] for r in found)
     assert found[0]["low"] > 0 > found[1]["high"]
+    assert abs(found[0]["real_against_real"]) < found[0]["change"]
     none = iq.truncation_law(
         {"f": family["f"] | {"m 1": 1.3 * wide}}, [("m 5", "m 1")], list(range(60)), seed=1, draws=5
     )
@@ -102,6 +143,13 @@ def test_a_plane_keeps_the_distances_of_a_plane_and_ellipses_overlap_by_their_ar
     assert iq.ellipse_overlap(points, points + 100) == 0
     outline = (iq.ellipse(points) - middle) @ np.linalg.inv(np.linalg.cholesky(np.cov(points.T))).T
     np.testing.assert_allclose(np.linalg.norm(outline, axis=1), 2, rtol=1e-6)
+
+
+def test_as_many_patients_as_there_are_come_before_a_second_sample_of_one():
+    patients = list("aaaabbbbccd")
+    chosen = iq.over_patients(patients, 6, 1)
+    assert len(set(chosen)) == 6 and {patients[i] for i in chosen[:4]} == set("abcd")
+    assert len(iq.over_patients(patients, 99, 1)) == 11
 
 
 def test_settings_of_a_kind_and_flat_names():

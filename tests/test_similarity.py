@@ -39,9 +39,19 @@ def test_equal_volumes_score_one_and_noise_lowers_the_score():
 def test_a_set_that_repeats_itself_is_less_various():
     volumes = textures(6)
     repeated = volumes[[0, 0, 0, 1, 1, 1]]
-    assert diversity(volumes).mean() < diversity(repeated).mean()
-    assert len(diversity(volumes)) == 15 and len(diversity(volumes, pairs=4)) == 4
-    np.testing.assert_array_equal(diversity(volumes, pairs=4, seed=2), diversity(volumes, pairs=4, seed=2))
+    assert diversity(volumes)["high"] < diversity(repeated)["value"] < 1
+    assert (diversity(volumes)["n"], diversity(volumes)["pairs"], diversity(volumes, pairs=4)["pairs"]) == (6, 15, 4)
+    assert diversity(volumes, pairs=4, seed=2) == diversity(volumes, pairs=4, seed=2)
+
+
+def test_two_volumes_of_one_patient_are_no_pair():
+    volumes = textures(4)[[0, 0, 1, 1, 2, 2, 3, 3]]
+    found = diversity(volumes, list("aabbccdd"))
+    assert found["pairs"] == 24 and found["value"] == pytest.approx(diversity(textures(4))["value"], abs=1e-6)
+    assert found["low"] < found["value"] < found["high"]
+    assert diversity(volumes)["value"] > found["value"] + 0.05
+    none = diversity(volumes[:2], ["a", "a"])
+    assert none["value"] is None and none["low"] is None and none["pairs"] == 0
 
 
 def test_volumes_that_do_not_fit_are_refused():

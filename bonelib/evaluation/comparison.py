@@ -4,18 +4,21 @@ import numpy as np
 from scipy import ndimage, stats
 
 from bonelib import InputError
-from bonelib.evaluation.metrics import bootstrap_interval, stamp
-from bonelib.evaluation.morphometry import closed_slices, contours, measure
+from bonelib.evaluation.contours import closed_slices, contours, dilated, eroded
+from bonelib.evaluation.metrics import bootstrap_interval, half_interval, pair_mean, stamps
+from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.quality import standardised
 from bonelib.processes import workers
 from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
 
 CLOSED = "closed slices"
 TRAITS = ("Tt.Ar", "Tt.BMD", "Tb.BMD", "Ct.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.Th", "Ct.Po")
-DEPTH_MM = 0.5  # from the endosteal contour inwards, where the interior counts as trabecular texture
+DEPTH_MM = 0.5  # from the endosteal contour inwards, slice by slice, where the interior counts as trabecular texture
 AWAY_MM = (1.5, 5.0)  # from the periosteal contour outwards, where soft tissue shows nothing but noise
 REGIONS = ("interior", "background")
 BINS = 16
+LEAST = 12  # measured bones, and real patients, for distances between their traits
 SPECTRUM_FLOOR = 1e-3  # (mg HA/cm3)^2
 
 
@@ -30,9 +33,9 @@ def measured(volume: Volume) -> dict | None:
     except InputError:
         return None
     traits = measure(volume, compartments=(periosteal, endosteal)) | {CLOSED: closed_slices(volume, periosteal)}
-    interior = ndimage.distance_transform_edt(endosteal, volume.spacing) > DEPTH_MM
-    away = ndimage.distance_transform_edt(~periosteal, volume.spacing)
-    background = _plain(volume, (away > AWAY_MM[0]) & (away < AWAY_MM[1]))
+    interior = eroded(endosteal, DEPTH_MM, volume.spacing[1:])
+    near, far = (dilated(periosteal, mm, volume.spacing[1:]) for mm in AWAY_MM)
+    background = _plain(volume, far & ~near)
     spectra = dict(zip(REGIONS, (spectrum(volume, region) for region in (interior, background)), strict=True))
     return dict(traits=traits, interior=interior, spectra=spectra)
 
@@ -63,27 +66,75 @@ def spectrum(volume: Volume, region: np.ndarray, bins: int = BINS) -> np.ndarray
     return np.log10(sums / counts + SPECTRUM_FLOOR)
 
 
-def summary(volumes: list[Volume], found: list[dict | None], seed: int) -> dict[str, float | int | None]:
-    """What the ruler says of a group: N, shares with contours and of closed slices, stamp, mean and SD of the traits.
+def summary(
+    volumes: list[Volume], found: list[dict | None], groups, *, seed: int, draws: int
+) -> dict[str, dict[str, float | int | None]]:
+    """What the ruler says of a group: {quantity: value, low, high, n}, the interval by halves of `groups` (patients).
 
-    The stamp (`metrics.stamp`) is None where no two interiors share voxels, and so are traits that nothing has.
+    Shares with contours and of closed slices, stamp, mean and SD of the traits. The stamp (`metrics.stamps`, of
+    different patients) is None where no two interiors share voxels, and so are traits that nothing has.
     """
-    kept = [(volume.voxels, result["interior"]) for volume, result in zip(volumes, found, strict=True) if result]
-    try:
-        value = stamp(np.stack([v for v, _ in kept]), np.stack([m for _, m in kept]), sigma=1.5, seed=seed)
-    except (InputError, ValueError):  # no two interiors to compare
-        value = None
-    out = {"N": len(volumes), "contours found": len(kept) / len(volumes), "stamp": value}
+    groups = np.asarray(groups)
+    here = np.array([result is not None for result in found])
+    out = {"contours found": _of(here.astype(float), groups, np.mean, seed, draws)}
+    values = [volume.voxels for volume, result in zip(volumes, found, strict=True) if result]
+    inside, owners, rng = [result["interior"] for result in found if result], groups[here], numpy_rng(seed, "stamps")
+    first, second, pairs = np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+    if len(values) > 1:
+        first, second, pairs = stamps(np.stack(values), np.stack(inside), groups=owners, sigma=1.5, seed=seed)
+    out["stamp"] = pair_mean(first, second, pairs, owners, rng=rng, draws=draws)
     for key in (CLOSED, *TRAITS):
-        values = column(found, key)
-        out |= {key: float(values.mean()), f"{key} SD": float(values.std())} if len(values) else {key: None}
+        traits = np.array([np.nan if result is None else result["traits"][key] for result in found], float)
+        out[key] = _of(traits, groups, np.mean, seed, draws)
+        out[f"{key} SD"] = _of(traits, groups, np.std, seed, draws)
     return out
 
 
-def column(found: list[dict | None], trait: str) -> np.ndarray:
-    """The finite values of one trait of a group."""
-    values = np.array([result["traits"][trait] for result in found if result], float)
-    return values[np.isfinite(values)]
+def _of(values, groups, statistic, seed, draws):
+    """A statistic of the finite values, its interval and N."""
+    kept = np.isfinite(values)
+    values, groups, rng = values[kept], groups[kept], numpy_rng(seed, "summary interval")
+    low, high = half_interval(lambda rows: float(statistic(values[rows])), groups, rng=rng, draws=draws)
+    return dict(value=float(statistic(values)) if len(values) else None, low=low, high=high, n=len(values))
+
+
+def side_by_side(findings: dict[str, dict]) -> list[dict]:
+    """The summaries of groups as a table: a row a quantity, a column a group, each value with its interval and N."""
+
+    def cell(found):
+        if found["value"] is None:
+            return f"none, N={found['n']}"
+        ends = "" if found["low"] is None else f" [{found['low']:.3g}, {found['high']:.3g}]"
+        return f"{found['value']:.3g}{ends}, N={found['n']}"
+
+    quantities = next(iter(findings.values()))
+    return [{"": key} | {name: cell(of[key]) for name, of in findings.items()} for key in quantities]
+
+
+def as_numbers(findings: dict[str, dict]) -> dict[str, float | int | None]:
+    """The summaries as flat numbers: group.quantity, and .low, .high, .n and .real_against_real of it."""
+    out = {}
+    for name, of_group in findings.items():
+        for key, found in of_group.items():
+            out[f"{name}.{key}"] = found["value"]
+            out |= {f"{name}.{key}.{what}": found[what] for what in ("low", "high", "n")}
+            out[f"{name}.{key}.real_against_real"] = findings["other real"][key]["value"]
+    return out
+
+
+def trait_features(groups: dict[str, list[dict | None]], patients: list[str]) -> tuple[dict[str, np.ndarray], list]:
+    """The traits as one more family of features: {group: (n, 10)} with "real" at mean 0 and SD 1, patients of "real".
+
+    Bones in which a trait cannot be measured are left out, and so is a group that is left with fewer than `LEAST`;
+    nothing is returned if "real" has fewer than `LEAST` patients, so that neighbours can be counted in their halves.
+    """
+    sets = {name: matrix(found) for name, found in groups.items()}
+    owners = [patients[i] for i in sets["real"][1]]
+    kept = {name: values for name, (values, _) in sets.items() if len(values) >= LEAST}
+    if len(set(owners)) < LEAST or "other real" not in kept or len(kept) < 3:
+        return {}, owners
+    others = {name: values for name, values in kept.items() if name != "real"}
+    return dict(zip(["real", *others], standardised(kept["real"], *others.values()), strict=True)), owners
 
 
 def matrix(found: list[dict | None], traits=TRAITS) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 
 from bonelib import InputError
-from bonelib.evaluation.contours import BONE, contours
+from bonelib.evaluation.contours import BONE, contours, eroded
 from bonelib.scans.motion import GRADES, draw_events, spectral_residual
 from bonelib.scans.volumes import Volume
 
@@ -18,14 +18,14 @@ NOISE_MG = 200.0  # SD of the strongest noise, mg HA/cm3
 MOTION_GRADE = 4  # beyond, a copy lies so far aside that moving it further changes no more
 HOLES_PER_MM3 = 5.0  # of trabecular bone, at most
 HOLE_MM = 0.3  # radius: a plate is a fifth of a millimetre thick
-DEPTH_MM = 0.5  # from the endosteal contour inwards
+DEPTH_MM = 0.5  # from the endosteal contour inwards, slice by slice
 DROPPED = 2 / 3  # of the set's range of a trait, at most
 REPEATED = 2  # bones that stand for all in the strongest duplication
 
 
 def interior_of(volume: Volume) -> np.ndarray:
     """Mask (z, y, x) of the trabecular compartment, half a millimetre inwards. Raises `InputError` as `contours`."""
-    return ndimage.distance_transform_edt(contours(volume)[1], volume.spacing) > DEPTH_MM
+    return eroded(contours(volume)[1], DEPTH_MM, volume.spacing[1:])
 
 
 def blurred(volume: Volume, strength: float, rng: np.random.Generator, interior=None) -> Volume:
@@ -41,10 +41,17 @@ def noisy(volume: Volume, strength: float, rng: np.random.Generator, interior=No
 
 
 def moving(volume: Volume, strength: float, rng: np.random.Generator, interior=None) -> Volume:
-    """Streaks and doubled edges of an arm that moved: one draw of `MOTION_GRADE`, its displacements scaled."""
+    """Streaks and doubled edges of an arm that moved: one draw of `MOTION_GRADE`, of which it moves as far and as long.
+
+    Both grow, as the displacement alone does not: further away than a trabecula is wide, one place is as wrong as
+    another.
+    """
     strength = _share(strength)
+    if strength == 0:
+        return volume.with_voxels(volume.voxels.astype(np.float32))
     events = [
         event._replace(
+            length=strength * event.length,
             shift=tuple(strength * mm for mm in event.shift),
             rotation=strength * event.rotation,
             rise=strength * event.rise,

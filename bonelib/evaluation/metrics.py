@@ -218,22 +218,87 @@ def bootstrap_interval(
     for _ in range(draws):
         chosen = np.isin(patient, rng.choice(len(names), half, replace=False))
         values.append(statistic(real[chosen], fake[np.sort(rng.choice(len(fake), half_fake, replace=False))]))
+    low, high = _about(statistic(real, fake), values, half, len(names), level)
+    return (float(low), float(high)) if low.ndim == 0 else (low, high)
+
+
+def half_interval(statistic, groups, *, rng: np.random.Generator, draws: int = 200, level: float = 0.95):
+    """Interval (low, high) of `statistic(rows)` of one set by random halves of its `groups`, as `bootstrap_interval`.
+
+    `groups` names the patient of each of n rows, or the sample itself where it is a drawn one; `rows` are numbers from
+    0 to n - 1. Draws whose statistic is NaN are left out. (None, None) for fewer than 4 groups, or if nothing is left.
+    """
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < 4:
+        return None, None
+    half = len(names) // 2
+    halves = (np.flatnonzero(np.isin(group, rng.choice(len(names), half, replace=False))) for _ in range(draws))
+    values = np.array([statistic(rows) for rows in halves], float)
+    values, point = values[~np.isnan(values)], statistic(np.arange(len(group)))
+    if len(values) < 2 or np.isnan(point):
+        return None, None
+    low, high = _about(point, values, half, len(names), level)
+    return float(low), float(high)
+
+
+def pair_mean(first: np.ndarray, second: np.ndarray, values: np.ndarray, groups, *, rng, draws: int = 200) -> dict:
+    """Mean of `values` (p,) of the pairs of samples `first`, `second`, with its interval by halves of `groups` (n,).
+
+    A half has the pairs both of whose samples are in it: samples vary and not pairs. NaN values are left out. Returns
+    value, low, high, n (samples) and pairs.
+    """
+
+    def mean(rows):
+        kept = values[np.isin(first, rows) & np.isin(second, rows)]
+        return float(np.mean(kept[~np.isnan(kept)])) if np.isfinite(kept).any() else np.nan
+
+    low, high = half_interval(mean, groups, rng=rng, draws=draws)
+    every = mean(np.arange(len(groups)))
+    found = dict(value=None if np.isnan(every) else every, low=low, high=high)
+    return found | dict(n=len(groups), pairs=int(np.isfinite(values).sum()))
+
+
+def pairs_between(groups, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` random pairs (first, second) of samples of different `groups` (n,)."""
+    names = np.asarray(groups)
+    first, second = np.triu_indices(len(names), 1)
+    apart = names[first] != names[second]
+    first, second = first[apart], second[apart]
+    order = rng.permutation(len(first))[:most]
+    return first[order], second[order]
+
+
+def _about(point, values, half, n, level):
+    """The deviations of the draws from their own mean, scaled and laid about the full-sample value."""
     values = np.asarray(values, float)
-    point = np.asarray(statistic(real, fake), float)
-    scale = np.sqrt(half / (len(names) - half))
     tail = (1 - level) / 2
-    low, high = point + scale * np.quantile(values - values.mean(axis=0), [tail, 1 - tail], axis=0)
-    return (float(low), float(high)) if point.ndim == 0 else (low, high)
+    spread = np.quantile(values - values.mean(axis=0), [tail, 1 - tail], axis=0)
+    return np.asarray(point, float) + np.sqrt(half / (n - half)) * spread
 
 
-def stamp(volumes: np.ndarray, inside: np.ndarray, *, sigma: float = 3.0, pairs: int = 500, seed: int = 0) -> float:
-    """Mean correlation of two samples' high-passed interiors at the same voxels, over at most `pairs` pairs.
+def stamp(
+    volumes: np.ndarray, inside: np.ndarray, *, groups=None, sigma: float = 3.0, pairs: int = 500, seed: int = 0
+) -> float:
+    """Mean of `stamps`: 0 means independent interiors, 1 one pattern stamped into every bone.
 
-    0 means independent interiors, 1 one pattern stamped into every bone. `volumes` is (n, z, y, x), `inside`
+    Own measure: Frechet distance and precision do not see a stamp. Raises `InputError` as `stamps`, and if no pair
+    shares 50 voxels.
+    """
+    values = stamps(volumes, inside, groups=groups, sigma=sigma, pairs=pairs, seed=seed)[2]
+    if np.isnan(values).all():
+        raise InputError(f"no two interiors share {LEAST_SHARED} voxels with texture; more overlap is needed")
+    return float(np.nanmean(values))
+
+
+def stamps(
+    volumes: np.ndarray, inside: np.ndarray, *, groups=None, sigma: float = 3.0, pairs: int = 500, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Correlations of two samples' high-passed interiors at the same voxels: (first, second, values) of the pairs.
+
+    Of at most `pairs` pairs of different `groups` (each sample its own if None). `volumes` is (n, z, y, x), `inside`
     the boolean mask of each eroded trabecular interior, same shape; a sample twice freed of its Gaussian mean
-    (`sigma` voxels) within its own mask is its texture, and a pair is compared where both masks hold. Own
-    measure: Frechet distance and precision do not see a stamp. Raises `InputError` for a bad shape, NaN, or
-    no pair sharing 50 voxels.
+    (`sigma` voxels) within its own mask is its texture, and a pair is compared where both masks hold, NaN where they
+    share less than 50 voxels. Raises `InputError` for a bad shape or NaN.
     """
     volumes, inside = np.asarray(volumes), np.asarray(inside)
     if volumes.ndim != 4 or len(volumes) < 2:
@@ -243,15 +308,10 @@ def stamp(volumes: np.ndarray, inside: np.ndarray, *, sigma: float = 3.0, pairs:
     if not np.isfinite(volumes).all():
         raise InputError("volumes holds NaN or infinite voxels; every voxel must be a number")
     texture = np.stack([_texture(v, m, sigma) for v, m in zip(volumes, inside, strict=True)])
-    first, second = np.triu_indices(len(volumes), 1)
-    order = numpy_rng(seed, "stamp").permutation(len(first))[:pairs]
-    values = [
-        _correlation(texture[i], texture[j], inside[i] & inside[j])
-        for i, j in zip(first[order], second[order], strict=True)
-    ]
-    if np.isnan(values).all():
-        raise InputError(f"no two interiors share {LEAST_SHARED} voxels with texture; more overlap is needed")
-    return float(np.nanmean(values))
+    groups = np.arange(len(volumes)) if groups is None else groups
+    first, second = pairs_between(groups, pairs, numpy_rng(seed, "stamp"))
+    values = [_correlation(texture[i], texture[j], inside[i] & inside[j]) for i, j in zip(first, second, strict=True)]
+    return first, second, np.array(values, float)
 
 
 def _texture(volume, mask, sigma):

@@ -3,6 +3,7 @@
 A setting is a model at a truncation of its codes, and is named for both, as in "progan 1.8".
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from bonelib.randomness import numpy_rng
 from bonelib.scans.tables import read_table
 
 PUBLISHED = Path(__file__).with_name("published_table1.csv")  # Table 1 of Angermann et al. 2023
-AS_THEY_ARE = ("inception", "medicalnet", "vgs")  # families of networks, of which distances are published unscaled
+CHANCES = "motion grades"  # the grader's probabilities, the classes of an inception score
+AS_THEY_ARE = ("inception", "medicalnet", "vgs", CHANCES)  # of networks, whose distances are published unscaled
+FLAT = 0.01  # of the largest SD of a family; features that vary less are divided by no less, as they are mostly zero
 COLUMNS = {"inception": "FID_inc", "medicalnet": "FID_res", "vgs": "FID_vgs"}  # others are FD_ and their name
 ELLIPSE_SD = 2.0
 GRID = 160  # points a side on which ellipses are compared
@@ -45,19 +48,42 @@ def draw_settings(
         return {setting(*key): jobs[key].result() for key in wanted}
 
 
+def over_patients(patients: list[str], n: int, seed: int) -> np.ndarray:
+    """Numbers of `n` of the samples of `patients`, at random, but a second one of nobody before the first of all."""
+    order, before = numpy_rng(seed, "over patients").permutation(len(patients)), {}
+    turn = {}
+    for i in order:
+        turn[i] = before[patients[i]] = before.get(patients[i], 0) + 1
+    return np.array(sorted(order, key=turn.get)[:n])
+
+
 def _drawn(folder, n, seed, truncation):
     return draw(load_model(folder), n, seed, truncation).astype(np.float16)
 
 
 def standardised(reference: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """Features of every set (n, d), brought to mean 0 and SD 1 of `reference`, so that no feature rules by its unit."""
-    mean, sd = reference.mean(axis=0), reference.std(axis=0) + 1e-9
-    return [(features - mean) / sd for features in (reference, *others)]
+    mean, sd = reference.mean(axis=0), reference.std(axis=0)
+    scale = np.maximum(sd, max(FLAT * sd.max(), 1e-9))
+    return [(features - mean) / scale for features in (reference, *others)]
 
 
-def extracted(name: str, extract, volumes: dict[str, np.ndarray], cache=None) -> dict[str, np.ndarray]:
-    """Features of every set of `volumes` by one family, those of "real" at mean 0 and SD 1 unless as published."""
-    found = {key: cached(name, extract, values, cache) for key, values in volumes.items()}
+def extracted(
+    extractors: dict[str, Callable], volumes: dict[str, np.ndarray], cache=None
+) -> dict[str, dict[str, np.ndarray]]:
+    """{family: {set: features (n, d)}} of every set of `volumes` by worker processes, brought to scale (`scaled`)."""
+    with workers() as pool:
+        jobs = {key: pool.submit(_features, extractors, values, cache) for key, values in volumes.items()}
+        found = {key: job.result() for key, job in jobs.items()}
+    return {name: scaled(name, {key: of_set[name] for key, of_set in found.items()}) for name in extractors}
+
+
+def _features(extractors, values, cache):
+    return {name: cached(name, extract, values, cache) for name, extract in extractors.items()}
+
+
+def scaled(name: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The sets (n, d) of a family with "real" at mean 0 and SD 1, or as they are where they are published so."""
     if name in AS_THEY_ARE:
         return found
     others = {key: values for key, values in found.items() if key != "real"}
@@ -120,7 +146,7 @@ def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
     Every number of ours is followed by its interval and, after a stroke, by that of real against real.
     """
     found = {(r["setting"], r["features"], r["metric"]): r for r in rows}
-    families = list(dict.fromkeys(r["features"] for r in rows))
+    families, trained = list(dict.fromkeys(r["features"] for r in rows)), {r["setting"] for r in rows}
     out = []
     for line in read_table(PUBLISHED):
         name = setting(line["model"], float(line["tr"]))
@@ -128,7 +154,8 @@ def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
         row |= {f"published {k}": line[k] for k in ("FID_inc", "FID_res", "FID_vgs", "prec", "rec")}
         wanted = {COLUMNS.get(f, f"FD_{f}"): (name, f, "FD") for f in families}
         wanted |= {f"prec_{judge}": (name, judge, "precision"), f"rec_{judge}": (name, judge, "recall")}
-        out.append(row | {key: _cell(found.get(where)) for key, where in wanted.items()})
+        none = "not measured" if name in trained else "not trained"
+        out.append(row | {key: _cell(found[where]) if where in found else none for key, where in wanted.items()})
     known = {row["setting"] for row in out}
     if stray := {r["setting"] for r in rows if r["setting"] not in known and r["setting"].rsplit(" ", 1)[0] in models}:
         raise InputError(f"quality: {sorted(stray)} are no settings of Table 1; accepted are {sorted(known)}")
@@ -136,9 +163,27 @@ def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
 
 
 def _cell(row):
-    if row is None:
-        return "not trained"
     return f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] / {row['real_against_real']:.3g}"
+
+
+def parity(chances: dict[str, np.ndarray], groups: dict, similar: dict[str, dict], *, seed: int, draws: int):
+    """Inception score and MS-SSIM of every set, those metrics that look at no real bone: a row a set and metric.
+
+    `chances` are class probabilities {set: (n, classes)}, `groups` {set: patient of each sample, or None for drawn
+    ones}, `similar` {set: `similarity.diversity`}. Rows as those of `table`, n being the samples.
+    """
+    rows, other = [], metrics.inception_score(chances["other real"])
+    for name, p in chances.items():
+        rng, own = numpy_rng(seed, "inception score interval"), groups.get(name)
+        own = np.arange(len(p)) if own is None else own
+        ends = metrics.half_interval(lambda i, p=p: metrics.inception_score(p[i]), own, rng=rng, draws=draws)
+        found = dict(value=metrics.inception_score(p), low=ends[0], high=ends[1], real_against_real=other)
+        rows.append(dict(setting=name, metric="inception score") | found | dict(n=len(p), pairs=None, d=p.shape[1]))
+    other = similar["other real"]["value"]
+    for name, one in similar.items():
+        found = {key: one[key] for key in ("value", "low", "high")} | dict(real_against_real=other)
+        rows.append(dict(setting=name, metric="MS-SSIM") | found | dict(n=one["n"], pairs=one["pairs"], d=1))
+    return rows
 
 
 def truncation_law(
@@ -147,7 +192,8 @@ def truncation_law(
     """What truncation does: precision and recall of the truncated setting minus those of the other one.
 
     `pairs` are (setting without, setting with truncation). One row a pair, family and metric: value, low, high,
-    `expected` sign (precision up, recall down), and whether the value has it.
+    whether it has the published sign (precision up, recall down), and `real_against_real`, the change between two
+    halves of "other real", between which nothing was truncated.
     """
     rows = []
     for family, sets in features.items():
@@ -160,13 +206,17 @@ def truncation_law(
                 return [last[key] - first[key] for key in ("precision", "recall")]
 
             numbers = np.arange(len(sets["real"]))[:, None], np.arange(len(sets[wide]))[:, None]
+            part = max(6, len(sets["other real"]) // 2)  # as few as neighbours can be counted among
+            halves = sets["other real"][:part], sets["other real"][-part:]
+            first, last = (metrics.manifold(sets["real"], half) for half in halves)
             rng = numpy_rng(seed, "truncation interval", family)
             ends = metrics.bootstrap_interval(change, *numbers, names, rng=rng, draws=draws)
             signs = {"precision": 1, "recall": -1}
             for (metric, sign), value, low, high in zip(signs.items(), change(*numbers), *ends, strict=True):
                 what = dict(settings=f"{wide} to {narrow}", features=family, metric=metric, change=value)
+                ends = dict(low=float(low), high=float(high), real_against_real=last[metric] - first[metric])
                 counts = dict(n_real=len(numbers[0]), n_fake=len(numbers[1]), d=sets["real"].shape[1])
-                rows.append(what | dict(low=float(low), high=float(high), as_published=bool(value * sign > 0)) | counts)
+                rows.append(what | ends | dict(as_published=bool(value * sign > 0)) | counts)
     return rows
 
 

@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.evaluation.features import halved
+from bonelib.evaluation.metrics import pair_mean, pairs_between
+from bonelib.processes import workers
 from bonelib.pyramid import downsample
 from bonelib.randomness import numpy_rng
 
@@ -39,16 +42,32 @@ def ms_ssim(a, b) -> np.ndarray:
     return product.numpy()
 
 
-def diversity(volumes: np.ndarray, *, pairs: int = 100, seed: int = 0) -> np.ndarray:
-    """MS-SSIM of at most `pairs` random pairs of `volumes` (n, z, y, x): high where a set repeats itself.
+def diversity(volumes: np.ndarray, groups=None, *, pairs: int = 100, seed: int = 0, draws: int = 200) -> dict:
+    """Mean MS-SSIM of at most `pairs` random pairs of `volumes` (n, z, y, x): high where a set repeats itself.
 
-    Compare its mean with that of real bones: neither more nor less similar to each other is good.
+    `groups` (n,) names each volume's patient; only volumes of different patients are compared, and whole patients are
+    resampled for the interval. A drawn volume is its own (None). Returns value, low, high, n and pairs; compare it
+    with that of real bones: neither more nor less similar to each other is good.
     """
-    first, second = np.triu_indices(len(volumes), 1)
-    order = numpy_rng(seed, "ms-ssim pairs").permutation(len(first))[:pairs]
-    parts = [order[i : i + PAIRS_AT_ONCE] for i in range(0, len(order), PAIRS_AT_ONCE)]
+    groups = np.arange(len(volumes)) if groups is None else np.asarray(groups)
+    first, second = pairs_between(groups, pairs, numpy_rng(seed, "ms-ssim pairs"))
+    parts = [slice(i, i + PAIRS_AT_ONCE) for i in range(0, len(first), PAIRS_AT_ONCE)]
     with torch.inference_mode():
-        return np.concatenate([ms_ssim(volumes[first[part]], volumes[second[part]]) for part in parts])
+        values = [ms_ssim(volumes[first[part]], volumes[second[part]]) for part in parts]
+    values, rng = np.concatenate([np.empty(0), *values]), numpy_rng(seed, "ms-ssim interval")
+    return pair_mean(first, second, values, groups, rng=rng, draws=draws)
+
+
+def diversities(sets: dict[str, tuple], *, pairs: int, seed: int, draws: int) -> dict[str, dict]:
+    """`diversity` of every set (volumes, groups), on voxels twice as large, by worker processes."""
+    with workers() as pool:
+        how = dict(pairs=pairs, seed=seed, draws=draws)
+        jobs = {name: pool.submit(_of_halved, *one, how) for name, one in sets.items()}
+        return {name: job.result() for name, job in jobs.items()}
+
+
+def _of_halved(volumes, groups, how):
+    return diversity(halved(volumes), groups, **how)
 
 
 def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
