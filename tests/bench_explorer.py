@@ -152,7 +152,7 @@ def main():
         first = memory(page, kernel)
         for i in range(1, args.updates + 1):  # to and fro, as kept volumes cost no drawing; now and then a new one
             update(page, kernel, *(("ArrowLeft", 37) if i % 2 == 0 and i % 10 else ("ArrowRight", 39)))
-            if i % 50 == 0 or i == args.updates:
+            if i % 25 == 0 or i == args.updates:
                 grown = {name: size - first[name] for name, size in memory(page, kernel).items()}
                 says = ", ".join(f"{name} {first[name]:.0f} {by:+.0f} MB" for name, by in grown.items())
                 print(f"{time.strftime('%H:%M:%S')} after {i} updates: {says}", flush=True)

@@ -50,6 +50,8 @@ class Page:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # as if its window were in front
+        leave = "addEventListener('beforeunload', e => e.stopImmediatePropagation(), true)"  # unasked, if unsaved
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=leave)
         self.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
 
     def call(self, method, **params):
@@ -162,16 +164,17 @@ def drawn(page, of, unlike=None, seconds=120):
 
 
 @contextlib.contextmanager
-def lab(folder, token):
-    """JupyterLab on a free port of this machine, with the token that `make lab` has as well; its address."""
+def lab(folder, token, home=None):
+    """JupyterLab of a folder on a free port of this machine, with a token as `make lab` has; its address."""
+    home = home or folder
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root"]
     command += [f"--IdentityProvider.token={token}", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
     command += ["--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
-    place = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder / "config")}
-    with open(folder / "lab.log", "w") as log:
+    place = {"HOME": str(home), "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(home / "config")}
+    with open(home / "lab.log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, env={**os.environ, **place}, stdout=log, stderr=log)
         try:
             end = time.time() + 120
@@ -180,7 +183,7 @@ def lab(folder, token):
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=30).close()
                     break
                 except OSError:
-                    assert server.poll() is None and time.time() < end, (folder / "lab.log").read_text()[-2000:]
+                    assert server.poll() is None and time.time() < end, (home / "lab.log").read_text()[-2000:]
                     time.sleep(0.3)
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -218,4 +221,19 @@ def run_all(page, lab, token, path):
     page.open(f"{lab}/lab/tree/{path}?reset&token={token}")
     page.wait("!!document.querySelector('.jp-Notebook .jp-CodeCell') && !!window.jupyterapp", 120)
     page.wait(_READY, 120)
-    page.js("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.js("void window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true; })")
+
+
+def outputs(page):
+    """What the cells of the open notebook have said so far, as nbformat has it, also where none of it is in sight."""
+    content = "window.jupyterapp.shell.currentWidget.content.widgets"
+    return page.js(f"{content}.flatMap(c => c.model.type === 'code' ? c.model.outputs.toJSON() : [])")
+
+
+def fetched(file, seconds=30):
+    """A file that the browser is about to save, as soon as it is there."""
+    end = time.time() + seconds
+    while not file.is_file():
+        assert time.time() < end, f"no {file.name} within {seconds} s"
+        time.sleep(0.1)
+    return file

@@ -192,15 +192,6 @@ def repro(folder, **options):
     )
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """The tiny pipeline, run once in a copy of the repository."""
-    folder = copy_of_the_repository(tmp_path_factory.mktemp("pipeline"))
-    done = repro(folder)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder
-
-
 @pytest.mark.pipeline
 def test_the_pipeline_makes_what_it_promises(pipeline):
     out = pipeline / "out/tiny"
