@@ -107,7 +107,8 @@ def update(page, kernel, key="ArrowRight", code=39):
     page.js("document.querySelector('.noUi-handle').focus()")
     spent = of_each(page, kernel, seconds)
     page.key(key, code)
-    page.wait(f"{RECIPE} != {before!r} && /measured in/.test({STATUS}) && seen.volumes.length > 0", 120)
+    for there in (f"{RECIPE} != {before!r}", f"/measured in/.test({STATUS})", "seen.volumes.length > 0"):
+        page.wait(there, 120)  # one after the other, so that a failure names what has not come
     seen = page.js("seen")
     said = [float(s) for s in re.findall(r"([\d.]+) s", page.js(STATUS))]
     key, (finished, preview, shown, measured) = seen["keys"][-1], said[-4:]
