@@ -275,6 +275,9 @@ def test_manifold_gives_what_the_metrics_give_one_by_one(small_blocks):
     found = metrics.manifold(real, fake, 3, 5)
     assert (found["precision"], found["recall"]) == metrics.precision_recall(real, fake, 3)
     assert (found["density"], found["coverage"]) == metrics.density_coverage(real, fake, 5)
+    assert found["realism"] == pytest.approx(np.median(metrics.realism(real, fake, 3)), rel=1e-9)
+    copied = metrics.manifold(real, np.concatenate([real, real]), 3, 5)["realism"]
+    assert 1 < copied <= np.inf  # half of the real samples are pruned, and a copy of a pruned one is none
 
 
 RECORDED = {  # prdc 0.2 (nearest_k 5) and torchmetrics 1.9.0 (float64, kid of all samples) on the arrays below
@@ -318,7 +321,9 @@ def test_rbf_mmd_takes_the_median_distance_within_the_reals():
 
 def test_blocks_keep_the_memory_small():
     a, b = draw("many a", 3500, 16).astype(np.float32), draw("many b", 3500, 16).astype(np.float32)
-    for statistic in (metrics.kernel_distance, metrics.rbf_mmd, metrics.manifold, metrics.realism):
+    patients = np.arange(3500) // 4
+    pairs = (metrics.kernel_distance, metrics.rbf_mmd, metrics.manifold, metrics.realism, metrics.frechet_distance)
+    for statistic in (*pairs, lambda a, b: metrics.two_sample_auc(a, b, patients)):
         tracemalloc.start()
         statistic(a, b)
         peak = tracemalloc.get_traced_memory()[1]
@@ -350,6 +355,16 @@ def test_two_samples_of_one_distribution_are_not_told_apart_and_shifted_ones_are
     # the best classifier of two Gaussians a distance d apart reaches Phi(d / sqrt 2)
     best = 0.5 * (1 + math.erf(0.5 * math.sqrt(20) / 2))
     assert best - 0.06 < shifted < best + 0.04
+
+
+def test_the_classifier_is_the_same_by_samples_and_by_features(small_blocks):
+    a, b = draw("ridge a", 40, 7), draw("ridge b", 30, 7, shift=0.4)
+    some = (a, np.arange(3, 40)), (b, np.arange(28))
+    mean, sd = metrics._mean_sd(*some[0])
+    np.testing.assert_allclose([mean, sd], [a[3:].mean(axis=0), a[3:].std(axis=0)])
+    by_samples, by_features = metrics._ridge(*some, mean, sd), metrics._ridge_of_many(*some, mean, sd)
+    np.testing.assert_allclose(by_features, by_samples, rtol=1e-9)
+    assert by_samples @ (a.mean(axis=0) - b.mean(axis=0)) > 0
 
 
 def test_a_patient_is_in_one_fold_of_the_two_sample_test():

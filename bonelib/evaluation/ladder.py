@@ -57,7 +57,8 @@ def badness(reference: np.ndarray, fake: np.ndarray, patients, seed: int = 0) ->
     `copies` is the share of samples nearer to a training sample than that one is to any other (one minus the
     authenticity of Alaa et al. 2022), `repeats` the share of samples that another one of the set equals.
     """
-    shares, folds = metrics.manifold(reference, fake), min(5, len(set(patients)), len(fake) // 2)
+    shares = metrics.manifold(reference, fake)
+    realism, folds = shares.pop("realism"), min(5, len(set(patients)), len(fake) // 2)
     gaps = _distances(fake, reference)
     own = _distances(reference, reference) + np.diag(np.full(len(reference), np.inf))
     nearest = gaps.argmin(axis=1)
@@ -67,7 +68,7 @@ def badness(reference: np.ndarray, fake: np.ndarray, patients, seed: int = 0) ->
         "kernel distance": metrics.kernel_distance(reference, fake),
         "RBF-MMD": metrics.rbf_mmd(reference, fake),
         **{f"1 - {name}": 1 - value for name, value in shares.items()},
-        "- realism": -float(np.median(metrics.realism(reference, fake))),
+        "- realism": -realism,
         "C2ST": metrics.two_sample_auc(reference, fake, patients, seed=seed, folds=folds),
         "copies": float(np.mean(gaps.min(axis=1) < own.min(axis=1)[nearest])),
         "repeats": float(np.mean(within.min(axis=1) < 1e-6 * np.median(within[np.isfinite(within)]))),

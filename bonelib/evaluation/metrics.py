@@ -11,6 +11,7 @@ from bonelib import InputError
 from bonelib.randomness import numpy_rng
 
 ROWS, COLUMNS = 512, 2048  # of a block: 8 MB of distances, which a cache holds, and 32 MB of 2048-d features
+PRUNED = -1.0  # reach of a real sample that realism leaves out: less than any
 LEAST_SHARED = 50  # voxels; a correlation over fewer is mostly its own noise
 
 
@@ -86,25 +87,28 @@ def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[fl
 
 
 def manifold(real: np.ndarray, fake: np.ndarray, k: int = 3, k_dense: int = 5) -> dict[str, float]:
-    """`precision` and `recall` with `k` neighbours, `density` and `coverage` with `k_dense`, of one pass.
+    """`precision`, `recall` and median `realism` with `k` neighbours, `density` and `coverage` with `k_dense`.
 
-    `real` is (n, d), `fake` (m, d); the distances of every pair are computed once. Raises `InputError` as
-    `precision_recall`.
+    Of one pass: the distances of every pair are computed once. `real` is (n, d), `fake` (m, d). Raises `InputError`
+    as `precision_recall`.
     """
     ks = _neighbours(k), _neighbours(k_dense)
     real, fake = _pair(real, fake, "real", "fake", least=max(ks) + 1)
     reach, reach_dense = _squared_radii(real, ks)
     (fake_reach,) = _squared_radii(fake, ks[:1])
     fake_hit, real_hit, covered = np.zeros(len(fake), bool), np.zeros(len(real), bool), np.zeros(len(real), bool)
-    held = 0
+    held, best = 0, np.zeros(len(fake))
+    pruned = np.where(reach <= np.median(reach), reach, PRUNED)
     for i, j, squared in _squared_distances(fake, real):
+        best[i] = np.maximum(best[i], _ratios(pruned[j], squared))
         fake_hit[i] |= (squared <= reach[j]).any(axis=1)
         real_hit[j] |= (squared <= fake_reach[i, None]).any(axis=0)
         inside = squared <= reach_dense[j]
         held += int(np.count_nonzero(inside))
         covered[j] |= inside.any(axis=0)
     shares = dict(precision=float(fake_hit.mean()), recall=float(real_hit.mean()))
-    return shares | dict(density=held / (ks[1] * len(fake)), coverage=float(covered.mean()))
+    shares |= dict(density=held / (ks[1] * len(fake)), coverage=float(covered.mean()))
+    return shares | dict(realism=float(np.median(np.sqrt(best))))
 
 
 def realism(real: np.ndarray, fake: np.ndarray, k: int = 3) -> np.ndarray:
@@ -120,10 +124,14 @@ def realism(real: np.ndarray, fake: np.ndarray, k: int = 3) -> np.ndarray:
     real, reach = real[kept], reach[kept]
     best = np.zeros(len(fake))
     for i, j, squared in _squared_distances(fake, real):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(squared > 0, reach[j] / squared, np.inf)
-        best[i] = np.maximum(best[i], ratio.max(axis=1))
+        best[i] = np.maximum(best[i], _ratios(reach[j], squared))
     return np.sqrt(best)
+
+
+def _ratios(reach, squared):
+    """The largest ratio (rows,) of a real sample's squared reach to its squared distance; infinite for its copy."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(squared > 0, reach / squared, np.where(reach == PRUNED, 0, np.inf)).max(axis=1)
 
 
 def two_sample_auc(real: np.ndarray, fake: np.ndarray, real_groups, *, seed: int = 0, folds: int = 5) -> float:
@@ -144,16 +152,46 @@ def two_sample_auc(real: np.ndarray, fake: np.ndarray, real_groups, *, seed: int
     fold_fake = rng.permutation(len(fake)) % folds
     areas = []
     for fold in range(folds):
-        seen = real[fold_real != fold], fake[fold_fake != fold]
-        mean, sd = seen[0].mean(axis=0), seen[0].std(axis=0) + 1e-9
-        x = (np.concatenate(seen) - mean) / sd
-        side = np.repeat([1 / len(seen[0]), -1 / len(seen[1])], [len(s) for s in seen])  # classes weigh the same
-        rows = x - x.mean(axis=0)
-        gram = rows @ rows.T
-        weight = rows.T @ np.linalg.solve(gram + np.trace(gram) / len(x) * np.eye(len(x)), side)
-        asked = ((s - mean) / sd @ weight for s in (real[fold_real == fold], fake[fold_fake == fold]))
-        areas.append(auc(*asked))
+        seen = [(x, np.flatnonzero(of != fold)) for x, of in ((real, fold_real), (fake, fold_fake))]
+        mean, sd = _mean_sd(*seen[0])
+        ridge = _ridge if sum(len(rows) for _, rows in seen) <= real.shape[1] else _ridge_of_many
+        weight = ridge(*seen, mean, sd) / sd
+        asked = [(x, np.flatnonzero(of == fold)) for x, of in ((real, fold_real), (fake, fold_fake))]
+        areas.append(auc(*(np.concatenate([part @ weight for part in _parts(*one)]) for one in asked)))
     return float(np.mean(areas))
+
+
+def _parts(x, rows):
+    """The rows of x in blocks, so that no set is ever copied as a whole."""
+    return (x[rows[i : i + COLUMNS]] for i in range(0, len(rows), COLUMNS))
+
+
+def _mean_sd(x, rows):
+    mean = sum(part.sum(axis=0, dtype=np.float64) for part in _parts(x, rows)) / len(rows)
+    return mean, np.sqrt(sum(((part - mean) ** 2).sum(axis=0) for part in _parts(x, rows)) / len(rows)) + 1e-9
+
+
+def _ridge(a, b, mean, sd):
+    """Weights (d,) of a ridge regression on which of two sets (x, rows) a row is in; classes weigh the same."""
+    x = (np.concatenate([of[rows] for of, rows in (a, b)]) - mean) / sd
+    side = np.repeat([1 / len(a[1]), -1 / len(b[1])], [len(a[1]), len(b[1])])
+    rows = x - x.mean(axis=0)
+    gram = rows @ rows.T
+    return rows.T @ np.linalg.solve(gram + np.trace(gram) / len(x) * np.eye(len(x)), side)
+
+
+def _ridge_of_many(a, b, mean, sd):
+    """The same weights from sums over blocks of rows, where there are more of them than features."""
+    total, apart, squares = np.zeros(len(mean)), np.zeros(len(mean)), np.zeros((len(mean),) * 2)
+    for of_set, side in ((a, 1 / len(a[1])), (b, -1 / len(b[1]))):
+        for part in _parts(*of_set):
+            x = (part - mean) / sd
+            total += x.sum(axis=0)
+            apart += side * x.sum(axis=0)
+            squares += x.T @ x
+    n = len(a[1]) + len(b[1])
+    squares -= np.outer(total, total) / n
+    return np.linalg.solve(squares + np.trace(squares) / n * np.eye(len(mean)), apart)
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float:

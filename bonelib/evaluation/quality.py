@@ -101,7 +101,6 @@ def scores(real: np.ndarray, fake: np.ndarray, patients, seed: int = 0) -> dict[
         "kernel distance": metrics.kernel_distance(real, fake),
         "RBF-MMD": metrics.rbf_mmd(real, fake),
         **metrics.manifold(real, fake),
-        "realism": float(np.median(metrics.realism(real, fake))),
     }
     folds = min(5, len(set(patients)), len(real) // 2, len(fake) // 2)
     return found | {"C2ST": metrics.two_sample_auc(real, fake, patients, seed=seed, folds=folds)}
