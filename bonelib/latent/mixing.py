@@ -161,8 +161,9 @@ def by_style(rows: list[dict]) -> list[dict]:
         line = table.setdefault(
             (row["model"], row["attribute"]), {"model": row["model"], "": row["attribute"], "N": row["N"]}
         )
+        ends = " ({low:.2f} to {high:.2f})" if row["low"] is not None else ""
         known = row["value"] is not None
-        line[f"style {row['style']}"] = "{value:.2f} ({low:.2f} to {high:.2f})".format(**row) if known else "none"
+        line[f"style {row['style']}"] = ("{value:.2f}" + ends).format(**row) if known else "none"
     columns = dict.fromkeys(key for line in table.values() for key in line)
     return [{key: line.get(key, "") for key in columns} for line in table.values()]
 
