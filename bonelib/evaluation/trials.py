@@ -20,6 +20,7 @@ from bonelib.training.loop import train
 COMPONENTS = 48  # principal components of the training stacks, at most, in which samples are compared with them
 LEAST_SD = 0.1  # of the first component's SD, to which the others are raised before they scale anything
 LEVELS = np.linspace(0.2, 0.6, 41)  # of intensity, at one of which most real cortices are closed
+PATIENTS = 4  # with fewer there is no interval
 HOLE = 0.06  # of a slice, that a closed cortex encloses at least
 
 
@@ -112,7 +113,8 @@ def against(real: np.ndarray, fake: np.ndarray, patients: list[str], level: floa
     rng = numpy_rng(seed, "rings")
     low, high = np.quantile([rng.choice(ring, len(ring)).mean() for _ in range(draws)], [0.025, 0.975])
     rng = numpy_rng(seed, "interval", "trials")
-    ends = bootstrap_interval(frechet_distance, a, b, patients, rng=rng, draws=draws)
+    enough = len(set(patients)) >= PATIENTS
+    ends = bootstrap_interval(frechet_distance, a, b, patients, rng=rng, draws=draws) if enough else (None, None)
     precision, recall = precision_recall(a, b)
     return {
         "N": len(fake), "closed rings": float(ring.mean()), "low": float(low), "high": float(high),
