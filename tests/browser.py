@@ -139,12 +139,16 @@ def browser(folder):
         yield page
         page.socket.close()
     finally:
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
+
+
+def _end(process):
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def colours(png):
@@ -187,11 +191,7 @@ def lab(folder, token, home=None):
                     time.sleep(0.3)
             yield f"http://127.0.0.1:{port}"
         finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            _end(server)
 
 
 # The notebook has a kernel, and is the one that commands mean

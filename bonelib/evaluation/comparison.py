@@ -5,7 +5,7 @@ from scipy import ndimage, stats
 
 from bonelib import InputError
 from bonelib.evaluation.contours import closed_slices, contours, dilated, eroded
-from bonelib.evaluation.metrics import bootstrap_interval, half_interval, pair_mean, stamps
+from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, half_interval, pair_mean, stamps
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.quality import standardised
 from bonelib.processes import workers
@@ -154,7 +154,7 @@ def trait_distances(groups: dict[str, list[dict | None]], patients: list[str], *
     sets = {name: matrix(found) for name, found in groups.items()}
     (real, kept), rows = sets["real"], []
     names, enough = np.asarray(patients)[kept], {k: v for k, (v, _) in sets.items() if len(v) >= 4}
-    if "real" not in enough or "other real" not in enough or len(set(names)) < 4:
+    if "real" not in enough or "other real" not in enough or len(set(names)) < PATIENTS:
         return []
     reference = _distances(real, enough["other real"])
     for group, values in enough.items():
@@ -193,7 +193,7 @@ def spectral_distances(
         for group, (values, _) in sets.items():
             for line, power in zip(curves, values.mean(axis=0) if len(values) else [np.nan] * BINS, strict=True):
                 line[f"{region}, {group}"] = float(power)
-            small = min(len(values), len(sets["other real"][0])) < 4 or len(set(names)) < 4
+            small = min(len(values), len(sets["other real"][0])) < 4 or len(set(names)) < PATIENTS
             if small or group in ("real", "other real"):
                 continue
             rng = numpy_rng(seed, "spectrum interval", region)

@@ -12,6 +12,7 @@ from bonelib.randomness import numpy_rng
 
 ROWS, COLUMNS = 512, 2048  # of a block: 8 MB of distances, which a cache holds, and 32 MB of 2048-d features
 PRUNED = -1.0  # reach of a real sample that realism leaves out: less than any
+PATIENTS = 4  # with fewer there is no interval
 LEAST_SHARED = 50  # voxels; a correlation over fewer is mostly its own noise
 
 
@@ -247,8 +248,8 @@ def bootstrap_interval(
     names, patient = np.unique(np.asarray(real_groups), return_inverse=True)
     if np.shape(real_groups) != (len(real),):
         raise InputError(f"real_groups has shape {np.shape(real_groups)}, but real needs ({len(real)},)")
-    if len(names) < 4:
-        raise InputError(f"real_groups names {len(names)} patients, but an interval needs at least 4")
+    if len(names) < PATIENTS:
+        raise InputError(f"real_groups names {len(names)} patients, but an interval needs at least {PATIENTS}")
     if draws < 2 or not 0 < level < 1:
         raise InputError(f"draws is {draws} and level {level}; accepted are draws >= 2 and 0 < level < 1")
     half, half_fake = len(names) // 2, len(fake) // 2
@@ -267,7 +268,7 @@ def half_interval(statistic, groups, *, rng: np.random.Generator, draws: int = 2
     0 to n - 1. Draws whose statistic is NaN are left out. (None, None) for fewer than 4 groups, or if nothing is left.
     """
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    if len(names) < 4:
+    if len(names) < PATIENTS:
         return None, None
     half = len(names) // 2
     halves = (np.flatnonzero(np.isin(group, rng.choice(len(names), half, replace=False))) for _ in range(draws))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bonelib import InputError
 from bonelib.evaluation.features import random3d
-from bonelib.evaluation.metrics import bootstrap_interval, kernel_distance
+from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, kernel_distance
 from bonelib.latent.models import Model, draw
 from bonelib.networks import build_generator
 from bonelib.params import Train, check_file, section
@@ -27,7 +27,6 @@ from bonelib.scans.tables import as_markdown, read_table, write_table
 from bonelib.training.checkpoint import digest, write_json
 
 NAME = "kernel distance, random3d"
-PATIENTS = 4  # with fewer there is no interval
 TABLE = ("seen", "chosen", NAME, "low", "high", "real against real", "N real", "patients", "N samples")
 
 

@@ -6,21 +6,20 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import ndimage
 
-from bonelib.evaluation.metrics import bootstrap_interval, frechet_distance, precision_recall
+from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, frechet_distance, half_interval, precision_recall
 from bonelib.latent.models import draw, load_model
-from bonelib.params import Train, Trials, changed, section
+from bonelib.params import Train, Trials, changed, fingerprint, section
 from bonelib.processes import workers
 from bonelib.randomness import numpy_rng
 from bonelib.scans.dataset import Stacks, halved
-from bonelib.training.loop import train
+from bonelib.training.checkpoint import write_json
+from bonelib.training.loop import CODE, train
 
 COMPONENTS = 48  # principal components of the training stacks, at most, in which samples are compared with them
 LEAST_SD = 0.1  # of the first component's SD, to which the others are raised before they scale anything
 LEVELS = np.linspace(0.2, 0.6, 41)  # of intensity, at one of which most real cortices are closed
-PATIENTS = 4  # with fewer there is no interval
 HOLE = 0.06  # of a slice, that a closed cortex encloses at least
 
 
@@ -29,8 +28,8 @@ def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) 
 
     A trial trains for `how.seconds` of CPU time on one thread: a short training first tells how many samples that is.
     Rows: variant, seed, samples seen, CPU seconds, and what `against` says of its samples. The row "real" holds one
-    half of the training patients against the other. A trial that is done is not run again: its row and its volumes lie
-    in `folder`.
+    half of the training patients against the other. What is done is not done again by equal code: each trial's row and
+    volumes lie in `folder`.
     """
     folder = Path(folder)
     plain = section(Train, how.base, "trials.base")
@@ -45,7 +44,7 @@ def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) 
         jobs = {}
         for name, own in names:
             params = section(Train, changed(how.base, how.variants[name]) | {"snapshots": None}, f"trials.{name}")
-            place = folder / f"{name}-{own}".replace(" ", "_")
+            place = folder / fingerprint(params, data.meta["data_hash"], own, how.seconds, how.samples, CODE)
             jobs[name, own] = pool.submit(_trained, params, data, place, own, how.seconds, how.samples)
         drawn = {}
         for i, key in enumerate(jobs, 1):
@@ -65,10 +64,9 @@ def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) 
 
 def _trained(params: Train, data: Stacks, place: Path, seed: int, seconds: float, samples: int):
     """One trial: what it took, and the volumes it draws."""
-    done, torch_threads = place / "row.json", torch.get_num_threads()
+    done = place / "row.json"
     if done.is_file():
         return json.loads(done.read_text()), np.load(place / "volumes.npy")
-    torch.set_num_threads(1)
     updates = params.n_critic * params.schedule.batch[-1]
     times = []
     for count in (2, 2, 12):  # updates; the difference of the last two leaves out what is done once
@@ -83,8 +81,7 @@ def _trained(params: Train, data: Stacks, place: Path, seed: int, seconds: float
     volumes = draw(load_model(place), samples, seed).astype(np.float16)
     shutil.rmtree(place / "pilot")
     np.save(place / "volumes.npy", volumes)
-    done.write_text(json.dumps(row))
-    torch.set_num_threads(torch_threads)
+    write_json(done, row)
     return row, volumes
 
 
@@ -111,13 +108,13 @@ def against(real: np.ndarray, fake: np.ndarray, patients: list[str], level: floa
     a, b = (((v.reshape(len(v), -1) - mean) @ components.T) / scale for v in (real, fake.astype(np.float32)))
     ring, of_real = closed_rings(fake, level), closed_rings(real, level)
     rng = numpy_rng(seed, "rings")
-    low, high = np.quantile([rng.choice(ring, len(ring)).mean() for _ in range(draws)], [0.025, 0.975])
+    low, high = half_interval(lambda rows: ring[rows].mean(), range(len(ring)), rng=rng, draws=draws)
     rng = numpy_rng(seed, "interval", "trials")
     enough = len(set(patients)) >= PATIENTS
     ends = bootstrap_interval(frechet_distance, a, b, patients, rng=rng, draws=draws) if enough else (None, None)
     precision, recall = precision_recall(a, b)
     return {
-        "N": len(fake), "closed rings": float(ring.mean()), "low": float(low), "high": float(high),
+        "N": len(fake), "closed rings": float(ring.mean()), "low": low, "high": high,
         "closed rings, real": float(of_real.mean()), "N real": len(real),
         "Frechet distance": float(frechet_distance(a, b)), "FD low": ends[0], "FD high": ends[1],
         "precision": precision, "recall": recall,
