@@ -365,7 +365,7 @@ class Mixing(Section):
 class Editing(Section):
     """Attributes of bones edited in latent space (section 4.4), and bones drawn to measure.
 
-    A fast ruler is fitted to `scans` training scans; a bone is read where `closed` of its outline has cortex. Ranges
+    A fast ruler is fitted to `scans` training scans; a bone is read where `closed` of its rays meet cortex. Ranges
     come from `samples` of the model, `truncation` as in `quality`. Effects are measured at `codes` bones over +-`step`,
     responses up to the largest of `alphas`; `alpha` is that of Figure 7. `targets` can be met, `impossible` ones not;
     `verified` of the former are measured by the slow ruler too, and counted apart where `shut` of the slices have a
@@ -374,7 +374,7 @@ class Editing(Section):
     """
 
     scans: Count
-    closed: Share = 0.9
+    closed: Share = 0.8
     samples: Annotated[int, Field(ge=20)]
     truncation: dict[str, Positive] = {}
     codes: Annotated[int, Field(ge=4)]

@@ -104,6 +104,27 @@ def test_a_walk_goes_round_what_cannot_be_read(tool):
     assert float(margin(warned.code)) >= 0 and float(warned.code @ free) < -0.5
 
 
+def test_attributes_that_do_not_go_together_cannot_be_asked_for(tool):
+    shape = torch.tensor([[4.0, 1.2], [1.2, 1.0]])
+    made = tool._replace(
+        names=("a", "b"),
+        centre=torch.tensor([10.0, 5.0]),
+        shape=shape,
+        likely=2.0,
+        low=torch.zeros(2),
+        high=torch.ones(2) * 20,
+    )
+    off = torch.tensor([2.0, -0.5])
+    assert made.unlikeness(made.centre + off) == pytest.approx(float(off @ shape.inverse() @ off) ** 0.5, rel=1e-5)
+    assert made.unlikeness(torch.tensor([13.0, torch.nan])) == pytest.approx(1.5)  # 3 of an SD of 2
+    low, high = made.reachable(torch.tensor([11.0, 5.3]), 1)
+    for end in (low, high):  # at both ends it is just as far from the mean as it may be
+        assert made.unlikeness(torch.tensor([11.0, end])) == pytest.approx(2.0, rel=1e-4)
+    assert made._replace(high=torch.tensor([20.0, 5.5])).reachable(torch.tensor([11.0, 5.3]), 1) == (low, 5.5)
+    far = torch.tensor([14.0, 2.0])  # a bone that is itself farther out may be asked for what is as far
+    assert made.unlikeness(far) > 2 and made.reachable(far, 1)[0] == pytest.approx(2.0, rel=1e-4)
+
+
 def test_what_cannot_be_drawn_is_refused(tool):
     code = torch.zeros(1, 12)
     for target in (2 * float(tool.high[1]), float(tool.low[1]) / 2):
@@ -114,6 +135,9 @@ def test_what_cannot_be_drawn_is_refused(tool):
     narrow = tool._replace(farthest=0.2)
     with pytest.raises(InputError, match="no plausible bone near this one"):
         editing.move(narrow, code, {"Tb.BMD": float(tool.high[1])})
+    alone = tool._replace(likely=0.1)
+    with pytest.raises(InputError, match="goes with no bone"):
+        editing.move(alone, code, {"Tb.BMD": float(tool.high[1])})
     nothing = tool._replace(read=lambda codes: torch.full((len(codes), 4), torch.nan))
     with pytest.raises(InputError, match="no closed cortex"):
         editing.move(nothing, code, {"Tb.BMD": float(tool.high[1])})
@@ -163,6 +187,18 @@ def test_a_gauge_averages_fine_voxels_and_differentiates():
     assert torch.allclose(gauge.features(fine, [SPACING / 2] * 3), found.detach(), rtol=1e-4, atol=1e-3)
     (slope,) = torch.autograd.grad(found[:, gauge.FEATURES.index("core")].sum(), coarse)
     assert slope.abs().sum() > 0 and coarse.shape[2:] == GRID
+
+
+def test_what_a_gauge_reads_changes_in_no_jumps():
+    base = {name: values[:1] for name, values in traits(1, 6, contrast=0).items()}
+    steps = torch.linspace(1, 1.15, 61)
+    wider = {name: values.expand(61) * (steps if name == "Tt_Ar" else 1) for name, values in base.items()}
+    found = gauge.features(density(wider), [SPACING] * 3)
+    change = found.diff(dim=0)[:, : len(gauge.FEATURES)]
+    typical = found[:, : len(gauge.FEATURES)].mean(0)
+    assert float((change / typical).abs().max()) < 0.02  # a voxel that is counted or not would be .03 of the outline
+    area = change[:, 0]
+    assert float(area.min()) > 0 and float(area.max()) < 2.5 * float(area.mean())
 
 
 def test_a_gauge_refuses_what_it_cannot_read():

@@ -1,7 +1,8 @@
 """A fast ruler for loops of thousands of bones: area, densities and cortex read on voxels of about a millimetre.
 
-On such voxels a cortex is one voxel thick and `morphometry` finds no contours. What can be read on them, sums of
-density in and about the bone, is differentiable; `fit` learns from measured scans how it goes with what `morphometry`
+On such voxels a cortex is one voxel thick and `morphometry` finds no contours. Here rays leave the middle of the bone;
+where they leave the bone, and how dense it is at each depth below its surface, are sums that neither jump nor lose
+their gradient when a voxel crosses a threshold. `fit` learns from measured scans how they go with what `morphometry`
 reads on fine voxels. Of so thin a cortex, thickness and density are told apart in part only.
 How well it does must be shown on bones of patients that were not fitted (`agreement`).
 """
@@ -22,11 +23,16 @@ from bonelib.scans.dataset import Stacks
 GRID_MM = 0.9  # volumes are averaged over blocks while their voxels are finer than this
 BONE = 200.0  # mg HA/cm3: more than soft tissue on such voxels, less than half a voxel of cortex
 MARROW = 60.0  # mg HA/cm3: less than trabecular bone with its marrow, more than soft tissue
-CORTEX = 300.0  # mg HA/cm3: there is cortex where a voxel or one beside it has as much
-SOFT_CORTEX = 50.0  # mg HA/cm3, width of the threshold in `closure`
-CLOSED = 0.9  # share of the outline that needs cortex, as of a closed ring in `contours`
-SOFT = (0.0, 600.0)  # mg HA/cm3: a voxel of the border counts from nothing to wholly
-FEATURES = ("area", "outline", "core", "rim", "peak", "mean")
+CORTEX, SOFT_CORTEX = 250.0, 50.0  # mg HA/cm3: a ray has met cortex where it has as much, softly counted
+CLOSED = 0.8  # share of the rays that must meet cortex
+SOLID = 600.0  # mg HA/cm3: a step through as much ends a bone, through less in part
+RAYS, STEP, FAR = 64, 0.5, 24.0  # of each slice; mm between points of a ray, and mm to its end
+GROWN, SOFT = 2, 1.0  # voxels by which the window about the radius is wider than it, and over which its edge is spread
+EDGE = 0.4  # mm over which one depth goes over into another
+DEPTHS, SHELL = (-0.5, 0.5, 1.5, 2.5, 3.5), 0.5  # mm below the surface at which density is read, and SD of each
+RIM = (-1.5, 3.0)  # mm below the surface: where a cortex is looked for
+SMALL = 20.0  # mm2: no radius is as small
+FEATURES = ("area", "outline", "peak", "core", *(f"at {d:g} mm" for d in DEPTHS))
 FITTED = ("Tt.Ar", "Tb.BMD", "Ct.BMD", "Ct.Th")
 ATTRIBUTES = (*FITTED, "rotation")
 UNITS = {"Tt.Ar": "mm2", "Tb.BMD": "mg HA/cm3", "Ct.BMD": "mg HA/cm3", "Ct.Th": "mm", "rotation": "degrees"}
@@ -41,7 +47,7 @@ class Gauge(NamedTuple):
     """Power laws: each attribute of `FITTED` is a product of powers of `FEATURES`.
 
     `powers` (1 + features, attributes), the constant first; `low`, `high` (attributes,): the range of the fitted scans;
-    `closed`: the share of the outline that must have cortex for a bone to be read.
+    `closed`: the share of the rays that must meet cortex for a bone to be read.
     """
 
     powers: Tensor
@@ -67,47 +73,79 @@ class Gauge(NamedTuple):
 def features(density: Tensor, spacing, closed: float = CLOSED) -> Tensor:
     """What a coarse grid tells of bones (n, 1, z, y, x) in mg HA/cm3: (n, `FEATURES` and rotation), differentiable.
 
-    area in mm2 and outline in mm of the soft outer contour; mean density of the core, of the rim about it per length of
-    outline (mg/cm3 mm), the rim's density weighted by itself, the mean density within; rotation in degrees. Which
-    voxels are looked at, the radius and not the ulna, is decided without a gradient. NaN if no cortex closes.
+    area in mm2 and outline in mm of the surface; the rim's density weighted by itself, the mean density of the core,
+    and the mean density at each of `DEPTHS` (mg HA/cm3); rotation in degrees. Which bone is the radius and which the
+    ulna is decided without a gradient. NaN if less than the share `closed` of the rays meets cortex.
     """
-    density, spacing = _coarse(density, spacing)
-    n, _, z, y, x = density.shape
-    flat = density.reshape(n * z, y, x)
-    radius = _outlines(_steady(density))
-    outer = torch.from_numpy(radius).to(flat)
-    near, deep = _grown(outer, 1), _shrunk(outer, 1)
-    inside = deep + (near - deep) * ((flat - SOFT[0]) / (SOFT[1] - SOFT[0])).clamp(0, 1)
-    core = _shrunk(inside, 2)
-    around = _grown(inside, 1)
-    rim = around - core
+    seen = _look(density, spacing)
+    turn = 2 * np.pi / RAYS
+    area_of_step = seen.away * STEP * turn
+    surface = seen.surface.reshape(seen.n, -1, RAYS)
+    slope = (surface.roll(-1, 2) - surface.roll(1, 2)) / (2 * turn)
+    area = (surface**2 * turn / 2).sum(2).mean(1)
+    outline = ((surface**2 + slope**2 + 1e-6).sqrt() * turn).sum(2).mean(1)
 
     def total(field):
-        return field.reshape(n, -1).sum(1)
+        return (field * area_of_step).reshape(seen.n, -1).sum(1)
 
-    voxel = spacing[1] * spacing[2]
-    area = total(inside) * voxel / z
-    step_y, step_x = torch.diff(inside, dim=1)[:, :, :-1], torch.diff(inside, dim=2)[:, :-1]
-    slope = ((step_y / spacing[1]) ** 2 + (step_x / spacing[2]) ** 2 + 1e-6).sqrt() - 1e-3
-    outline = total(slope) * voxel / z
-    middle = total(flat * core) / total(core)
-    shell = total(flat * rim) * voxel / z / outline
-    mineral = flat.clamp(min=0) * rim
-    peak = total(mineral**3) / total(mineral**2)
-    mean = total(flat * around) * voxel / z / area
-    found = torch.stack([area, outline, middle, shell, peak, mean, _rotation(inside, n, spacing)], 1)
-    enough = torch.from_numpy(_closed(flat.detach().cpu().numpy(), radius, n) >= closed).to(found.device)
+    core = torch.sigmoid((seen.depth - DEPTHS[-1] - 2 * SHELL) / EDGE)
+    mineral = seen.density.clamp(min=0) * _rim(seen)
+    parts = [area, outline, total(mineral**3) / total(mineral**2), total(seen.density * core) / total(core)]
+    for depth in DEPTHS:
+        shell = torch.exp(-(((seen.depth - depth) / SHELL) ** 2) / 2)
+        parts.append(total(seen.density * shell) / total(shell))
+    found = torch.stack([*parts, _rotation(surface)], 1)
+    enough = (_closure(seen) >= closed) & (area > SMALL)
     return torch.where(enough[:, None], found, torch.nan)
 
 
 def closure(density: Tensor, spacing) -> Tensor:
-    """Share of the outline at which bones (n, 1, z, y, x) have cortex, (n,), differentiable: softly counted."""
-    density, _ = _coarse(density, spacing)
+    """Share of the rays that meet cortex in bones (n, 1, z, y, x), (n,), differentiable: softly counted."""
+    return _closure(_look(density, spacing))
+
+
+class _Seen(NamedTuple):
+    """Along rays of all slices of n bones (n * z, RAYS, points): density, window, depth below the surface in mm; how
+    far away points are (points,), and the surface is (n * z, RAYS)."""
+
+    n: int
+    density: Tensor
+    window: Tensor
+    depth: Tensor
+    away: Tensor
+    surface: Tensor
+
+
+def _look(density, spacing) -> _Seen:
+    density, spacing = _coarse(density, spacing)
     n, _, z, y, x = density.shape
-    flat = density.reshape(n * z, y, x)
-    edge = torch.from_numpy(_edge(_outlines(_steady(density)))).to(flat).reshape(n, -1)
-    cortex = torch.sigmoid((_grown(flat, 1) - CORTEX) / SOFT_CORTEX).reshape(n, -1)
-    return (edge * cortex).sum(1) / edge.sum(1).clamp(min=1)
+    flat, window = density.reshape(n * z, y, x), _window(density).to(density)
+    # From the middle of what is in the window, one for all slices of a bone
+    mass = ((flat.clamp(0, SOLID) + 1) * window).reshape(n, z, y, x).sum(1)
+    whole = mass.sum((1, 2)).clamp(min=1e-9)
+    middle = [(mass.sum(3 - axis) * torch.arange(k).to(mass)).sum(1) / whole for axis, k in ((1, y), (2, x))]
+    angle, away = torch.arange(RAYS).to(mass) * (2 * np.pi / RAYS), torch.arange(0.5, FAR / STEP).to(mass) * STEP
+    places = []
+    for start, mm, size, way in ((middle[1], spacing[2], x, angle.cos()), (middle[0], spacing[1], y, angle.sin())):
+        at = start.repeat_interleave(z)[:, None, None] + way[:, None] * away / mm
+        places.append(2 * at / (size - 1) - 1)
+    along = F.grid_sample(torch.stack([flat, window], 1), torch.stack(places, -1), align_corners=True)
+    density, window = along.unbind(1)
+    # A point is inside if there is something solid at it or beyond: no gap in a cortex lets a ray out at once
+    hollow = 1 - (density / SOLID).clamp(0, 0.999) * window
+    inside = 1 - hollow.flip(2).cumprod(2).flip(2)
+    surface = inside.sum(2) * STEP
+    return _Seen(n, density, window, surface[:, :, None] - away, away, surface)
+
+
+def _rim(seen):
+    low, high = RIM
+    return torch.sigmoid((seen.depth - low) / EDGE) * torch.sigmoid((high - seen.depth) / EDGE) * seen.window
+
+
+def _closure(seen):
+    densest = (seen.density * _rim(seen)).amax(2)
+    return torch.sigmoid((densest - CORTEX) / SOFT_CORTEX).reshape(seen.n, -1).mean(1)
 
 
 def _coarse(density, spacing):
@@ -117,14 +155,14 @@ def _coarse(density, spacing):
     return density, spacing
 
 
-def _steady(density):
-    """Slices (n * z, y, x) on which outlines are sought: a mean of three, so that they fit one another."""
+def _window(density):
+    """Where the radius of bones (n, 1, z, y, x) is looked for, (n * z, y, x): 1 at the bone and a little about it."""
+    n, _, z, y, x = density.shape
+    # A mean of three slices, so that outlines of neighbours fit one another
     steady = ndimage.uniform_filter(density[:, 0].detach().cpu().numpy(), (0, 3, 0, 0), mode="nearest")
-    return steady.reshape(-1, *steady.shape[2:])
-
-
-def _edge(radius):
-    return radius & ~ndimage.binary_erosion(radius, PLANE)
+    radius = ndimage.binary_dilation(_outlines(steady.reshape(n * z, y, x)), PLANE, iterations=GROWN)
+    soft = ndimage.gaussian_filter(radius.reshape(n, z, y, x).astype(np.float32), (0, SOFT, SOFT, SOFT), mode="nearest")
+    return torch.from_numpy(soft).reshape(n * z, y, x)
 
 
 def _outlines(flat):
@@ -142,32 +180,18 @@ def _outlines(flat):
     return ndimage.binary_dilation(body, DISC) & filled
 
 
-def _closed(flat, radius, n):
-    """Share of the outline of every bone (n,) at which there is cortex."""
-    edge = _edge(radius)
-    cortex = ndimage.maximum_filter(flat, (1, 3, 3)) > CORTEX
-    found, whole = ((mask.reshape(n, -1)).sum(1) for mask in (edge & cortex, edge))
-    return found / np.maximum(whole, 1)
+def _rotation(surface):
+    """Degrees between the long axis of cross-sections (n, z, RAYS) and the y axis, from the second moments of all."""
+    angle = torch.arange(RAYS).to(surface) * (2 * np.pi / RAYS)
+    dy, dx = angle.sin(), angle.cos()
 
+    def total(field):
+        return field.sum((1, 2))
 
-def _grown(field, voxels):
-    return F.max_pool2d(field[:, None], 2 * voxels + 1, 1, voxels)[:, 0]
-
-
-def _shrunk(field, voxels):
-    return 1 - _grown(1 - field, voxels)
-
-
-def _rotation(inside, n, spacing):
-    """Degrees between the long axis of the bone's cross-section and the y axis, from second moments."""
-    _, y, x = inside.shape
-    weight = inside.reshape(n, -1, y, x).sum(1)
-    total = weight.sum((1, 2))
-    at_y = torch.arange(y).to(inside)[None, :, None] * spacing[1]
-    at_x = torch.arange(x).to(inside)[None, None, :] * spacing[2]
-    dy = at_y - ((weight * at_y).sum((1, 2)) / total)[:, None, None]
-    dx = at_x - ((weight * at_x).sum((1, 2)) / total)[:, None, None]
-    yy, xx, xy = ((weight * part).sum((1, 2)) / total for part in (dy * dy, dx * dx, dy * dx))
+    area, arm, square = total(surface**2) / 2, surface**3 / 3, surface**4 / 4
+    y, x = total(arm * dy) / area, total(arm * dx) / area
+    yy, xx = total(square * dy * dy) / area - y**2, total(square * dx * dx) / area - x**2
+    xy = total(square * dy * dx) / area - y * x
     return torch.rad2deg(0.5 * torch.atan2(2 * xy, yy - xx))
 
 

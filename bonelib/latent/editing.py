@@ -22,12 +22,14 @@ BATCH = 64  # codes that are drawn at a time
 RANGE = (0.01, 0.99)  # quantiles of samples between which an attribute may be asked for
 LEAST = 0.1  # share of samples that must be measurable for a range
 PLAUSIBLE = 0.999  # share of samples that lie no farther out than a code may be moved
-REACH = 6.0  # length of a move in SDs of the latent distribution beyond which it is another bone
+LIKELY = 0.99  # share of samples whose attributes lie no farther from their mean than those that may be asked for
+REACH = 12.0  # length of a move in SDs of the latent distribution beyond which it is another bone
 TOLERANCE = 0.01  # of the range: where the closed loop stops
 STEPS = 16  # of the closed loop at most
 LONGEST, PARTS, ASIDE = 2.5, (1.0, 0.6, 0.3, 0.1), 0.5  # of its steps in SDs, parts of them, and how far these turn
 SHUT = 0.02  # margin of a reading below which a step holds it
 STARTS, BESIDE = 4, 1.5  # walks of the closed loop at most, and how many SDs beside the code all but one begin
+STORED = ("low", "high", "centre", "shape", "likely", "mean", "spread", "farthest")  # of an instrument's file
 DAMPING = 3e-3  # of the mean squared effect, added before it is inverted
 
 
@@ -35,7 +37,9 @@ class Instrument(NamedTuple):
     """A generator whose attributes can be read and asked for.
 
     `read(codes)` gives attributes `names` (n, k). `low`, `high` (k,): the calibrated range, outside of which nothing is
-    drawn. `margin(codes)` (n,) says how far what is read is from being lost, at 0, if it can be.
+    drawn. `centre` (k,) and `shape` (k, k), mean and covariance of the attributes of samples, and `likely`, the
+    distance from the mean that `LIKELY` of them do not exceed, say which attributes go together (`unlikeness`).
+    `margin(codes)` (n,) says how far what is read is from being lost, at 0, if it can be.
     `mean` (d,), `spread` (d, d): of the generator's codes, a code is mean + spread @ white; `farthest`: the norm
     of white that `PLAUSIBLE` of them do not exceed.
     """
@@ -44,6 +48,9 @@ class Instrument(NamedTuple):
     names: tuple[str, ...]
     low: Tensor
     high: Tensor
+    centre: Tensor
+    shape: Tensor
+    likely: float
     mean: Tensor
     spread: Tensor
     farthest: float
@@ -68,6 +75,25 @@ class Instrument(NamedTuple):
         if name not in self.names:
             raise InputError(f"attribute {name!r} cannot be asked for; accepted are {', '.join(self.names)}")
         return self.names.index(name)
+
+    def unlikeness(self, values: Tensor) -> float:
+        """How far attributes (k,) lie from those of samples: Mahalanobis distance over those that are not NaN."""
+        asked = values.isfinite()
+        off = (values - self.centre)[asked].double()
+        return float((off @ torch.linalg.solve(self.shape[asked][:, asked].double(), off)).sqrt())
+
+    def reachable(self, values: Tensor, k: int) -> tuple[float, float]:
+        """Between which values attribute `k` of a bone with attributes (k,) may be asked for, with all else held.
+
+        The part of the calibrated range where `unlikeness` is at most `likely`, or at most that of the bone itself.
+        """
+        inverse, off = torch.linalg.inv(self.shape.double()), (values - self.centre).double()
+        off[k] = 0
+        bend, tilt = float(inverse[k, k]), float(inverse[k] @ off)
+        room = max(self.likely, self.unlikeness(values)) ** 2 - float(off @ inverse @ off)
+        half = max(tilt**2 + bend * room, 0.0) ** 0.5
+        ends = (float(self.centre[k]) + (-tilt - half) / bend, float(self.centre[k]) + (-tilt + half) / bend)
+        return max(ends[0], float(self.low[k])), min(ends[1], float(self.high[k]))
 
     def distance(self, codes: Tensor) -> Tensor:
         """How far out codes lie (n,): the norm of their white coordinates, of the mean of several styles."""
@@ -143,9 +169,11 @@ def calibrate(
     low, high = measurable.quantile(torch.tensor(RANGE), 0) if enough else torch.full((2, len(names)), torch.nan)
     if within is not None and enough:
         low, high = torch.fmax(low, within[0]), torch.fmin(high, within[1])
-    made = Instrument(read, tuple(names), low, high, mean, spread, 0.0, margin)
+    centre, shape = (measurable.mean(0), torch.cov(measurable.T)) if enough else (low, torch.eye(len(names)))
+    made = Instrument(read, tuple(names), low, high, centre, shape, 0.0, mean, spread, 0.0, margin)
     fresh = made.distance(drawn(8 * codes.shape[-1], "codes of the farthest"))
-    return made._replace(farthest=float(fresh.quantile(PLAUSIBLE))), codes, found
+    far = torch.tensor([made.unlikeness(values) for values in measurable] if enough else [0.0])
+    return made._replace(farthest=float(fresh.quantile(PLAUSIBLE)), likely=float(far.quantile(LIKELY))), codes, found
 
 
 class Moved(NamedTuple):
@@ -249,8 +277,8 @@ def move(
     """A code whose bone measures `targets`, {attribute: value in `UNITS`}, and what is measured on it, attribute by
     attribute. With `hold` all attributes that are not named stay as they are on `code` (1, ...), a sample or a scan's.
 
-    Raises `InputError` for an unknown attribute, a target outside its calibrated range, and a target that is not met
-    within plausible latent density (to 2 % of the range): then nothing is drawn.
+    Raises `InputError` for an unknown attribute, a target outside its calibrated range or of attributes that do not go
+    together, and a target that is not met within plausible latent density (to 2 % of the range): then nothing is drawn.
     """
     if not tool.calibrated:
         raise InputError("too few of the bones that this model draws can be measured; nothing can be asked for")
@@ -266,6 +294,9 @@ def move(
                 f"{name} {value:g} {unit} is outside of the calibrated range {low:.4g} to {high:.4g} {unit}"
             )
         wanted[i] = value
+    if tool.unlikeness(wanted) > max(tool.likely, tool.unlikeness(torch.where(wanted.isfinite(), start, torch.nan))):
+        held = ", with all else held," if hold else ""
+        raise InputError(f"{targets}{held} goes with no bone that this model draws; ask for less, or hold less")
     found = closed_loop(tool, code, wanted)
     if found.error > 2 * TOLERANCE:
         got = ", ".join(f"{name} {float(found.measured[tool.index(name)]):.4g}" for name in targets)
@@ -278,9 +309,8 @@ def move(
 def save_instrument(tool: Instrument, gauge: Gauge, path: str | Path) -> None:
     """Write all of an instrument but the generator, for `load_instrument`; safetensors."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: getattr(tool, key).contiguous() for key in ("low", "high", "mean", "spread")}
-    tensors |= {f"gauge.{key}": value.contiguous() for key, value in gauge._asdict().items()}
-    save_file(tensors | {"farthest": torch.tensor(tool.farthest)}, path)
+    tensors = {key: torch.as_tensor(getattr(tool, key)).contiguous() for key in STORED}
+    save_file(tensors | {f"gauge.{key}": value.contiguous() for key, value in gauge._asdict().items()}, path)
 
 
 def load_instrument(path: str | Path, generator, data: dict) -> Instrument:
@@ -289,9 +319,8 @@ def load_instrument(path: str | Path, generator, data: dict) -> Instrument:
         raise InputError(f"{path}: no such file; it is written by 08_attribute_editing")
     tensors = load_file(path)
     gauge = Gauge(**{key.removeprefix("gauge."): value for key, value in tensors.items() if key.startswith("gauge.")})
-    rest = {key: tensors[key] for key in ("low", "high", "mean", "spread")}
-    rest |= {"farthest": float(tensors["farthest"]), "margin": shutter(generator, gauge, data)}
-    return Instrument(reader(generator, gauge, data), ATTRIBUTES, **rest)
+    rest = {key: tensors[key] if tensors[key].dim() else float(tensors[key]) for key in STORED}
+    return Instrument(reader(generator, gauge, data), ATTRIBUTES, **rest, margin=shutter(generator, gauge, data))
 
 
 def _flat(codes: Tensor) -> Tensor:

@@ -177,21 +177,23 @@ def by_rank(
 def asked(
     tool: Instrument, codes: Tensor, groups, sources, n: int, straight: dict[str, Direction], *, seed: int
 ) -> tuple[list[dict], Tensor]:
-    """`n` targets asked of codes in turn, met by the closed loop and, beside it, by one open step along a direction.
+    """`n` targets asked of codes in random order, met by the closed loop and, beside it, by one open step.
 
-    A target is one attribute of `straight`, uniform over its calibrated range; all others are to stay. Rows: number of
-    the code, its patient and source, attribute, start, asked, measured; error and side effect (mean change of the
-    others), in shares of the ranges, of both ways; length of the move in SDs, whether the loop met all within 2 %. And
-    the codes (n, ...) it ended at. Nothing is asked where no code can be read, there is no direction, or nothing is
-    calibrated.
+    A target is one attribute of `straight`, uniform over what is `reachable`; all others are to stay. The open step
+    goes along that attribute's direction. Rows: number of the code, its patient and source, attribute, start, asked,
+    measured; error and side effect (mean change of the others), in shares of the ranges, of both ways; length of the
+    move in SDs, whether the loop met all within 2 %. And the codes (n, ...) it ended at. Nothing is asked where no code
+    can be read, there is no direction, or nothing is calibrated.
     """
     start, rows, ends, last = readings(tool.read, codes), [], [], time.monotonic()
-    fit = start.isfinite().all(1).nonzero()[:, 0]
-    for number in range(n if len(fit) and straight and tool.calibrated else 0):
-        rng, i = numpy_rng(seed, "asked", number), int(fit[number % len(fit)])
-        name = list(straight)[number % len(straight)]
-        k, code = tool.index(name), codes[i : i + 1]
-        target = float(tool.low[k] + tool.span[k] * rng.random())
+    fit = start.isfinite().all(1).nonzero()[:, 0].tolist() if tool.calibrated else []
+    room = {(i, name): tool.reachable(start[i], tool.index(name)) for i, name in product(fit, straight)}
+    pairs = [pair for pair, (low, high) in room.items() if low < high]
+    order = numpy_rng(seed, "asked").permutation(len(pairs))
+    for number in range(n if pairs else 0):
+        i, name = pairs[order[number % len(pairs)]]
+        k, code, (low, high) = tool.index(name), codes[i : i + 1], room[i, name]
+        target = low + (high - low) * numpy_rng(seed, "asked", number).random()
         wanted = start[i].clone()
         wanted[k] = target
         found = closed_loop(tool, code, wanted, seed=number)
