@@ -96,14 +96,14 @@ def test_refinement_recovers_codes(model):
     codes, volumes = bones(model, 4, "recovered")
     how = Refinement(steps=250, rate=0.02, weights=(1, 0, 0), betas=(0.9, 0.9))
     start = codes + 0.4 * torch.randn(codes.shape, generator=torch_rng(0, "guess"))
-    found = inversion.refine(start, volumes, model, how, say=silent)
+    found = inversion.refine(start, volumes, model, how, say=silent).codes
     assert ((found - codes).norm(dim=1) / codes.norm(dim=1)).max() < 0.01
 
 
 def test_the_published_refinement_lowers_the_loss_of_every_bone(model):
     _, volumes = bones(model, 6, "lowered")
     how, start = Refinement(), mean_code(model).expand(6, -1)
-    found = inversion.refine(start, volumes, model, how, say=silent)
+    found = inversion.refine(start, volumes, model, how, say=silent).codes
     before, after = (inversion.losses(how, model, volumes, codes) for codes in (start, found))
     assert (after < before).all()
 
@@ -111,8 +111,8 @@ def test_the_published_refinement_lowers_the_loss_of_every_bone(model):
 def test_bones_are_refined_alike_alone_and_together(model):
     codes, volumes = bones(model, 20, "together")
     how = Refinement(steps=5)
-    together = inversion.refine(codes + 0.1, volumes, model, how, say=silent)
-    alone = inversion.refine(codes[18:19] + 0.1, volumes[18:19], model, how, say=silent)
+    together = inversion.refine(codes + 0.1, volumes, model, how, say=silent).codes
+    alone = inversion.refine(codes[18:19] + 0.1, volumes[18:19], model, how, say=silent).codes
     assert torch.allclose(together[18], alone[0], atol=1e-5)
 
 
@@ -122,9 +122,9 @@ def test_w_plus_fits_a_mixed_bone_that_one_style_cannot(model):
     volume = inversion.draw_codes(model, mixed)
     how = Refinement(steps=200, rate=0.03, weights=(1, 0, 0))
     start = mean_code(model)[None]
-    wide = inversion.refine(start, volume, model, how.model_copy(update=dict(space="w+")), say=silent)
+    wide = inversion.refine(start, volume, model, how.model_copy(update=dict(space="w+")), say=silent).codes
     assert wide.shape == (1, 3, 8) and not torch.allclose(wide[:, 0], wide[:, 1])
-    one = inversion.refine(start, volume, model, how, say=silent)
+    one = inversion.refine(start, volume, model, how, say=silent).codes
     assert inversion.losses(how, model, volume, wide) < inversion.losses(how, model, volume, one)
     plain = Model(build_generator(Generator(kind="progan", widths=WIDTHS, latent=8)), model.critic, model.config)
     with pytest.raises(InputError, match="w\\+"):
@@ -135,7 +135,7 @@ def test_fettys_refinement_recovers_codes(model):
     codes, volumes = bones(model, 4, "fetty")
     how = Refinement(steps=300, loss="norms", optimiser="radam", rate=0.02, betas=(0.9, 0.999))
     start = codes + 0.2 * torch.randn(codes.shape, generator=torch_rng(0, "guess"))
-    found = inversion.refine(start, volumes, model, how, say=silent)
+    found = inversion.refine(start, volumes, model, how, say=silent).codes
     before, after = ((z - codes).norm(dim=1) for z in (start, found))
     assert (after < 0.4 * before).all()
 
@@ -197,7 +197,7 @@ def test_a_killed_training_goes_on_bit_for_bit(model, data, tmp_path, monkeypatc
 def test_a_killed_refinement_goes_on_bit_for_bit(model, tmp_path, monkeypatch):
     codes, volumes = bones(model, 3, "killed")
     how, start = Refinement(steps=12), codes + 0.3
-    whole = inversion.refine(start, volumes, model, how, say=silent)
+    whole = inversion.refine(start, volumes, model, how, say=silent).codes
     monkeypatch.setattr(inversion, "SAVE_EVERY_S", 0.0)
     save, calls = inversion.checkpoint.save_state, []
 
@@ -211,7 +211,7 @@ def test_a_killed_refinement_goes_on_bit_for_bit(model, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         inversion.refine(start, volumes, model, how, state=tmp_path, say=silent)
     said = []
-    again = inversion.refine(start, volumes, model, how, state=tmp_path, say=lambda x, **_: said.append(x))
+    again = inversion.refine(start, volumes, model, how, state=tmp_path, say=lambda x, **_: said.append(x)).codes
     assert "continues at step 4" in said[0] and torch.equal(whole, again)
 
 

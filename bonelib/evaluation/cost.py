@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bonelib.networks import build_critic, build_generator
-from bonelib.networks.layers import Conv, ModulatedConv
+from bonelib.networks.layers import AddNoise, Conv, ModulatedConv, PixelNorm
 from bonelib.params import CriticNet, Generator
 from bonelib.processes import peak_memory, workers
 from bonelib.randomness import torch_rng
@@ -30,6 +30,7 @@ class Savings:
 
     channels_last: bool = False
     folded_upsampling: bool = False
+    small_products: bool = False
     shared_kernels: bool = False
     explicit_penalty: bool = False
     fakes_together: bool = False
@@ -44,14 +45,15 @@ class PlainConv(Conv):
 
     savings = PLAIN
 
-    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def convolve(self, x: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
         x = x if self.savings.channels_last else x.contiguous()
         if self.savings.folded_upsampling or not self.upsample:
-            return super().convolve(x, bias)
+            return super().convolve(x, bias, factor)
         x = F.interpolate(x.to(self.dtype), scale_factor=2, mode="nearest")
         mode = "replicate" if self.replicate else "constant"
         x = F.pad(x, [p for p in reversed(self.pad) for _ in range(2)], mode=mode)
-        return F.conv3d(x, (self.weight * self.scale).to(x.dtype), None if bias is None else bias.to(x.dtype))
+        weight = self.weight * self.scale if factor is None else self.weight * self.scale * factor
+        return F.conv3d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class PlainModulatedConv(ModulatedConv, PlainConv):
@@ -72,9 +74,31 @@ class PlainModulatedConv(ModulatedConv, PlainConv):
         return y.reshape(n, -1, *y.shape[2:]) + self.bias.to(x.dtype)[:, None, None, None]
 
 
+class PlainPixelNorm(PixelNorm):
+    """`PixelNorm` by torch's own mean over the channels."""
+
+    savings = PLAIN
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.savings.small_products:
+            return super().forward(x)
+        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+class PlainAddNoise(AddNoise):
+    """`AddNoise` with the field stretched over the channels."""
+
+    savings = PLAIN
+
+    def forward(self, x: Tensor, field: Tensor, weight: Tensor) -> Tensor:
+        if self.savings.small_products:
+            return super().forward(x, field, weight)
+        return x + field.to(x) * weight.to(x.dtype).reshape(1, -1, 1, 1, 1)
+
+
 def plainer(network: nn.Module, savings: Savings) -> nn.Module:
     """The network with only these savings on, its weights untouched."""
-    kinds = {Conv: PlainConv, ModulatedConv: PlainModulatedConv}
+    kinds = {Conv: PlainConv, ModulatedConv: PlainModulatedConv, PixelNorm: PlainPixelNorm, AddNoise: PlainAddNoise}
     for module in network.modules():
         if type(module) in kinds:
             module.__class__ = kinds[type(module)]
@@ -180,16 +204,22 @@ def update_times(
     ]  # fmt: skip
 
 
-def update_cost(generator: Generator, critic: CriticNet, name: str, savings: Savings, **how) -> dict:
-    """The row of `update_times` for one variant in a process of its own, with that process's peak memory in MB."""
+def stage_costs(generator: Generator, critic: CriticNet, name: str, savings: Savings, *, stages, **how) -> list[dict]:
+    """The row of `update_times` for one variant at each of `stages`, coarsest first, in a process of its own.
+
+    And that process's peak memory in MB, which is that of the stage, as no stage before it is as large.
+    """
     with workers(1) as pool:
-        return pool.submit(_updated, generator, critic, {name: savings}, how).result()
+        return pool.submit(_updated, generator, critic, {name: savings}, sorted(stages), how).result()
 
 
-def _updated(generator: Generator, critic: CriticNet, which: dict[str, Savings], how: dict) -> dict:
-    before, (row,) = peak_memory(), update_times(generator, critic, which, **how)
-    del row["times faster"]  # than itself
-    return row | {"MB above start": peak_memory() - before, "MB in all": peak_memory()}
+def _updated(generator: Generator, critic: CriticNet, which: dict[str, Savings], stages: list[int], how: dict) -> list:
+    before, rows = peak_memory(), []
+    for stage in stages:
+        (row,) = update_times(generator, critic, which, stage=stage, **how)
+        del row["times faster"]  # than itself
+        rows.append({"stage": stage} | row | {"MB above start": peak_memory() - before, "MB in all": peak_memory()})
+    return rows
 
 
 class _Flops(TorchDispatchMode):

@@ -343,6 +343,14 @@ def losses(
         return torch.cat([objective(how, model, x, judge)(z.to(_place(model))).cpu() for x, z in parts])
 
 
+class Inverted(NamedTuple):
+    """Codes in the shape of those at the start or with a style a layer, and the seconds all of them took together,
+    those before an interruption included."""
+
+    codes: Tensor
+    seconds: float
+
+
 def refine(
     start: Tensor,
     volumes: Tensor,
@@ -352,7 +360,7 @@ def refine(
     judge: LatentDiscriminator | None = None,
     state: str | Path | None = None,
     say=print,
-) -> Tensor:
+) -> Inverted:
     """Codes that draw `volumes` (n, 1, z, y, x) better than the codes `start`, by eq. (7) or (10).
 
     `start` is (n, code), and so is the result; with `how.space` "w+" the result is (n, layers, code), every layer's
@@ -368,17 +376,17 @@ def refine(
     adam = optimiser([codes], lr=how.rate, betas=how.betas)
     cuts = [slice(i, i + AT_ONCE) for i in range(0, len(codes), AT_ONCE)]
     values = [objective(how, model, volumes[cut], judge) for cut in cuts]
-    run, done = None, 0
+    run, done, before = None, 0, 0.0
     if state is not None:
         state = Path(state)
         data = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (start, volumes)]
         run = fingerprint(how, model.config["sha256"], data, CODE)
         if found := checkpoint.load_state(state, run):
-            done = found[1]["seen"]
+            done, before = found[1]["seen"], found[1]["seconds"]
             codes.data.copy_(found[0].pop("codes"))
             checkpoint.unpack(found[0], adam=adam)
             say(f"refinement continues at step {done} of {how.steps}", flush=True)
-    saved = said = time.monotonic()
+    begun = saved = said = time.monotonic()
     said_at = done
     while done < how.steps:
         adam.zero_grad()
@@ -394,8 +402,8 @@ def refine(
         if state is not None and (clock - saved > SAVE_EVERY_S or done == how.steps):
             saved = clock
             tensors = {"codes": codes.data, **checkpoint.pack(adam=adam)}
-            checkpoint.save_state(state, tensors, dict(seen=done, fingerprint=run))
-    return codes.detach().cpu()
+            checkpoint.save_state(state, tensors, dict(seen=done, seconds=before + clock - begun, fingerprint=run))
+    return Inverted(codes.detach().cpu(), before + time.monotonic() - begun)
 
 
 def ways(
@@ -414,24 +422,21 @@ def ways(
     does not already. The codes of volumes `also` are made by encoder and hybrid and follow behind the others'.
     """
     every, n = volumes if also is None else torch.cat([volumes, also]), len(volumes)
-    codes, seconds = {}, {}
-
-    def timed(name, make, count, before=0.0):
-        start = time.perf_counter()
-        codes[name] = make()
-        seconds[name] = before + (time.perf_counter() - start) / count
-
-    def refined(name, start, of, how=how):
-        say(f"{name}: {how.steps} steps for {len(of)} volumes", flush=True)
-        return refine(start, of, model, how, judge=inverter.judge, state=Path(state) / name, say=say)
-
-    timed("encoder", lambda: encode(inverter.encoder, every), len(every))
+    start = time.monotonic()
+    codes = {"encoder": encode(inverter.encoder, every)}
+    seconds = {"encoder": (time.monotonic() - start) / len(every)}
     first = codes["encoder"]
-    timed("hybrid", lambda: refined("hybrid", first, every), len(every), seconds["encoder"])
-    timed("optimisation", lambda: refined("optimisation", mean_code(model).cpu().expand(n, -1), volumes), n)
+
+    def refined(name, start, of, how=how, after=0.0):
+        say(f"{name}: {how.steps} steps for {len(of)} volumes", flush=True)
+        found = refine(start, of, model, how, judge=inverter.judge, state=Path(state) / name, say=say)
+        codes[name], seconds[name] = found.codes, after + found.seconds / len(of)
+
+    refined("hybrid", first, every, after=seconds["encoder"])
+    refined("optimisation", mean_code(model).cpu().expand(n, -1), volumes)
     if style_layers(model.generator) is not None and how.space == "w":
         wide = how.model_copy(update=dict(space="w+"))
-        timed("hybrid in W+", lambda: refined("hybrid in W+", first[:n], volumes, wide), n, seconds["encoder"])
+        refined("hybrid in W+", first[:n], volumes, wide, after=seconds["encoder"])
     return codes, seconds
 
 

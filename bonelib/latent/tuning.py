@@ -45,7 +45,7 @@ def choose(
     start, rows, ways, wrong = encode(inverter.encoder, volumes), [], [], []
     for weights, rate in product(tried.weights, tried.rates):
         way = how.model_copy(update=dict(weights=weights, rate=rate))
-        codes = refine(start, volumes, model, way, judge=inverter.judge)
+        codes = refine(start, volumes, model, way, judge=inverter.judge).codes
         before, after = (further_measures(way, model, volumes, c, inverter.judge) for c in (start, codes))
         drawn = draw_codes(model, codes)
         wrong.append(misread(model, volumes, drawn))

@@ -78,7 +78,7 @@ class Critic(nn.Module):
         """The forward pass; `seen` is shown the output of every rectifier, in order."""
 
         def layer(conv, x):
-            x = F.leaky_relu(conv(x), SLOPE)
+            x = F.leaky_relu(conv(x), SLOPE, inplace=True)
             seen(x)
             return x
 

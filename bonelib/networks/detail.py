@@ -4,10 +4,9 @@ Laplacian pyramids of adversarial networks: Denton et al. 2015. Not in the paper
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bonelib.networks.layers import CHANNELS_LAST, Conv, pixel_norm
+from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, PixelNorm, silu
 from bonelib.pyramid import downsample, upsample
 
 NOISE = 0.25  # SD of the weights of the noise inputs at the start
@@ -32,6 +31,7 @@ class Detail(nn.Module):
         self.layers, self.out = nn.ModuleList(layers), Conv(half, 1, gain=1.0, **how)
         widths = [conv.weight.shape[0] for conv in layers]
         self.noise_scale = nn.ParameterList(nn.Parameter(NOISE * torch.randn(w)) for w in widths)
+        self.norm, self.add_noise = PixelNorm(), AddNoise()
 
     @property
     def reach(self) -> int:
@@ -46,8 +46,8 @@ class Detail(nn.Module):
             x = conv(x)
             if noise is not None:
                 field = torch.randn(len(x), 1, *x.shape[2:], generator=noise).to(x)
-                x = torch.addcmul(x, field, scale.to(x.dtype).reshape(1, -1, 1, 1, 1))
-            x = pixel_norm(F.silu(x))
+                x = self.add_noise(x, field, scale)
+            x = self.norm(silu(x))
         added = self.out(x).float() * sd[1:].square().sum().sqrt()
         return upsample(coarse) + added - upsample(downsample(added))
 

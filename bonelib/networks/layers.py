@@ -69,9 +69,10 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x, self.bias)
 
-    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution with another bias, or with none."""
-        weight, bias = (self.weight * self.scale).to(self.dtype), None if bias is None else bias.to(self.dtype)
+    def convolve(self, x: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
+        """The convolution with another bias, or with none; `factor` multiplies its kernels, before any rounding."""
+        weight = self.weight * self.scale if factor is None else self.weight * self.scale * factor
+        weight, bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
         x, pad = x.to(self.dtype), self.pad
         if self.replicate and any(pad):
             x = F.pad(x, [p for p in reversed(pad) for _ in range(2)], mode="replicate")
@@ -133,6 +134,8 @@ class ModulatedConv(Conv):
         scale = self.affine(style)
         power = (self.weight * self.scale).square().sum((2, 3, 4))  # of each pair of channels; float32, as `scale`
         back = self.gain * torch.rsqrt(scale.square() @ power.T + 1e-8)
+        if len(x) == 1:  # one sample has one kernel, and needs no passes over its voxels
+            return self.convolve(x, self.bias, back.T[:, :, None, None, None] * scale[:, :, None, None, None])
         y = self.convolve(x.to(self.dtype) * _by_channel(scale, self.dtype), None)
         return torch.addcmul(_by_channel(self.bias[None], y.dtype), y, _by_channel(back, y.dtype))
 
@@ -142,6 +145,32 @@ def _by_channel(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)[:, :, None, None, None]
 
 
-def pixel_norm(x: Tensor) -> Tensor:
-    """Every voxel's feature vector at unit mean square (Karras et al. 2017, section 4.2)."""
-    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), in place of `x` where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class PixelNorm(nn.Module):
+    """Every voxel at unit mean square over channels (Karras et al. 2017, section 4.2); without gradients in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The mean as a product with a column: torch's own mean over channels copies bfloat16 to float32 on a CPU
+        last = x.movedim(1, -1)
+        mean = (last * last) @ last.new_full((last.shape[-1], 1), 1 / last.shape[-1])
+        times = torch.mul if torch.is_grad_enabled() else Tensor.mul_
+        return times(last, torch.rsqrt(mean + 1e-8)).movedim(-1, 1)
+
+
+class AddNoise(nn.Module):
+    """Adds a field (n, 1, z, y, x) to every channel, times that channel's weight (channels,) or one weight for all; in
+    place without gradients."""
+
+    def forward(self, x: Tensor, field: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(x.dtype).expand(x.shape[1])
+        if torch.is_grad_enabled():
+            return torch.addcmul(x, field, weight.reshape(1, -1, 1, 1, 1))
+        # A product too: to stretch a field over few channels is slow on a CPU
+        last = x.movedim(1, -1)
+        return (
+            last.reshape(-1, x.shape[1]).addmm_(field.reshape(-1, 1), weight[None]).reshape(last.shape).movedim(-1, 1)
+        )

@@ -1,10 +1,9 @@
 """3D-ProGAN: the progressively grown generator (Angermann et al. 2023, section 3.2 and Table A.2)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense, pixel_norm
+from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense, PixelNorm, silu
 from bonelib.pyramid import unhaar, upsample
 from bonelib.randomness import Part, drawn
 
@@ -48,6 +47,7 @@ class ProGAN(nn.Module):
         )
         scales = [nn.Parameter(noise * torch.randn(2, o)) for _, o in pairs]
         self.noise_scale = nn.ParameterList(scales) if noise else None
+        self.norm, self.add_noise = PixelNorm(), AddNoise()
 
     def sample_latent(self, n: int, rng: torch.Generator | Part) -> Tensor:
         """`n` latents from N(0, I), shape (n, latent)."""
@@ -72,7 +72,7 @@ class ProGAN(nn.Module):
         stage = self.stages if stage is None else stage
         x = self.dense(styles).reshape(len(styles), -1, *self.base).contiguous(memory_format=CHANNELS_LAST)
         for conv in self.ground:
-            x = pixel_norm(F.silu(conv(x)))
+            x = self.norm(silu(conv(x)))
         for s in range(stage):
             before = x
             x = self._behind(self.first[s](x), s, 0, noise)
@@ -89,8 +89,8 @@ class ProGAN(nn.Module):
     def _behind(self, x: Tensor, stage: int, layer: int, noise: torch.Generator | Part | None) -> Tensor:
         if self.noise_scale is not None and noise is not None:
             field = drawn(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
-            x = torch.addcmul(x, field, self.noise_scale[stage][layer].to(x.dtype).reshape(1, -1, 1, 1, 1))
-        return pixel_norm(F.silu(x))
+            x = self.add_noise(x, field, self.noise_scale[stage][layer])
+        return self.norm(silu(x))
 
     def factorized_weight(self) -> Tensor:
         """The matrix A of eq. (11): the first linear layer, (outputs, latent)."""

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonelib import InputError
-from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense, ModulatedConv
+from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense, ModulatedConv
 from bonelib.pyramid import unhaar, upsample
 from bonelib.randomness import Part, drawn, torch_rng
 
@@ -72,6 +72,7 @@ class StyleGAN(nn.Module):
             for inputs, doubles in ((i, False), (o, True), (o, False))
         )
         self.noise_scale = nn.ParameterList(torch.tensor(float(noise)) for _ in self.convs)
+        self.add_noise = AddNoise()
         self.to_image = nn.ModuleList(
             Conv(o, 8 if haar else 1, gain=1.0, padding=padding, dtype=dtype) for o in widths[1:]
         )
@@ -108,15 +109,15 @@ class StyleGAN(nn.Module):
             styles = styles[:, None].expand(-1, self.layers, -1)
         x = self.constant.expand(len(styles), *self.constant.shape).contiguous(memory_format=CHANNELS_LAST)
         for conv in self.ground:
-            x = F.leaky_relu(conv(x, styles[:, 0]), SLOPE)
+            x = F.leaky_relu(conv(x, styles[:, 0]), SLOPE, inplace=True)
         for layer in range(PER_STAGE * stage):
             if layer % PER_STAGE == 0:
                 before = x
             x = self.convs[layer](x, styles[:, layer])
             if noise is not None:
                 field = drawn(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
-                x = x + field * self.noise_scale[layer].to(x.dtype)
-            x = F.leaky_relu(x, SLOPE)
+                x = self.add_noise(x, field, self.noise_scale[layer])
+            x = F.leaky_relu(x, SLOPE, inplace=True)
         image = self._image(x, stage)
         if fade < 1 and stage > 1:
             image = fade * image + (1 - fade) * upsample(self._image(before, stage - 1))
