@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from bonelib.networks.critic import Critic
-from bonelib.networks.layers import Conv
+from bonelib.networks.layers import AddNoise, Conv, PixelNorm
 from bonelib.networks.progan import ProGAN
+from bonelib.networks.stylegan import StyleGAN
 from bonelib.pyramid import downsample, haar, unhaar, upsample
+from bonelib.randomness import torch_rng
 
 SMALL = dict(widths=(8, 8, 6, 4), latent=16)
 
@@ -119,6 +121,28 @@ def test_the_adjoint_is_right_in_both_precisions_and_so_is_its_gradient(how):
         exact = torch.autograd.grad((y * g).sum(), conv.weight)[0]
         got = torch.autograd.grad((conv.transposed(g).float() * x).sum(), conv.weight)[0]
         assert (got - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("network", [ProGAN(**SMALL), StyleGAN(**SMALL, style=12)])
+def test_without_gradients_and_alone_a_volume_is_the_same(network):
+    styles = network.to_styles(network.sample_latent(2, torch_rng(1, "styles"))).detach()
+    with_gradients = network.synthesize(styles)
+    with torch.no_grad():
+        together, alone = network.synthesize(styles), network.synthesize(styles[1:])
+    assert with_gradients.requires_grad and torch.allclose(with_gradients, together, atol=1e-6)
+    assert torch.allclose(with_gradients[1:], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_layers_that_work_in_place_without_gradients_do_the_same(layout):
+    x = torch.randn(2, 5, 3, 4, 6).contiguous(memory_format=layout)
+    field, weight = torch.randn(2, 1, 3, 4, 6), torch.nn.Parameter(torch.randn(5))
+    noisy, normal = x + field * weight.reshape(1, 5, 1, 1, 1), x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+    assert torch.allclose(AddNoise()(x, field, weight), noisy, atol=1e-6)
+    assert torch.allclose(PixelNorm()(x), normal, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(AddNoise()(x.clone(), field, weight), noisy, atol=1e-6)
+        assert torch.allclose(PixelNorm()(x.clone()), normal, atol=1e-6)
 
 
 def test_haar_is_orthonormal():
