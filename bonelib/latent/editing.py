@@ -28,7 +28,7 @@ TOLERANCE = 0.01  # of the range: where the closed loop stops
 STEPS = 16  # of the closed loop at most
 LONGEST, PARTS, ASIDE = 2.5, (1.0, 0.6, 0.3, 0.1), 0.5  # of its steps in SDs, parts of them, and how far these turn
 SHUT = 0.02  # margin of a reading below which a step holds it
-STARTS, BESIDE = 4, 1.5  # walks of the closed loop at most, and how many SDs beside the code all but one begin
+STARTS, BESIDE = 8, 1.5  # walks of the closed loop at most, and how many SDs beside a place all but one begin
 STORED = ("low", "high", "centre", "shape", "likely", "mean", "spread", "farthest")  # of an instrument's file
 DAMPING = 3e-3  # of the mean squared effect, added before it is inverted
 
@@ -179,15 +179,19 @@ def calibrate(
 class Moved(NamedTuple):
     """A code (1, ...) after the closed loop, and what was `measured` (k,) on it.
 
-    `error`: the largest deviation from what was asked, in shares of the calibrated ranges; `length` of the move in SDs
-    of the latent distribution; `steps` taken.
+    `error`: the largest deviation from what was asked, in shares of the calibrated ranges; `white` (1, d): the move, in
+    SDs of the latent distribution; `steps` taken.
     """
 
     code: Tensor
     measured: Tensor
     error: float
-    length: float
+    white: Tensor
     steps: int
+
+    @property
+    def length(self) -> float:
+        return float(self.white.norm())
 
 
 def closed_loop(
@@ -199,16 +203,16 @@ def closed_loop(
     by the effects measured at the code, so that what is right already is held by their null space; so is the cortex,
     where the step would open it (`Instrument.margin`). Of its parts, and of parts turned aside at random, the best is
     taken; if none is better than where it stands, the step is halved. No step leaves the plausible region
-    (`Instrument`, `REACH`); a code that lies outside of it may not move farther out. What is read jumps where an
-    outline opens or closes, and a walk may end there: up to `starts` walks are made, all but the first from a place
-    `BESIDE` the code. The best code of all is returned, whether or not it is as asked.
+    (`Instrument`, `REACH`); a code that lies outside of it may not move farther out. What a code does to a
+    bone turns on the way, and a walk may end where it turns: up to `starts` walks are made, the later ones from places
+    `BESIDE` the best so far and `BESIDE` the code, by turns. The best of all is returned, whether or not it is as asked.
     """
     rng, best = torch_rng(seed, "closed loop"), None
     for number in range(starts):
         start = torch.zeros(1, code.shape[-1])
         if number:
-            start = torch.randn(start.shape, generator=rng)
-            start = start * BESIDE / start.norm()
+            aside = torch.randn(start.shape, generator=rng)
+            start = aside * BESIDE / aside.norm() + (best.white if number % 2 else start)
         found = _walk(tool, code, start, targets, steps, rng)
         best = found if best is None or found.error < best.error else best
         if best.error <= TOLERANCE:
@@ -226,7 +230,7 @@ def _walk(tool, code, white, targets, steps, rng) -> Moved:
     at, longest = shifted(code, white @ tool.spread.T), LONGEST
     values = readings(tool.read, at)
     error = float(errors(values).abs().max()) if float(tool.distance(at)) <= limit + 1e-3 else float("inf")
-    best = Moved(at, values[0], error, float(white.norm()), 0)
+    best = Moved(at, values[0], error, white, 0)
     for number in range(1, steps + 1):
         if best.error <= TOLERANCE:
             break
@@ -256,7 +260,7 @@ def _walk(tool, code, white, targets, steps, rng) -> Moved:
         white, longest = trials[chosen : chosen + 1], min(LONGEST, 2 * longest)
         error = float(errors(found)[chosen].abs().max())
         if error < best.error:
-            best = Moved(codes[chosen : chosen + 1], found[chosen], error, float(white.norm()), number)
+            best = Moved(codes[chosen : chosen + 1], found[chosen], error, white, number)
     return best
 
 
