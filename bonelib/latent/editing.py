@@ -205,7 +205,7 @@ def closed_loop(
     taken; if none is better than where it stands, the step is halved. No step leaves the plausible region
     (`Instrument`, `REACH`); a code that lies outside of it may not move farther out. What a code does to a
     bone turns on the way, and a walk may end where it turns: up to `starts` walks are made, the later ones from places
-    `BESIDE` the best so far and `BESIDE` the code, by turns. The best of all is returned, whether or not it is as asked.
+    `BESIDE` the best so far and `BESIDE` the code, by turns. The best of all is returned, whether as asked or not.
     """
     rng, best = torch_rng(seed, "closed loop"), None
     for number in range(starts):
