@@ -118,7 +118,6 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
             kept[key] = bone(scene, state)
             seconds = kept[key].seconds
             kept.pop(next(iter(kept))) if len(kept) > KEPT else None
-            _give_back()
         now["bone"] = kept[key]
         slices(now["bone"])
         then(0, partial(turn, f"generator {seconds:.2f} s (preview {now['early']:.2f} s)"))
@@ -134,6 +133,7 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
         now["rows"] = readings(now["bone"], known)
         table.value, line.value = _html(now["rows"]), recipe(scene, state, folder)
         status.value = f"{said}, measured in {time.perf_counter() - began:.2f} s"
+        _give_back()
 
     def changed(name, change):
         state[name] = change["new"]
@@ -160,7 +160,7 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
 
 
 def _give_back() -> None:
-    """Hand freed memory back to the system: glibc keeps a hundred megabytes of a generator's passes for itself."""
+    """Hand freed memory back to the system: glibc keeps hundreds of megabytes of passes and measures for itself."""
     with contextlib.suppress(OSError, AttributeError):  # another system has another way, and no harm is done
         ctypes.CDLL(None).malloc_trim(0)
 
