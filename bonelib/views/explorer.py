@@ -132,8 +132,9 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
         began = time.perf_counter()
         now["rows"] = readings(now["bone"], known)
         table.value, line.value = _html(now["rows"]), recipe(scene, state, folder)
-        status.value = f"{said}, measured in {time.perf_counter() - began:.2f} s"
+        seconds = time.perf_counter() - began
         _give_back()
+        status.value = f"{said}, measured in {seconds:.2f} s"
 
     def changed(name, change):
         state[name] = change["new"]
