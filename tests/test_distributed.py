@@ -153,7 +153,7 @@ def at_generator_update(number, act):
     loop.step = counted
 
 
-def same_model(a, b, within=1e-5):
+def same_model(a, b, within=2e-4):  # what rounding of float32 may grow to; a mistake shows in float64, below
     for name in ("generator", "critic", "growth"):
         ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (a, b))
         assert ours.keys() == theirs.keys() and len(ours) > 2

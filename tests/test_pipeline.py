@@ -261,9 +261,10 @@ def test_the_pipeline_asks_for_bones_that_can_be_measured_and_no_others(pipeline
     tool = load_instrument(file, model.generator, model.config["data"])
     metrics = json.loads((pipeline / "out/tiny/metrics/08_attribute_editing_progan.json").read_text())
     read = metrics["samples that can be read"]
-    assert metrics["samples"] == 40 and tool.calibrated == (read >= 4)
+    # Where no sample is like the scans that the ruler was fitted to, there is no range
+    assert metrics["samples"] == 40 and (read >= 4 or not tool.calibrated)
     assert metrics["impossible targets"] == metrics["impossible targets refused"] == 4 * tool.calibrated
-    assert metrics["asked.all.N"] == 4 * (read >= 20) and metrics["rank.Tb.BMD.directions"] == 32
+    assert metrics["asked.all.N"] == 4 * (read >= 20 and tool.calibrated) and metrics["rank.Tb.BMD.directions"] == 32
     assert (pipeline / "out/tiny/figures/08_attribute_editing/progan/explorer.html").stat().st_size > 5000
 
 
