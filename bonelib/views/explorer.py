@@ -27,6 +27,7 @@ from bonelib.views import bone3d
 from bonelib.views.scenes import FOLDER, Bone, Cohort, Control, Scene, bone, readings, recipe, start
 
 PAUSE_S = 0.25  # without a change, after which a slider counts as released
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 KEPT = 4  # finished volumes, so that going back costs nothing
 WIDE, HALF = dict(width="99%"), dict(width="50%")
 LABELLED = dict(style={"description_width": "120px"}, layout=WIDE)
@@ -69,6 +70,7 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
     While a slider moves, slices of a preview follow. Once it rests, the finished bone is drawn, then shown, then
     measured; a move in between is answered first. `first` is the bone it begins with and its readings, if known.
     """
+    _map_large_blocks()
     state = start(scene)
     found = first[0] if first else bone(scene, state)
     now = {"bone": found, "rows": first[1] if first else readings(found, known), "next": None}
@@ -158,6 +160,15 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
     left = widgets.VBox([*map(_with_reset, sliders.values()), picture, *map(_with_reset, cut)], layout=HALF)
     right = widgets.VBox([plot, *map(_with_reset, (mode, clip)), table, status], layout=HALF)
     return widgets.VBox([widgets.HBox([left, right]), line, _files(scene, state, now, settle, folder)])
+
+
+def _map_large_blocks() -> None:
+    """Have glibc map every block of a megabyte on its own, so that it goes back to the system as soon as it is freed.
+
+    Else glibc learns to keep such blocks between smaller ones, and the process grows by hundreds of megabytes.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system has another way
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _give_back() -> None:
