@@ -43,6 +43,8 @@ def show(scene: Scene, known: Cohort, page: str | Path, **options) -> list[dict]
 
     Returns the readings of the bone it begins with.
     """
+    if interactive():
+        _map_large_blocks()
     state = start(scene)
     found = bone(scene, state)
     rows = readings(found, known)
@@ -70,7 +72,6 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
     While a slider moves, slices of a preview follow. Once it rests, the finished bone is drawn, then shown, then
     measured; a move in between is answered first. `first` is the bone it begins with and its readings, if known.
     """
-    _map_large_blocks()
     state = start(scene)
     found = first[0] if first else bone(scene, state)
     now = {"bone": found, "rows": first[1] if first else readings(found, known), "next": None}
