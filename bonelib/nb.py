@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bonelib import InputError
-from bonelib.processes import die_with_parent
+from bonelib.processes import die_with_parent, map_large_blocks
 
 STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
 
@@ -32,7 +32,8 @@ def stage_params(stage: str) -> dict[str, Any]:
 def root() -> Path:
     """Change into the repository's root, from wherever a notebook was opened, and return it.
 
-    By hand, a user's error is from here on one sentence in the notebook, without a traceback.
+    By hand, a user's error is from here on one sentence in the notebook, without a traceback, and the kernel does not
+    grow while bones are drawn again and again.
     """
     here = Path.cwd()
     for folder in (here, *here.parents):
@@ -40,6 +41,7 @@ def root() -> Path:
             os.chdir(folder)
             if STAGE not in os.environ:
                 _say_errors_plainly()
+                map_large_blocks()
             return folder
     raise FileNotFoundError(f"no dvc.yaml in {here} or above it: open the notebook inside the repository")
 

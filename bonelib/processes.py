@@ -49,3 +49,12 @@ def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def map_large_blocks() -> None:
+    """Have glibc map every block of a megabyte on its own, so that it goes back to the system as soon as it is freed.
+
+    Else glibc learns to keep such blocks between smaller ones, and a kernel grows by hundreds of megabytes.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system has another way
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # -3 = M_MMAP_THRESHOLD

@@ -1,6 +1,14 @@
 """What more than one file of tests works with."""
 
 import pytest
+import torch
+
+torch.manual_seed(0)  # of networks that are built while tests are collected
+
+
+@pytest.fixture(autouse=True)
+def the_same_weights_in_every_run():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

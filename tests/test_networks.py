@@ -129,8 +129,8 @@ def test_without_gradients_and_alone_a_volume_is_the_same(network):
     with_gradients = network.synthesize(styles)
     with torch.no_grad():
         together, alone = network.synthesize(styles), network.synthesize(styles[1:])
-    assert with_gradients.requires_grad and torch.allclose(with_gradients, together, atol=1e-6)
-    assert torch.allclose(with_gradients[1:], alone, atol=1e-6)
+    assert with_gradients.requires_grad and torch.allclose(with_gradients, together, atol=1e-4)
+    assert torch.allclose(with_gradients[1:], alone, atol=1e-4)  # other kernels round otherwise, layer by layer
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])

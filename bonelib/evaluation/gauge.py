@@ -1,9 +1,10 @@
 """A fast ruler for loops of thousands of bones: area, densities and cortex read on voxels of about a millimetre.
 
 On such voxels a cortex is one voxel thick and `morphometry` finds no contours. Here rays leave the middle of the bone;
-where they leave the bone, and how dense it is at each depth below its surface, are sums that neither jump nor lose
-their gradient when a voxel crosses a threshold. `fit` learns from measured scans how they go with what `morphometry`
-reads on fine voxels. Of so thin a cortex, thickness and density are told apart in part only.
+where they leave the bone, and how dense it is at each depth below its surface, are sums that follow every voxel
+smoothly. Only the window about the radius is cut by thresholds, without a gradient. `fit` learns from measured scans
+how these sums go with what `morphometry` reads on fine voxels. Of so thin a cortex, thickness and density are told
+apart in part only.
 How well it does must be shown on bones of patients that were not fitted (`agreement`).
 """
 

@@ -169,6 +169,9 @@ def calibrate(
     low, high = measurable.quantile(torch.tensor(RANGE), 0) if enough else torch.full((2, len(names)), torch.nan)
     if within is not None and enough:
         low, high = torch.fmax(low, within[0]), torch.fmin(high, within[1])
+    # What goes together is known of more bones than attributes, none of which is always the same
+    enough = enough and len(measurable) > 2 * len(names) and bool((high > low).all())
+    low, high = (low, high) if enough else torch.full((2, len(names)), torch.nan)
     centre, shape = (measurable.mean(0), torch.cov(measurable.T)) if enough else (low, torch.eye(len(names)))
     made = Instrument(read, tuple(names), low, high, centre, shape, 0.0, mean, spread, 0.0, margin)
     fresh = made.distance(drawn(8 * codes.shape[-1], "codes of the farthest"))

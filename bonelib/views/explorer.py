@@ -27,7 +27,6 @@ from bonelib.views import bone3d
 from bonelib.views.scenes import FOLDER, Bone, Cohort, Control, Scene, bone, readings, recipe, start
 
 PAUSE_S = 0.25  # without a change, after which a slider counts as released
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 KEPT = 4  # finished volumes, so that going back costs nothing
 WIDE, HALF = dict(width="99%"), dict(width="50%")
 LABELLED = dict(style={"description_width": "120px"}, layout=WIDE)
@@ -43,8 +42,6 @@ def show(scene: Scene, known: Cohort, page: str | Path, **options) -> list[dict]
 
     Returns the readings of the bone it begins with.
     """
-    if interactive():
-        _map_large_blocks()
     state = start(scene)
     found = bone(scene, state)
     rows = readings(found, known)
@@ -161,15 +158,6 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
     left = widgets.VBox([*map(_with_reset, sliders.values()), picture, *map(_with_reset, cut)], layout=HALF)
     right = widgets.VBox([plot, *map(_with_reset, (mode, clip)), table, status], layout=HALF)
     return widgets.VBox([widgets.HBox([left, right]), line, _files(scene, state, now, settle, folder)])
-
-
-def _map_large_blocks() -> None:
-    """Have glibc map every block of a megabyte on its own, so that it goes back to the system as soon as it is freed.
-
-    Else glibc learns to keep such blocks between smaller ones, and the process grows by hundreds of megabytes.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another system has another way
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _give_back() -> None:
