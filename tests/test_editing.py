@@ -84,6 +84,19 @@ def test_a_bone_is_drawn_to_measure_and_keeps_the_rest(tool, layers):
     assert (free - code).norm() < (moved - code).norm()
 
 
+def test_codes_walk_together_as_they_do_alone(tool):
+    codes = 0.5 * torch.randn(5, 12, generator=torch_rng(3, "codes"))
+    targets = tool.read(codes)
+    targets[:, 1] = tool.low[1] + torch.tensor([0.1, 0.5, 0.9, 1.5, 40]) * tool.span[1]  # the last ones cannot be met
+    targets[1, 2] = torch.nan
+    together = editing.closed_loop(tool, codes, targets, seeds=range(5))
+    assert (together.error[:2] <= editing.TOLERANCE).all() and together.error[-1] > 0.1
+    for i in range(5):
+        alone = editing.closed_loop(tool, codes[i : i + 1], targets[i : i + 1], seeds=[i])
+        for ours, theirs in zip(together, alone, strict=True):
+            assert torch.allclose(ours[i : i + 1].float(), theirs.float(), rtol=1e-3, atol=1e-3)
+
+
 def test_a_walk_goes_round_what_cannot_be_read(tool):
     oracle = Oracle(latent=12, entangled=True).float()
     code, free = torch.zeros(1, 12), torch.linalg.svd(oracle.M.float())[2][-1]  # nothing is seen of this direction
@@ -98,10 +111,10 @@ def test_a_walk_goes_round_what_cannot_be_read(tool):
     wanted = tool.read(code)[0]
     wanted[1] = tool.low[1] + 0.95 * tool.span[1]
     blind = tool._replace(read=read)
-    straight = editing.closed_loop(blind, code, wanted, starts=1, steps=6)
-    warned = editing.closed_loop(blind._replace(margin=margin), code, wanted, starts=1, steps=6)
+    straight = editing.closed_loop(blind, code, wanted[None], starts=1, steps=6)
+    warned = editing.closed_loop(blind._replace(margin=margin), code, wanted[None], starts=1, steps=6)
     assert straight.error > 0.1 and warned.error <= editing.TOLERANCE
-    assert float(margin(warned.code)) >= 0 and float(warned.code @ free) < -0.5
+    assert float(margin(warned.codes)) >= 0 and float(warned.codes @ free) < -0.5
 
 
 def test_attributes_that_do_not_go_together_cannot_be_asked_for(tool):

@@ -180,27 +180,32 @@ def calibrate(
 
 
 class Moved(NamedTuple):
-    """A code (1, ...) after the closed loop, and what was `measured` (k,) on it.
+    """Codes (n, ...) after the closed loop, and what was `measured` (n, k) on them.
 
-    `error`: the largest deviation from what was asked, in shares of the calibrated ranges; `white` (1, d): the move, in
-    SDs of the latent distribution; `steps` taken.
+    `error` (n,): the largest deviation from what was asked, in shares of the calibrated ranges; `white` (n, d): the
+    move, in SDs of the latent distribution; `steps` (n,) taken.
     """
 
-    code: Tensor
+    codes: Tensor
     measured: Tensor
-    error: float
+    error: Tensor
     white: Tensor
-    steps: int
+    steps: Tensor
 
     @property
-    def length(self) -> float:
-        return float(self.white.norm())
+    def length(self) -> Tensor:
+        return self.white.norm(dim=1)
+
+    def bettered(self, rows: Tensor, found: "Moved") -> "Moved":
+        """With those of `found`, of codes `rows`, that come closer."""
+        closer = found.error < self.error[rows]
+        return Moved(*(old.index_copy(0, rows[closer], new[closer]) for old, new in zip(self, found, strict=True)))
 
 
 def closed_loop(
-    tool: Instrument, code: Tensor, targets: Tensor, *, seed: int = 0, steps: int = STEPS, starts: int = STARTS
+    tool: Instrument, codes: Tensor, targets: Tensor, *, seeds=(0,), steps: int = STEPS, starts: int = STARTS
 ) -> Moved:
-    """Move a code (1, ...) until its attributes are `targets` (k,), NaN where one may go anywhere.
+    """Move each of the codes (n, ...) until its attributes are `targets` (n, k), NaN where one may go anywhere.
 
     Gauss-Newton on measured values: a step is the shortest, in SDs of the latent distribution, that corrects all errors
     by the effects measured at the code, so that what is right already is held by their null space; so is the cortex,
@@ -209,66 +214,89 @@ def closed_loop(
     (`Instrument`, `REACH`); a code that lies outside of it may not move farther out. What a code does to a
     bone turns on the way, and a walk may end where it turns: up to `starts` walks are made, the later ones from places
     `BESIDE` the best so far and `BESIDE` the code, by turns. The best of all is returned, whether as asked or not.
+    Codes share passes of the generator and nothing else; `seeds` has one of each.
     """
-    rng, best = torch_rng(seed, "closed loop"), None
-    for number in range(starts):
-        start = torch.zeros(1, code.shape[-1])
-        if number:
-            aside = torch.randn(start.shape, generator=rng)
-            start = aside * BESIDE / aside.norm() + (best.white if number % 2 else start)
-        found = _walk(tool, code, start, targets, steps, rng)
-        best = found if best is None or found.error < best.error else best
-        if best.error <= TOLERANCE:
+    rngs, white = [torch_rng(seed, "closed loop") for seed in seeds], torch.zeros(len(codes), codes.shape[-1])
+    best, left = _walk(tool, codes, white, targets, steps, rngs), torch.arange(len(codes))
+    for number in range(1, starts):
+        left = left[best.error[left] > TOLERANCE]
+        if not len(left):
             break
+        aside = torch.stack([torch.randn(codes.shape[-1], generator=rngs[i]) for i in left])
+        white = BESIDE * aside / aside.norm(dim=1, keepdim=True) + (best.white[left] if number % 2 else 0)
+        some = [rngs[i] for i in left]
+        best = best.bettered(left, _walk(tool, codes[left], white, targets[left], steps, some))
     return best
 
 
-def _walk(tool, code, white, targets, steps, rng) -> Moved:
-    """One walk of `closed_loop`, from the code moved by `white` (1, d) SDs."""
-    asked, limit = targets.isfinite(), max(tool.farthest, float(tool.distance(code)))
+def _walk(tool, codes, white, targets, steps, rngs) -> Moved:
+    """One walk of `closed_loop` for each code, from the code moved by `white` (n, d) SDs."""
+    limit = tool.distance(codes).clamp(min=tool.farthest)
 
-    def errors(values):
-        return ((targets - values)[:, asked] / tool.span[asked]).nan_to_num(nan=torch.inf)
+    def missing(values, rows):
+        wanted = targets[rows]
+        return torch.where(wanted.isfinite(), (wanted - values) / tool.span, 0).nan_to_num(nan=torch.inf)
 
-    at, longest = shifted(code, white @ tool.spread.T), LONGEST
+    def errors(at, values, rows):
+        error = missing(values, rows).abs().amax(1)
+        return torch.where(tool.distance(at) <= limit[rows] + 1e-3, error, torch.inf)
+
+    at, rows = shifted(codes, white @ tool.spread.T), torch.arange(len(codes))
     values = readings(tool.read, at)
-    error = float(errors(values).abs().max()) if float(tool.distance(at)) <= limit + 1e-3 else float("inf")
-    best = Moved(at, values[0], error, white, 0)
+    best = Moved(at, values, errors(at, values, rows), white, torch.zeros(len(codes), dtype=torch.long))
+    white, longest = white.clone(), torch.full((len(codes),), LONGEST)
     for number in range(1, steps + 1):
-        if best.error <= TOLERANCE:
+        rows = rows[best.error[rows] > TOLERANCE]
+        if not len(rows):
             break
-        at = shifted(code, white @ tool.spread.T)
+        at = shifted(codes[rows], white[rows] @ tool.spread.T)
         values, slopes = jacobian(tool.read, at)
-        if not (values.isfinite().all() and slopes.isfinite().all()):
+        usable = values.isfinite().all(1) & slopes.isfinite().all(-1).all(-1)
+        rows, at, change = rows[usable], at[usable], missing(values, rows)[usable]
+        if not len(rows):
             break
-        effect, change = (slopes[0] / tool.span[:, None])[asked] @ tool.spread, errors(values)[0]
-        step = _shortened(nearest(effect, change), longest)
-        if tool.margin is not None:
-            margin, its = jacobian(lambda codes: tool.margin(codes)[:, None], at)
-            its = its[0] @ tool.spread
-            if float(margin + its @ step) < SHUT:  # the cortex would open: hold it shut, as one attribute more
-                more = torch.cat([change, SHUT - margin[0]])
-                step = _shortened(nearest(torch.cat([effect, its]), more), longest)
-        aside = torch.randn(len(PARTS), len(step), generator=rng) * ASIDE / len(step) ** 0.5
-        trials = torch.outer(torch.tensor(PARTS), step)
-        trials = white + torch.cat([trials, trials + float(step.norm()) * aside])
-        codes = shifted(code.expand(len(trials), *code.shape[1:]), trials @ tool.spread.T)
-        plausible = (trials.norm(dim=1) <= REACH) & (tool.distance(codes) <= limit)
-        found = readings(tool.read, codes)
-        miss = torch.where(plausible, errors(found).norm(dim=1), torch.inf)
-        chosen = int(miss.argmin())
-        if not miss[chosen] < change.norm():
-            longest = float(step.norm()) / 2
-            continue
-        white, longest = trials[chosen : chosen + 1], min(LONGEST, 2 * longest)
-        error = float(errors(found)[chosen].abs().max())
-        if error < best.error:
-            best = Moved(codes[chosen : chosen + 1], found[chosen], error, white, number)
+        step = _steps(tool, at, change, slopes[usable], targets[rows].isfinite(), longest[rows])
+        length = step.norm(dim=1)
+        turns = torch.stack([torch.randn(len(PARTS), step.shape[1], generator=rngs[i]) for i in rows])
+        turns = turns * length[:, None, None] * ASIDE / step.shape[1] ** 0.5
+        straight = torch.tensor(PARTS)[:, None] * step[:, None]
+        trials = white[rows][:, None] + torch.cat([straight, straight + turns], 1)
+        many, flat = trials.shape[1], trials.flatten(0, 1)
+        drawn = shifted(codes[rows].repeat_interleave(many, 0), flat @ tool.spread.T)
+        again = rows.repeat_interleave(many)
+        plausible = (flat.norm(dim=1) <= REACH) & (tool.distance(drawn) <= limit[again])
+        found = readings(tool.read, drawn)
+        miss = torch.where(plausible, missing(found, again).norm(dim=1), torch.inf).reshape(-1, many)
+        least, chosen = miss.min(1)
+        nearer = least < change.norm(dim=1)
+        longest[rows] = torch.where(nearer, (2 * longest[rows]).clamp(max=LONGEST), length / 2)
+        picked, moved = (torch.arange(len(rows)) * many + chosen)[nearer], rows[nearer]
+        white[moved] = flat[picked]
+        error, taken = errors(drawn[picked], found[picked], moved), torch.full((len(moved),), number)
+        best = best.bettered(moved, Moved(drawn[picked], found[picked], error, flat[picked], taken))
     return best
+
+
+def _steps(tool, at, change, slopes, asked, longest):
+    """The step (n, d) in SDs of each code, no longer than `longest` (n,), that holds its cortex shut."""
+    effects = slopes / tool.span[:, None] @ tool.spread
+    if tool.margin is not None:
+        margins, its = jacobian(lambda codes: tool.margin(codes)[:, None], at)
+        its = its @ tool.spread
+    found = []
+    for i, (effect, wanted, known) in enumerate(zip(effects, change, asked, strict=True)):
+        effect, wanted = effect[known], wanted[known]
+        step = _shortened(nearest(effect, wanted), longest[i])
+        if tool.margin is not None and float(margins[i] + its[i] @ step) < SHUT:
+            # The cortex would open: hold it shut, as one attribute more
+            effect, wanted = torch.cat([effect, its[i]]), torch.cat([wanted, SHUT - margins[i]])
+            step = _shortened(nearest(effect, wanted), longest[i])
+        found.append(step)
+    return torch.stack(found)
 
 
 def _shortened(step, longest):
-    return step * min(1.0, longest / max(float(step.norm()), 1e-9))
+    return step * (longest / step.norm().clamp(min=1e-9)).clamp(max=1.0)
 
 
 def nearest(effect: Tensor, change: Tensor) -> Tensor:
@@ -304,13 +332,13 @@ def move(
     if tool.unlikeness(wanted) > max(tool.likely, tool.unlikeness(torch.where(wanted.isfinite(), start, torch.nan))):
         held = ", with all else held," if hold else ""
         raise InputError(f"{targets}{held} goes with no bone that this model draws; ask for less, or hold less")
-    found = closed_loop(tool, code, wanted)
+    found = closed_loop(tool, code, wanted[None])
     if found.error > 2 * TOLERANCE:
-        got = ", ".join(f"{name} {float(found.measured[tool.index(name)]):.4g}" for name in targets)
+        got = ", ".join(f"{name} {float(found.measured[0, tool.index(name)]):.4g}" for name in targets)
         raise InputError(
             f"no plausible bone near this one measures {targets}{' with all else held' if hold else ''}; reached: {got}"
         )
-    return found.code, dict(zip(tool.names, found.measured.tolist(), strict=True))
+    return found.codes, dict(zip(tool.names, found.measured[0].tolist(), strict=True))
 
 
 def save_instrument(tool: Instrument, gauge: Gauge, path: str | Path) -> None:

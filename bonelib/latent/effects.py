@@ -4,7 +4,6 @@
 samples, the samples).
 """
 
-import time
 import warnings
 from itertools import product
 from typing import NamedTuple
@@ -19,12 +18,11 @@ from bonelib.evaluation.compartments import CLOSED, read
 from bonelib.evaluation.gauge import UNITS
 from bonelib.evaluation.morphometry import measure
 from bonelib.latent.directions import Direction
-from bonelib.latent.editing import TOLERANCE, Instrument, closed_loop, jacobian, move, readings, shifted
+from bonelib.latent.editing import BATCH, TOLERANCE, Instrument, Moved, closed_loop, jacobian, move, readings, shifted
 from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
 
 EVEN = 0.1  # deviation from a straight line, as a share of the response, that still counts as linear
-PROGRESS_S = 20.0
 
 
 class Subjects(NamedTuple):
@@ -185,37 +183,47 @@ def asked(
     move in SDs, whether the loop met all within 2 %. And the codes (n, ...) it ended at. Nothing is asked where no code
     can be read, there is no direction, or nothing is calibrated.
     """
-    start, rows, ends, last = readings(tool.read, codes), [], [], time.monotonic()
+    start = readings(tool.read, codes)
     fit = start.isfinite().all(1).nonzero()[:, 0].tolist() if tool.calibrated else []
     room = {(i, name): tool.reachable(start[i], tool.index(name)) for i, name in product(fit, straight)}
     pairs = [pair for pair, (low, high) in room.items() if low < high]
     order = numpy_rng(seed, "asked").permutation(len(pairs))
-    for number in range(n if pairs else 0):
-        i, name = pairs[order[number % len(pairs)]]
-        k, code, (low, high) = tool.index(name), codes[i : i + 1], room[i, name]
-        target = low + (high - low) * numpy_rng(seed, "asked", number).random()
-        wanted = start[i].clone()
-        wanted[k] = target
-        found = closed_loop(tool, code, wanted, seed=number)
-        alpha = (target - float(start[i, k])) / straight[name].slope
-        opened = readings(tool.read, shifted(code, alpha * straight[name].vector))[0]
+    picked = [pairs[order[number % len(pairs)]] for number in range(n if pairs else 0)]
+    if not picked:
+        return [], codes[:0]
+    index, which = torch.tensor([i for i, _ in picked]), torch.tensor([tool.index(name) for _, name in picked])
+    shares = [numpy_rng(seed, "asked", number).random() for number in range(n)]
+    targets = [
+        room[pair][0] + (room[pair][1] - room[pair][0]) * share for pair, share in zip(picked, shares, strict=True)
+    ]
+    wanted = start[index].index_put((torch.arange(n), which), torch.tensor(targets))
+    opened = torch.stack(
+        [
+            (target - float(start[i, tool.index(name)])) / straight[name].slope * straight[name].vector
+            for (i, name), target in zip(picked, targets, strict=True)
+        ]
+    )
+    opened, parts = readings(tool.read, shifted(codes[index], opened)), []
+    for some in torch.arange(n).split(BATCH):
+        parts.append(closed_loop(tool, codes[index[some]], wanted[some], seeds=some.tolist()))
+        print(f"{int(some[-1]) + 1} of {n} targets", flush=True)
+    found, rows = Moved(*(torch.cat(values) for values in zip(*parts, strict=True))), []
+    for number, ((i, name), target) in enumerate(zip(picked, targets, strict=True)):
+        k = int(which[number])
         row = dict(
             number=i, patient=groups[i], source=sources[i], attribute=name, start=float(start[i, k]), asked=target
         )
-        for way, values in (("closed", found.measured), ("open", opened)):
-            shares = ((values - wanted) / tool.span).abs()
-            others = torch.cat([shares[:k], shares[k + 1 :]])
+        for way, values in (("closed", found.measured[number]), ("open", opened[number])):
+            off = ((values - wanted[number]) / tool.span).abs()
+            others = torch.cat([off[:k], off[k + 1 :]])
             row |= {
                 f"{way} measured": float(values[k]),
-                f"{way} error": float(shares[k]),
+                f"{way} error": float(off[k]),
                 f"{way} side": float(others.mean()),
             }
-        ends.append(found.code)
-        rows.append(row | dict(length=found.length, steps=found.steps, met=found.error <= 2 * TOLERANCE))
-        if time.monotonic() - last > PROGRESS_S:
-            last = time.monotonic()
-            print(f"{number + 1} of {n} targets", flush=True)
-    return rows, torch.cat([codes[:0], *ends])
+        met = float(found.error[number]) <= 2 * TOLERANCE
+        rows.append(row | dict(length=float(found.length[number]), steps=int(found.steps[number]), met=met))
+    return rows, found.codes
 
 
 def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float]:
