@@ -318,7 +318,8 @@ class Transition(Section):
     over the bones, and its densities are trusted where `closed` of the slices have a closed cortex. `frames` has the
     film, `points` a path whose smoothness is measured. `geodesics` of so many pairs have `geodesic_points` each and are
     found in `steps` iterations at most. A fast ruler, fitted to `scans` training scans, reads bones on the generator's
-    own grid where `ring` of their outline has cortex. `draws` are those of the intervals.
+    own grid where `ring` of their outline has cortex, and holds densities on a path; their ranges are those of
+    `samples` of the model, `truncation` as in `quality`. `draws` are those of the intervals.
     """
 
     weights: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -327,7 +328,9 @@ class Transition(Section):
     tolerance: Annotated[float, Field(ge=0)] = 0.1
     closed: Share = 0.5
     scans: Count = 60
-    ring: Share = 0.9
+    ring: Share = 0.8
+    samples: Annotated[int, Field(ge=20)]
+    truncation: dict[str, Positive] = {}
     frames: Annotated[int, Field(ge=3)] = 12
     points: Annotated[int, Field(ge=3)] = 33
     geodesics: Count

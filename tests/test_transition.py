@@ -8,6 +8,7 @@ from oracle import Oracle
 from bonelib import InputError
 from bonelib.evaluation.compartments import overlap, read
 from bonelib.evaluation.pairs import pair_mean
+from bonelib.latent import editing
 from bonelib.latent import transition as tr
 from bonelib.randomness import torch_rng
 from bonelib.scans.volumes import Volume
@@ -158,3 +159,30 @@ def test_intervals_of_pairs_follow_the_patients():
     assert (found["high"] - found["low"]) / (2 * 1.96) == pytest.approx(known, rel=0.15)
     assert pair_mean([2.0, 4.0], pairs[:2], over=[1.0, 3.0], rng=rng, draws=9)["value"] == 1.5
     assert pair_mean([np.nan], pairs[:1], rng=rng, draws=9)["value"] is None
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_a_path_is_held_to_its_ends(layers):
+    oracle = Oracle(latent=12, entangled=True).float()
+    names = ("Tt.Ar", "Tb.BMD")
+
+    def read(codes):
+        found = oracle.attributes(codes if codes.dim() == 2 else codes.mean(1))
+        return torch.stack([found[name] for name in names], 1)
+
+    tool, codes, _ = editing.calibrate(read, names, oracle, seed=1, samples=400)
+    weights, ends = (0, 0.25, 0.5, 1), codes[:8].unflatten(0, (2, 4))
+    ends = ends[:, :, None].expand(-1, -1, 3, -1) if layers else ends
+    paths = torch.stack([tr.line(a, b, weights) for a, b in ends.transpose(0, 1)])
+    paths[:, 2] += 0.5 * oracle.direction("Tb.BMD").float()  # off the line
+    found = tr.held(tool, paths, weights, "Tb.BMD")
+    values = torch.stack([read(path)[:, 1] for path in found])
+    straight = torch.stack([tr.line(*row[[0, -1]], weights) for row in values])
+    assert ((values - straight).abs() <= editing.TOLERANCE * tool.span[1]).all()
+    assert torch.equal(found[:, [0, -1]], paths[:, [0, -1]]) and not torch.equal(found, paths)
+
+    def blind(codes):  # the first path ends at a bone that cannot be read
+        values = read(codes)
+        return torch.where((values - read(paths[0, :1])).abs() < 1e-3, torch.nan, values)
+
+    assert torch.equal(tr.held(tool._replace(read=blind), paths, weights, "Tb.BMD")[0], paths[0])

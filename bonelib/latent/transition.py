@@ -15,6 +15,7 @@ from bonelib import InputError
 from bonelib.evaluation.compartments import TRAITS, read
 from bonelib.evaluation.pairs import pair_mean
 from bonelib.latent.codes import along
+from bonelib.latent.editing import Instrument, closed_loop, readings
 from bonelib.latent.models import Model
 from bonelib.randomness import numpy_rng
 
@@ -115,17 +116,34 @@ def low_pairs(values, patients, share: float, count: int, rng: np.random.Generat
     return [pairs[k] if rng.random() < 0.5 else pairs[k][::-1] for k in chosen]
 
 
-def measured(
-    model: Model, codes: Tensor, pairs: list[tuple[int, int]], weights, seed: int, way=line
-) -> dict[str, np.ndarray]:
-    """Area and densities along the path of every pair of `codes` (n, *code): {trait: (pairs, weights)}.
+def held(tool: Instrument, paths: Tensor, weights, name: str) -> Tensor:
+    """Paths (n, weights, *code) whose inner codes are moved until attribute `name` runs straight from end to end.
 
-    `weights` run from 0 to 1, `way(first, last, weights)` is the path; bones that stand in several pairs are drawn
-    once. NaN where no contours are found.
+    Each goes as short a way as it can (`editing.closed_loop`), with all other attributes left free. Where an end cannot
+    be read, nothing can be held, and the path stays as it is.
     """
-    between = [way(codes[i], codes[j], weights[1:-1]) for i, j in pairs]
-    paths = along(model, codes, pairs, between, seed, read)
-    return {trait: np.array([[reading.traits[trait] for reading in path] for path in paths]) for trait in TRAITS}
+    ends = torch.stack([readings(tool.read, paths[:, k])[:, tool.index(name)] for k in (0, -1)], 1)
+    known, inner = ends.isfinite().all(1), weights[1:-1]
+    if not known.any() or not len(inner):
+        return paths
+    wanted = torch.full((int(known.sum()) * len(inner), len(tool.names)), torch.nan)
+    wanted[:, tool.index(name)] = line(*ends[known].T, inner).T.flatten()
+    found = closed_loop(tool, paths[known, 1:-1].flatten(0, 1), wanted, seeds=range(len(wanted)))
+    paths = paths.clone()
+    paths[known, 1:-1] = found.codes.unflatten(0, (-1, len(inner)))
+    return paths
+
+
+def measured(
+    model: Model, codes: Tensor, pairs: list[tuple[int, int]], paths: Tensor, seed: int
+) -> dict[str, np.ndarray]:
+    """Area and densities along the path of every pair of `codes` (n, *code): {trait: (pairs, points)}.
+
+    `paths` are (pairs, points, *code); bones that stand in several pairs are drawn once. NaN where no contours are
+    found.
+    """
+    bones = along(model, codes, pairs, list(paths[:, 1:-1]), seed, read)
+    return {trait: np.array([[reading.traits[trait] for reading in path] for path in bones]) for trait in TRAITS}
 
 
 def staying(
