@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bonelib import InputError
-from bonelib.latent import directions, editing, effects
+from bonelib.latent import asking, atlas, directions, editing, effects
 from bonelib.randomness import torch_rng
 from bonelib.scans.volumes import Volume
 from tests.oracle import TRAITS, Oracle
@@ -95,17 +95,17 @@ def test_targets_are_met_by_the_loop_held_apart_and_refused_beyond_the_range(cal
     assert float((read(0.1 * (high - low) * vector[None]) - read(torch.zeros(1, 12)))[0, 1]) == pytest.approx(
         0.1 * float(tool.span[1]), rel=0.15
     )
-    rows, ends = effects.asked(tool, *bones, 8, straight, seed=1)
+    rows, ends = asking.asked(tool, *bones, 8, straight, seed=1)
     for row, end in zip(rows, ends, strict=True):
         k = NAMES.index(row["attribute"])
         assert tool.low[k] <= row["asked"] <= tool.high[k]
         assert float(read(end[None])[0, k]) == pytest.approx(row["closed measured"], rel=1e-4)
-    columns = effects.asked_table(rows, seed=1, draws=30)
+    columns = asking.asked_table(rows, seed=1, draws=30)
     assert list(columns) == ["all", "scan", "sample"] and columns["all"]["N"] == 8
     assert columns["all"]["closed loop within 2 %"] == np.mean([r["closed error"] <= 0.02 for r in rows]) > 0.8
     assert columns["all"]["side effect, closed over open"] < 0.5
-    assert effects.with_intervals(columns)[2]["all"].count("to") == 1
-    no = effects.impossible(tool, bones.codes, 8, NAMES, seed=1)
+    assert asking.with_intervals(columns)[2]["all"].count("to") == 1
+    no = asking.impossible(tool, bones.codes, 8, NAMES, seed=1)
     assert [row["refused"] for row in no] == [True] * 8 and all("calibrated range" in row["reason"] for row in no)
 
 
@@ -113,38 +113,38 @@ def test_the_slow_ruler_confirms_what_it_sees_and_counts_what_it_does_not():
     rows = [{"attribute": "Ct.Th", "start": 1.0, "closed measured": 1.0 + change} for change in (-0.2, 0.2, 0.4, 0.1)]
     before = [{"Ct.Th": 1.0, "Tt.Ar": 1.0, "closed slices": share} for share in (1, 1, 0.3, 1)]
     after = [{"Ct.Th": thick, "Tt.Ar": 1.0, "closed slices": 1.0} for thick in (0.9, 1.1, 1.4)] + [None]
-    thick, closed, area, _ = effects.confirmed(rows, before, after, ("Ct.Th", "Tt.Ar"), least=0.5)
+    thick, closed, area, _ = asking.confirmed(rows, before, after, ("Ct.Th", "Tt.Ar"), least=0.5)
     assert (thick["bones"], thick["N"], thick["of"]) == ("contours found", 3, 4)
     assert thick["measured over read"] == pytest.approx((0.02 + 0.02 + 0.16) / 0.24)
     assert (closed["bones"], closed["N"]) == ("cortex closed", 2)
     assert closed["measured over read"] == pytest.approx(0.5) and np.isnan(closed["r"])
     assert area["N"] == 0 and np.isnan(area["measured over read"])
     nothing = [row | {"Ct.Th": np.nan} for row in before]
-    assert effects.confirmed(rows, before, nothing, ("Ct.Th",), least=0.5)[0]["N"] == 0
+    assert asking.confirmed(rows, before, nothing, ("Ct.Th",), least=0.5)[0]["N"] == 0
 
 
 def test_the_slow_ruler_tells_whether_a_cortex_is_closed():
     z, y, x = np.indices((6, 80, 60))
     radius = np.hypot(y - 40, x - 30)
     ring = (200.0 * (radius < 22) + 700.0 * ((radius < 22) & (radius > 18))).astype(np.float32)
-    found = effects.by_ruler(Volume(ring, (0.3, 0.3, 0.3), "mgHA"))
+    found = asking.by_ruler(Volume(ring, (0.3, 0.3, 0.3), "mgHA"))
     assert found["closed slices"] == 1 and found["Tt.Ar"] == pytest.approx(np.pi * (22 * 0.3) ** 2, rel=0.05)
-    assert effects.by_ruler(Volume(np.zeros_like(ring), (0.3, 0.3, 0.3), "mgHA")) is None
+    assert asking.by_ruler(Volume(np.zeros_like(ring), (0.3, 0.3, 0.3), "mgHA")) is None
 
 
 def test_an_atlas_of_a_density_has_it(calibrated):
     some = codes(40)
     people = {str(i): {"age": str(50 + i), "sex": "FM"[i % 2]} for i in range(40)}
     rows = [{"patient": str(i)} for i in range(40)]
-    known = effects.conditions(rows, people, read(some)[:, 1])
-    assert list(known) == ["age", "sex", "Tb.BMD"] and "age" not in effects.conditions(rows, {}, read(some)[:, 1])
-    means, table = effects.atlases(calibrated[0], some, known)
+    known = atlas.conditions(rows, people, read(some)[:, 1])
+    assert list(known) == ["age", "sex", "Tb.BMD"] and "age" not in atlas.conditions(rows, {}, read(some)[:, 1])
+    means, table = atlas.atlases(calibrated[0], some, known)
     assert {name: len(part) for name, part in means.items()} == {"mean": 1, "age": 3, "sex": 2, "Tb.BMD": 3}
     assert torch.allclose(means["mean"][0], some.mean(0), atol=1e-6)
     for row in table[-3:]:
         assert row["Tb.BMD"] == pytest.approx(row["at"], rel=0.05)
     line = torch.linspace(0, 1, 5)[:, None] * torch.ones(5, 12)
-    assert torch.allclose(effects.atlas(line, np.arange(5.0)[:, None], np.array([[6.0]])), torch.full((1, 12), 1.5))
+    assert torch.allclose(atlas.atlas(line, np.arange(5.0)[:, None], np.array([[6.0]])), torch.full((1, 12), 1.5))
 
 
 def test_where_nothing_can_be_read_nothing_is_asked_and_all_is_said():
@@ -164,6 +164,6 @@ def test_where_nothing_can_be_read_nothing_is_asked_and_all_is_said():
     assert effects.reaches(tool, bones.codes, vectors, matrix, (1.0,))[0]["linear up to"] == 0
     size, rows = effects.by_rank(tool, bones.codes, torch.eye(12), bones.groups, seed=1, draws=5)
     assert np.isnan(size).all() and [row["N"] for row in rows] == [0] * 4
-    asked, ends = effects.asked(tool, *bones, 4, {}, seed=1)
-    assert asked == [] and len(ends) == 0 and effects.impossible(tool, bones.codes, 4, NAMES, seed=1) == []
-    assert effects.with_intervals(effects.asked_table(asked, seed=1, draws=5)) == [{"": "N", "all": "0"}]
+    asked, ends = asking.asked(tool, *bones, 4, {}, seed=1)
+    assert asked == [] and len(ends) == 0 and asking.impossible(tool, bones.codes, 4, NAMES, seed=1) == []
+    assert asking.with_intervals(asking.asked_table(asked, seed=1, draws=5)) == [{"": "N", "all": "0"}]

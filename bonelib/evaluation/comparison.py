@@ -32,7 +32,8 @@ def measured(volume: Volume) -> dict | None:
         periosteal, endosteal = contours(volume)
     except InputError:
         return None
-    traits = measure(volume, compartments=(periosteal, endosteal)) | {CLOSED: closed_slices(volume, periosteal)}
+    traits = measure(volume, compartments=(periosteal, endosteal), anisotropy=False)
+    traits[CLOSED] = closed_slices(volume, periosteal)
     interior = eroded(endosteal, DEPTH_MM, volume.spacing[1:])
     near, far = (dilated(periosteal, mm, volume.spacing[1:]) for mm in AWAY_MM)
     background = _plain(volume, far & ~near)

@@ -17,6 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.evaluation.resampling import by_patient, drawn, interval
 from bonelib.pyramid import downsample
 from bonelib.randomness import numpy_rng
 from bonelib.scans.dataset import Stacks
@@ -247,15 +248,13 @@ def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: 
     """
     x, y = read[:, : len(FITTED)].double().numpy(), np.asarray(measured, float)
     kept = np.isfinite(x).all(1) & np.isfinite(y).all(1)
-    names, patient = np.unique(np.asarray(patients)[kept], return_inverse=True)
+    places, rng = by_patient(np.asarray(patients)[kept]), numpy_rng(seed, "agreement")
     x, y = x[kept], y[kept]
-    rng, members = numpy_rng(seed, "agreement"), [np.flatnonzero(patient == i) for i in range(len(names))]
-    some = [np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))]) for _ in range(draws)]
-    rows = []
+    some, rows = [drawn(places, rng) for _ in range(draws)], []
     for k, name in enumerate(FITTED):
-        found = {"attribute": name, "unit": UNITS[name], "N": len(x), "patients": len(names)}
+        found = {"attribute": name, "unit": UNITS[name], "N": len(x), "patients": len(places)}
         for key, statistic in (("r", _correlation), ("bias", lambda a, b: float((a - b).mean()))):
-            low, high = np.nanquantile([statistic(x[i, k], y[i, k]) for i in some], [0.025, 0.975])
+            low, high = interval([statistic(x[i, k], y[i, k]) for i in some])
             found |= {key: statistic(x[:, k], y[:, k]), f"{key} low": float(low), f"{key} high": float(high)}
         rows.append(found | {"SD of error": float((x[:, k] - y[:, k]).std()), "SD": float(y[:, k].std())})
     return rows

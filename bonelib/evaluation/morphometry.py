@@ -58,7 +58,9 @@ FACES = 400_000  # of the bone surface that are looked at for anisotropy, evenly
 CORNERS = np.ones((3, 3, 3), bool)  # bone is joined by faces, edges and corners
 
 
-def measure(volume: Volume, *, compartments=None, segmentation: str = "gaussian") -> dict[str, float]:
+def measure(
+    volume: Volume, *, compartments=None, segmentation: str = "gaussian", anisotropy: bool = True
+) -> dict[str, float]:
     """Morphometry of one scan: area in mm2, densities in mg HA/cm3, sizes in mm, per mm or mm3, and shares.
 
     `compartments` is None for `contours`, a pair of such masks, or 'trabecular' for a volume wholly inside trabecular
@@ -71,7 +73,8 @@ def measure(volume: Volume, *, compartments=None, segmentation: str = "gaussian"
     ellipsoid of mean intercept lengths. Conn.D: loops of the largest piece of bone per volume of the compartment.
     Ct.Th: local thickness of the cortical compartment, pores filled. Ct.Po: enclosed pores over the volume of the
     cortical compartment. `segmentation`, one of `SEGMENTATIONS`, is for BV/TV, Tb.Th, Tb.Sp, Tb.N, DA and Conn.D;
-    contours and pores have thresholds of their own.
+    contours and pores have thresholds of their own. Without `anisotropy` there is no DA, which takes a fifth of the
+    time.
 
     What does not exist is NaN, such as Tb.Th where no voxel is bone. Raises `InputError` as `contours`, and for masks
     that do not fit or a segmentation that is not known.
@@ -82,11 +85,11 @@ def measure(volume: Volume, *, compartments=None, segmentation: str = "gaussian"
     density = smoothed(volume)
     with ThreadPoolExecutor(2) as pool:  # arrays are worked on at the same time, and the longest work is begun early
         if isinstance(compartments, str):
-            return _trabecular(volume, density, np.ones(volume.shape, bool), segmentation, pool)
+            return _trabecular(volume, density, np.ones(volume.shape, bool), segmentation, pool, anisotropy)
         found = contours_in(density, volume.spacing) if compartments is None else compartments
         outer, inner = _fitting(found, volume)
         cortical = pool.submit(_cortical, volume, density, outer & ~inner)
-        inside = _trabecular(volume, density, inner, segmentation, pool)
+        inside = _trabecular(volume, density, inner, segmentation, pool, anisotropy)
         return {
             "Tt.Ar": float(outer.sum() / volume.shape[0] * volume.spacing[1] * volume.spacing[2]),
             "Tt.BMD": _mean(volume.voxels, outer),
@@ -175,7 +178,7 @@ def _sharpened(volume, box=(slice(None),) * 3):
     return np.where(specks[labels], -np.abs(level), level)
 
 
-def _trabecular(volume, density, mask, segmentation, pool):
+def _trabecular(volume, density, mask, segmentation, pool, anisotropy=True):
     box, spacing, stride = _walled(mask), volume.spacing, _stride(volume.spacing)
     found = {"Tb.BMD": _mean(volume.voxels, mask)}
     gaussian = segmentation == "gaussian"
@@ -184,18 +187,15 @@ def _trabecular(volume, density, mask, segmentation, pool):
     bone = (level > 0) & mask
     sizes = pool.submit(thickness_and_axes, bone, mask, spacing, level=level, stride=stride)
     separation = pool.submit(local_thickness, mask & ~bone, spacing, level=-level, stride=stride)
-    lengths = pool.submit(_fabric, values, threshold, mask, spacing)
+    fabric = pool.submit(_fabric, values, threshold, mask, spacing) if anisotropy else None
     found["BV/TV"] = float(bone.sum() / mask.sum())
     connectivity = loop_count(bone) / (float(mask.sum()) * float(np.prod(spacing)))
     thickness, between = sizes.result()
-    lengths, _ = lengths.result()
-    return found | {
-        "Tb.Th": _mean_size(thickness),
-        "Tb.Sp": _mean_size(separation.result()),
-        "Tb.N": 1 / _mean_size(between),
-        "DA": float(lengths[0] / lengths[2]),
-        "Conn.D": connectivity,
-    }
+    found |= {"Tb.Th": _mean_size(thickness), "Tb.Sp": _mean_size(separation.result()), "Tb.N": 1 / _mean_size(between)}
+    if fabric is not None:
+        lengths, _ = fabric.result()
+        found["DA"] = float(lengths[0] / lengths[2])
+    return found | {"Conn.D": connectivity}
 
 
 def _cortical(volume, density, cortex):

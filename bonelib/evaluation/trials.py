@@ -69,11 +69,11 @@ def _trained(params: Train, data: Stacks, place: Path, seed: int, seconds: float
         return json.loads(done.read_text()), np.load(place / "volumes.npy")
     updates = params.n_critic * params.schedule.batch[-1]
     times = []
-    for count in (2, 2, 12):  # updates; the difference of the last two leaves out what is done once
+    for count in (2, 2, 34):  # updates; the difference of the last two leaves out what is done once
         begun = time.process_time()
         _train(params, count * updates, data, place / "pilot", seed)
         times.append(time.process_time() - begun)
-    pace = max(times[2] - times[1], 0.1 * times[2]) / (10 * updates)
+    pace = max(times[2] - times[1], 0.1 * times[2]) / (32 * updates)
     seen = max(1, round(seconds / pace / updates)) * updates
     begun = time.process_time()
     _train(params, seen, data, place, seed)

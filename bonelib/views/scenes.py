@@ -224,7 +224,7 @@ def readings(found: Bone, known: Cohort) -> list[dict]:
     volume = found.volume
     step = max(1, int(COARSE_MM / min(volume.spacing)))
     try:
-        traits = measure(subsample(volume, step) if step > 1 else volume)
+        traits = measure(subsample(volume, step) if step > 1 else volume, anisotropy=False)
     except InputError:
         traits = {}
     rows = []
