@@ -5,11 +5,13 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+PRELOADED = ("torch", "scipy.ndimage", "scipy.stats", "nibabel")  # no code of our own, which may change under a kernel
 
 
 def die_with_parent() -> None:
@@ -31,6 +33,27 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
+def _context():
+    """How workers are started: from a process that has imported once what all of them need, or anew."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
+def _begin() -> None:
+    """Of a worker: to have one thread, and to end with whoever owns the pool, which need not be its parent."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    threading.Thread(target=_end_with_owner, daemon=True).start()
+
+
+def _end_with_owner() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """A pool of `count` worker processes (one a core by default) of one thread each.
@@ -39,7 +62,7 @@ def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """
     before = {name: os.environ.get(name) for name in THREAD_SETTINGS}
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))  # inherited by the workers, which start at the first task
-    pool = ProcessPoolExecutor(count or os.cpu_count(), get_context("spawn"), die_with_parent)
+    pool = ProcessPoolExecutor(count or os.cpu_count(), _context(), _begin)
     try:
         yield pool
     finally:

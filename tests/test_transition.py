@@ -186,3 +186,16 @@ def test_a_path_is_held_to_its_ends(layers):
         return torch.where((values - read(paths[0, :1])).abs() < 1e-3, torch.nan, values)
 
     assert torch.equal(tr.held(tool._replace(read=blind), paths, weights, "Tb.BMD")[0], paths[0])
+
+
+def test_every_path_and_density_is_judged_alike():
+    rng = np.random.default_rng(1)
+    found = {path: {t: (rng.random((5, 3)), np.ones((5, 3))) for t in ("Tb.BMD", "Ct.BMD")} for path in ("a", "b")}
+    names = {t: [(str(i), str(i + 1)) for i in range(5)] for t in ("Tb.BMD", "Ct.BMD")}
+    limits, how = {t: dict(low=0.5, margin=0.1) for t in names}, dict(least=0.5, seed=1, draws=20)
+    rows = tr.all_staying(found, names, limits, **how)
+    alone = tr.staying(*found["b"]["Ct.BMD"], names["Ct.BMD"], **limits["Ct.BMD"], **how)
+    assert [row for row in rows if (row["path"], row["density"]) == ("b", "Ct.BMD")] == [
+        {"path": "b", "density": "Ct.BMD"} | row for row in alone
+    ]
+    assert len(rows) == 4 * len(alone)

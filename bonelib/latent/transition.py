@@ -185,6 +185,19 @@ def staying(
     return rows
 
 
+def all_staying(found: dict, names: dict[str, list], limits: dict[str, dict], **how) -> list[dict]:
+    """The rows of `staying` for every kind of path and density of `found` {path: {density: (values, closed)}}.
+
+    `names` and `limits` (low and margin) are those of a density; `how` is the same for all.
+    """
+    every = [(path, t, table) for path, of_path in found.items() for t, table in of_path.items()]
+    return [
+        {"path": path, "density": t} | row
+        for path, t, table in every
+        for row in staying(*table, names[t], **limits[t], **how)
+    ]
+
+
 def summary(rows: list[dict], by: str, *, seed: int, draws: int) -> list[dict]:
     """Mean and interval by patient of every number in `rows`, one row a path, for each value of the column `by`.
 
