@@ -253,5 +253,8 @@ def test_an_instrument_is_written_and_opened(tmp_path):
     assert torch.allclose(again.read(codes), found, rtol=1e-4, atol=1e-3, equal_nan=True) and torch.equal(
         again.low, made.low
     )
+    blind, _, _ = editing.calibrate(lambda c: read(c) * torch.nan, gauge.ATTRIBUTES, oracle, seed=1, samples=40)
+    editing.save_instrument(blind, fitted, tmp_path / "instrument.safetensors")
+    assert not editing.load_instrument(tmp_path / "instrument.safetensors", oracle, data).calibrated
     with pytest.raises(InputError, match="no such file"):
         editing.load_instrument(tmp_path / "other", oracle, data)

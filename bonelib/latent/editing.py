@@ -172,7 +172,7 @@ def calibrate(
     # What goes together is known of more bones than attributes, none of which is always the same
     enough = enough and len(measurable) > 2 * len(names) and bool((high > low).all())
     low, high = (low, high) if enough else torch.full((2, len(names)), torch.nan)
-    centre, shape = (measurable.mean(0), torch.cov(measurable.T)) if enough else (low, torch.eye(len(names)))
+    centre, shape = (measurable.mean(0), torch.cov(measurable.T)) if enough else (low.clone(), torch.eye(len(names)))
     made = Instrument(read, tuple(names), low, high, centre, shape, 0.0, mean, spread, 0.0, margin)
     fresh = made.distance(drawn(8 * codes.shape[-1], "codes of the farthest"))
     far = torch.tensor([made.unlikeness(values) for values in measurable] if enough else [0.0])
