@@ -61,7 +61,7 @@ def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
     What is still waiting when the block is left by an error is given up.
     """
     before = {name: os.environ.get(name) for name in THREAD_SETTINGS}
-    os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))  # inherited by the workers, which start at the first task
+    os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))  # inherited by what workers start from, at the first task
     pool = ProcessPoolExecutor(count or os.cpu_count(), _context(), _begin)
     try:
         yield pool

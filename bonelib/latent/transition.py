@@ -119,8 +119,8 @@ def low_pairs(values, patients, share: float, count: int, rng: np.random.Generat
 def held(tool: Instrument, paths: Tensor, weights, name: str) -> Tensor:
     """Paths (n, weights, *code) whose inner codes are moved until attribute `name` runs straight from end to end.
 
-    Each goes as short a way as it can (`editing.closed_loop`), with all other attributes left free. Where an end cannot
-    be read, nothing can be held, and the path stays as it is.
+    Each goes as short a way as it can (`editing.closed_loop`), with all other attributes left free; where the loop does
+    not get there, it ends as near as it came. Where an end cannot be read, the path stays as it is.
     """
     ends = torch.stack([readings(tool.read, paths[:, k])[:, tool.index(name)] for k in (0, -1)], 1)
     known, inner = ends.isfinite().all(1), weights[1:-1]
