@@ -450,15 +450,17 @@ class Tried(Section):
 
 
 class Inversion(Section):
-    """How real bones get codes (section 3.5): all held-out stacks, and `train_stacks` of the training stacks.
+    """How real bones get codes (section 3.5): `held_out_stacks` of the held-out stacks, spread evenly over patients
+    (null: all), and `train_stacks` of the training stacks.
 
-    `refine` is how, but for what is `tried`. Reconstructions are compared on all held-out stacks, and `measured` of
+    `refine` is how, but for what is `tried`. Reconstructions are compared on the held-out stacks, and `measured` of
     them, of as many patients, at full size.
     """
 
     encoder: EncoderTraining
     refine: Refinement = Refinement()
     tried: Tried | None = None
+    held_out_stacks: Count | None = None
     train_stacks: Annotated[int, Field(ge=0)] = 0
     measured: Annotated[int, Field(ge=0)] = 0
     draws: Count = 200

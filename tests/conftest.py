@@ -1,9 +1,22 @@
 """What more than one file of tests works with."""
 
+import os
+
+# Of two test processes side by side each has one core, and so have the programs that it starts
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import pytest
 import torch
 
 torch.manual_seed(0)  # of networks that are built while tests are collected
+
+
+def pytest_collection_modifyitems(items):
+    """All that needs the pipeline runs in one process, which is given it first, as it takes longest."""
+    for item in items:
+        if "pipeline" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("pipeline"))
 
 
 @pytest.fixture(autouse=True)

@@ -47,13 +47,20 @@ class PlainConv(Conv):
 
     def convolve(self, x: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
         x = x if self.savings.channels_last else x.contiguous()
-        if self.savings.folded_upsampling or not self.upsample:
+        if self.savings.folded_upsampling if self.upsample else self.savings.small_products:
             return super().convolve(x, bias, factor)
-        x = F.interpolate(x.to(self.dtype), scale_factor=2, mode="nearest")
-        mode = "replicate" if self.replicate else "constant"
-        x = F.pad(x, [p for p in reversed(self.pad) for _ in range(2)], mode=mode)
         weight = self.weight * self.scale if factor is None else self.weight * self.scale * factor
-        return F.conv3d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return self.plainly(x, weight, bias)
+
+    def plainly(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        """The convolution as one would first write it."""
+        x, pad = x.to(self.dtype), self.pad
+        if self.upsample:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.replicate:
+            x, pad = F.pad(x, [p for p in reversed(pad) for _ in range(2)], mode="replicate"), 0
+        bias = None if bias is None else bias.to(self.dtype)
+        return F.conv3d(x, weight.to(self.dtype), bias, stride=self.stride, padding=pad, groups=groups)
 
 
 class PlainModulatedConv(ModulatedConv, PlainConv):
@@ -66,12 +73,8 @@ class PlainModulatedConv(ModulatedConv, PlainConv):
         weight = self.weight * self.scale * self.affine(style)[:, None, :, None, None, None]
         weight = self.gain * weight * torch.rsqrt(weight.square().sum((2, 3, 4, 5), keepdim=True) + 1e-8)
         x = x if self.savings.channels_last else x.contiguous()
-        if self.upsample:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        mode = "replicate" if self.replicate else "constant"
-        x = F.pad(x, [p for p in reversed(self.pad) for _ in range(2)], mode=mode)
-        y = F.conv3d(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1).to(x.dtype), groups=n)
-        return y.reshape(n, -1, *y.shape[2:]) + self.bias.to(x.dtype)[:, None, None, None]
+        y = self.plainly(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), None, groups=n)
+        return y.reshape(n, -1, *y.shape[2:]) + self.bias.to(y.dtype)[:, None, None, None]
 
 
 class PlainPixelNorm(PixelNorm):

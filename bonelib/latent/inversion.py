@@ -117,6 +117,13 @@ def targets(model: Model, data: Stacks, rows: list[dict]) -> Tensor:
     return data.pooled(rows, halvings(model, data.meta["stack_slices"])).float()
 
 
+def spread(rows: list[dict], count: int | None) -> list[dict]:
+    """`count` of the rows of stacks (None or too many: all), evenly spread, so that they are of many patients."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).astype(int)]
+
+
 def encode(encoder: Encoder, volumes: Tensor) -> Tensor:
     """Codes (n, code) of volumes on the generator's grid, (n, 1, z, y, x)."""
     place = encoder.statistics.device
