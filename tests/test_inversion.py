@@ -246,3 +246,9 @@ def test_codes_are_kept_in_the_shape_of_styles(model, data, tmp_path):
     refined, table = load_codes(tmp_path)
     assert encoded.shape == refined.shape == (4, 3, 8) and torch.equal(refined[:, 2], codes + 1)
     assert table[1] == dict(scan="16_ses-1", patient="16", visit="1", split="held-out", start="0", index="1")
+
+
+def test_some_stacks_are_spread_over_all():
+    rows = [dict(index=i) for i in range(10)]
+    assert [row["index"] for row in inversion.spread(rows, 4)] == [0, 3, 6, 9]
+    assert inversion.spread(rows, None) == inversion.spread(rows, 99) == rows
