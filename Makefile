@@ -11,7 +11,7 @@ repro: $(STAMP) strip
 	python -m bonelib.repro
 
 test: $(STAMP)
-	python -m pytest -n 2 --dist loadgroup
+	python -m pytest -n 2 --dist loadscope
 
 lab: $(STAMP)
 	jupyter lab --ip=127.0.0.1 --LabApp.news_url= --LabApp.extension_manager=readonly notebooks/01_preprocess.ipynb

@@ -12,11 +12,15 @@ import torch
 torch.manual_seed(0)  # of networks that are built while tests are collected
 
 
-def pytest_collection_modifyitems(items):
-    """All that needs the pipeline runs in one process, which is given it first, as it takes longest."""
-    for item in items:
-        if "pipeline" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("pipeline"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Both files that need the pipeline run in one process, which is given them first, as they take longest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    together = ("tests/test_pipeline.py", "tests/test_browser.py")
+    scheduler._split_scope = lambda test: "pipeline" if test.startswith(together) else test
+    return scheduler
 
 
 @pytest.fixture(autouse=True)
