@@ -23,7 +23,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad: t
     """`F.conv3d`, also where its bfloat16 weight gradient is silently wrong in torch 2.13 on CPU: with stride 1 and
     padding, on a grid of exactly two voxels along z. Slices of zeros put there beforehand change nothing else.
     """
-    if weight.shape[2:] == (1, 1, 1) and stride == 1:  # a product; as a convolution of one channel ten times slower
+    if weight.shape[2:] == (1, 1, 1) and stride == 1:  # a product; as a convolution several times slower
         x = F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
         return x if bias is None else x + bias[:, None, None, None]  # no view, whose change in place would be copied
     if x.dtype == torch.bfloat16 and x.shape[2] == 2 and stride == 1 and pad[0]:
