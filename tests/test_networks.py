@@ -1,13 +1,18 @@
 """Networks against the published tables, and their shortcuts against the plain computation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
+from bonelib.networks import build_generator
 from bonelib.networks.critic import Critic
 from bonelib.networks.layers import AddNoise, Conv, PixelNorm
 from bonelib.networks.progan import ProGAN
 from bonelib.networks.stylegan import StyleGAN
+from bonelib.params import Train, section
 from bonelib.pyramid import downsample, haar, unhaar, upsample
 from bonelib.randomness import torch_rng
 
@@ -55,6 +60,23 @@ def test_fade_runs_from_the_old_stage_to_the_new():
     assert torch.allclose(half, (new + begun) / 2, atol=1e-6)
     critic, x = Critic(SMALL["widths"]), torch.rand(2, 1, 4, 36, 28)
     assert torch.allclose(critic(x, 2, 0.0), critic(downsample(x), 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("profile", ["tiny", "laptop", "paper"])
+def test_a_bone_changes_along_its_axis(profile):
+    """Also from slices far apart, which nothing but the zeros beyond the coarsest grid, one voxel deep, can tell."""
+    values = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())["profiles"][profile]["train"]
+    for name in ("progan", "stylegan"):
+        params = section(Train, values[name], name)
+        torch.manual_seed(0)
+        generator = build_generator(params.generator.model_copy(update={"noise": 0.0}), haar=params.haar)
+        with torch.no_grad():
+            bone = generator.synthesize(generator.to_styles(generator.sample_latent(1, torch_rng(0, "z"))), 1)[0, 0]
+        first, *others = bone if not params.haar else bone.unflatten(0, (-1, 2)).mean(1)
+        assert all(float((first - other).abs().mean()) > 0.05 * float(bone.std()) for other in others), name
+    alike = ProGAN(widths=(8, 8), latent=16, haar=True, padding="replicate")
+    bone = alike.synthesize(torch.randn(1, 16, generator=torch_rng(0, "z")))[0, 0]
+    assert torch.allclose(bone[:2], bone[2:], atol=1e-6) and not torch.allclose(bone[0], bone[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("padding", ["zeros", "replicate"])

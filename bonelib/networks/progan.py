@@ -20,7 +20,9 @@ class ProGAN(nn.Module):
     so coarse that they cost next to nothing and that four of them see all of the bone; `noise` adds noise inputs behind
     every other convolution, scaled per channel by weights drawn with this SD (without them, on grids that show
     trabeculae, all bones carry the same pattern); `haar` lets each stage draw the eight Haar bands of a volume twice as
-    fine, which saves the finest stage.
+    fine, which saves the finest stage; `padding` "replicate" repeats the border of a grid instead of adding zeros.
+    The coarsest grid is one voxel deep, and only zeros beyond it tell its upper from its lower half: with "replicate"
+    and without noise all slices of a bone are alike, or, with `haar`, all second ones.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class StyleGAN(nn.Module):
     nothing but the bias of 1 is then left); `base_convs` puts so many more layers before the first upsampling, which
     follow the first layer's style (on the coarsest grid they cost next to nothing, and four of them see all of the
     bone); `haar` lets each stage draw the eight Haar bands of a volume twice as fine;
-    `padding` "replicate" repeats the border of a grid instead of adding zeros.
+    `padding` "replicate" repeats the border of a grid instead of adding zeros (what that costs: see `ProGAN`).
     """
 
     def __init__(
