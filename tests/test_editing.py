@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from bonelib import InputError
 from bonelib.evaluation import gauge
@@ -110,9 +111,13 @@ def test_a_walk_goes_round_what_cannot_be_read(tool):
 
     wanted = tool.read(code)[0]
     wanted[1] = tool.low[1] + 0.95 * tool.span[1]
+
+    def watch(codes):
+        return torch.cat([read(codes), margin(codes)[:, None]], 1)
+
     blind = tool._replace(read=read)
     straight = editing.closed_loop(blind, code, wanted[None], starts=1, steps=6)
-    warned = editing.closed_loop(blind._replace(margin=margin), code, wanted[None], starts=1, steps=6)
+    warned = editing.closed_loop(blind._replace(watch=watch), code, wanted[None], starts=1, steps=6)
     assert straight.error > 0.1 and warned.error <= editing.TOLERANCE
     assert float(margin(warned.codes)) >= 0 and float(warned.codes @ free) < -0.5
 
@@ -200,6 +205,27 @@ def test_a_gauge_averages_fine_voxels_and_differentiates():
     assert torch.allclose(gauge.features(fine, [SPACING / 2] * 3), found.detach(), rtol=1e-4, atol=1e-3)
     (slope,) = torch.autograd.grad(found[:, gauge.FEATURES.index("core")].sum(), coarse)
     assert slope.abs().sum() > 0 and coarse.shape[2:] == GRID
+
+
+def test_a_gauge_watches_what_it_reads():
+    bones = density(traits(30, 1, contrast=20))
+    table = torch.stack([traits(30, 1, contrast=20)[name.replace(".", "_")] for name in gauge.FITTED], 1).numpy()
+    fitted = gauge.fit(gauge.features(bones, [SPACING] * 3), table)
+    bones[:3, :, :, 18:] = 0  # half of the cortex is missing
+    seen, read = fitted.watch(bones, [SPACING] * 3), fitted.read(bones, [SPACING] * 3)
+    assert torch.equal(seen[:, :-1].nan_to_num(-1), read.nan_to_num(-1))
+    assert torch.equal(seen[:, -1], gauge.closure(bones, [SPACING] * 3) - fitted.closed)
+    assert (seen[:, -1] >= 0).equal(read.isfinite().all(1)) and int((seen[:, -1] >= 0).sum()) == 27
+
+
+def test_slices_are_filtered_as_ndimage_filters_them():
+    flat = density(traits(5, 2))[:, 0].flatten(0, 1).numpy()
+    assert np.array_equal(gauge._median(flat), ndimage.median_filter(flat, (1, 3, 3)))
+    masks = flat > np.quantile(flat, 0.8)
+    for disc in (gauge.WIDE, gauge.DISC):
+        assert np.array_equal(gauge._dilated(masks, disc), ndimage.binary_dilation(masks, disc[None]))
+        assert np.array_equal(~gauge._dilated(~masks, disc), ndimage.binary_erosion(masks, disc[None], border_value=1))
+        assert np.array_equal(~gauge._dilated(~masks, disc, outside=True), ndimage.binary_erosion(masks, disc[None]))
 
 
 @pytest.mark.parametrize("seed", [6, 7, 8])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bonelib import InputError
-from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge, closure
+from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge
 from bonelib.networks.encoder import trunk
 from bonelib.randomness import torch_rng
 
@@ -26,7 +26,9 @@ LIKELY = 0.99  # share of samples whose attributes lie no farther from their mea
 REACH = 12.0  # length of a move in SDs of the latent distribution beyond which it is another bone
 TOLERANCE = 0.01  # of the range: where the closed loop stops
 STEPS = 16  # of the closed loop at most
-LONGEST, PARTS, ASIDE = 2.5, (1.0, 0.6, 0.3, 0.1), 0.5  # of its steps in SDs, parts of them, and how far these turn
+LONGEST, ASIDE = 2.5, 0.5  # of its steps in SDs, and how far parts of them are turned
+PARTS = ((1.0, 0.6), (0.3, 0.1))  # of its steps, first and then
+ENOUGH = 0.5  # of what is missing: a step that leaves less is taken at once
 SHUT = 0.02  # margin of a reading below which a step holds it
 STARTS, BESIDE = 8, 1.5  # walks of the closed loop at most, and how many SDs beside a place all but one begin
 STORED = ("low", "high", "centre", "shape", "likely", "mean", "spread", "farthest")  # of an instrument's file
@@ -39,7 +41,7 @@ class Instrument(NamedTuple):
     `read(codes)` gives attributes `names` (n, k). `low`, `high` (k,): the calibrated range, outside of which nothing is
     drawn. `centre` (k,) and `shape` (k, k), mean and covariance of the attributes of samples, and `likely`, the
     distance from the mean that `LIKELY` of them do not exceed, say which attributes go together (`unlikeness`).
-    `margin(codes)` (n,) says how far what is read is from being lost, at 0, if it can be.
+    `watch(codes)` (n, k + 1), where readings can be lost: `read`, and behind it how far they are from that, 0.
     `mean` (d,), `spread` (d, d): of the generator's codes, a code is mean + spread @ white; `farthest`: the norm
     of white that `PLAUSIBLE` of them do not exceed.
     """
@@ -54,7 +56,7 @@ class Instrument(NamedTuple):
     mean: Tensor
     spread: Tensor
     farthest: float
-    margin: Callable[[Tensor], Tensor] | None = None
+    watch: Callable[[Tensor], Tensor] | None = None
 
     @property
     def span(self) -> Tensor:
@@ -114,10 +116,10 @@ def reader(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
     return lambda codes: gauge.read(density(codes), spacing)
 
 
-def shutter(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
-    """`margin(codes)` (n,): the share of its outline at which a bone has cortex, less what a reading needs."""
+def watcher(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
+    """As `reader`, with the margin of the cortex behind the attributes (`Gauge.watch`)."""
     density, spacing = _coarsely(generator, data)
-    return lambda codes: closure(density(codes), spacing) - gauge.closed
+    return lambda codes: gauge.watch(density(codes), spacing)
 
 
 def _coarsely(generator, data):
@@ -146,7 +148,7 @@ def jacobian(read: Callable[[Tensor], Tensor], codes: Tensor) -> tuple[Tensor, T
 
 
 def calibrate(
-    read, names, generator, *, seed: int, samples: int, truncation: float | None = None, within=None, margin=None
+    read, names, generator, *, seed: int, samples: int, truncation: float | None = None, within=None, watch=None
 ):
     """An `Instrument` for a generator: range and plausible density from samples of its own, with their readings.
 
@@ -173,7 +175,7 @@ def calibrate(
     enough = enough and len(measurable) > 2 * len(names) and bool((high > low).all())
     low, high = (low, high) if enough else torch.full((2, len(names)), torch.nan)
     centre, shape = (measurable.mean(0), torch.cov(measurable.T)) if enough else (low.clone(), torch.eye(len(names)))
-    made = Instrument(read, tuple(names), low, high, centre, shape, 0.0, mean, spread, 0.0, margin)
+    made = Instrument(read, tuple(names), low, high, centre, shape, 0.0, mean, spread, 0.0, watch)
     fresh = made.distance(drawn(8 * codes.shape[-1], "codes of the farthest"))
     far = torch.tensor([made.unlikeness(values) for values in measurable] if enough else [0.0])
     return made._replace(farthest=float(fresh.quantile(PLAUSIBLE)), likely=float(far.quantile(LIKELY))), codes, found
@@ -209,8 +211,9 @@ def closed_loop(
 
     Gauss-Newton on measured values: a step is the shortest, in SDs of the latent distribution, that corrects all errors
     by the effects measured at the code, so that what is right already is held by their null space; so is the cortex,
-    where the step would open it (`Instrument.margin`). Of its parts, and of parts turned aside at random, the best is
-    taken; if none is better than where it stands, the step is halved. No step leaves the plausible region
+    where the step would open it (`Instrument.watch`). Of its longer parts the better one is taken; if it leaves much,
+    the best of all parts and of parts turned aside at random; if none is better than where it stands, the step is
+    halved. No step leaves the plausible region
     (`Instrument`, `REACH`); a code that lies outside of it may not move farther out. What a code does to a
     bone turns on the way, and a walk may end where it turns: up to `starts` walks are made, the later ones from places
     `BESIDE` the best so far and `BESIDE` the code, by turns. The best of all is returned, whether as asked or not.
@@ -241,56 +244,65 @@ def _walk(tool, codes, white, targets, steps, rngs) -> Moved:
         error = missing(values, rows).abs().amax(1)
         return torch.where(tool.distance(at) <= limit[rows] + 1e-3, error, torch.inf)
 
-    at, rows = shifted(codes, white @ tool.spread.T), torch.arange(len(codes))
+    def tried(rows, steps):
+        """The best of the `steps` (n, parts, d) of codes `rows`: what is missing behind it (n,), where it leads (n, d)
+        and what is read there (n, k)."""
+        parts, ends = steps.shape[1], (white[rows, None] + steps).flatten(0, 1)
+        again = rows.repeat_interleave(parts)
+        drawn = shifted(codes[again], ends @ tool.spread.T)
+        plausible = (ends.norm(dim=1) <= REACH) & (tool.distance(drawn) <= limit[again])
+        values = readings(tool.read, drawn)
+        left = torch.where(plausible, missing(values, again).norm(dim=1), torch.inf).reshape(-1, parts)
+        least, chosen = left.min(1)
+        chosen += torch.arange(len(rows)) * parts
+        return least, ends[chosen], values[chosen]
+
+    at, rows, k = shifted(codes, white @ tool.spread.T), torch.arange(len(codes)), len(tool.names)
     values = readings(tool.read, at)
     best = Moved(at, values, errors(at, values, rows), white, torch.zeros(len(codes), dtype=torch.long))
     white, longest = white.clone(), torch.full((len(codes),), LONGEST)
+    first, then = (torch.tensor(parts)[:, None] for parts in PARTS)
     for number in range(1, steps + 1):
         rows = rows[best.error[rows] > TOLERANCE]
         if not len(rows):
             break
-        at = shifted(codes[rows], white[rows] @ tool.spread.T)
-        values, slopes = jacobian(tool.read, at)
-        usable = values.isfinite().all(1) & slopes.isfinite().all(-1).all(-1)
-        rows, at, change = rows[usable], at[usable], missing(values, rows)[usable]
+        values, slopes = jacobian(tool.watch or tool.read, shifted(codes[rows], white[rows] @ tool.spread.T))
+        usable = values[:, :k].isfinite().all(1) & slopes.isfinite().all(-1).all(-1)
+        rows, values, slopes = rows[usable], values[usable], slopes[usable]
         if not len(rows):
             break
-        step = _steps(tool, at, change, slopes[usable], targets[rows].isfinite(), longest[rows])
-        length = step.norm(dim=1)
-        turns = torch.stack([torch.randn(len(PARTS), step.shape[1], generator=rngs[i]) for i in rows])
-        turns = turns * length[:, None, None] * ASIDE / step.shape[1] ** 0.5
-        straight = torch.tensor(PARTS)[:, None] * step[:, None]
-        trials = white[rows][:, None] + torch.cat([straight, straight + turns], 1)
-        many, flat = trials.shape[1], trials.flatten(0, 1)
-        drawn = shifted(codes[rows].repeat_interleave(many, 0), flat @ tool.spread.T)
-        again = rows.repeat_interleave(many)
-        plausible = (flat.norm(dim=1) <= REACH) & (tool.distance(drawn) <= limit[again])
-        found = readings(tool.read, drawn)
-        miss = torch.where(plausible, missing(found, again).norm(dim=1), torch.inf).reshape(-1, many)
-        least, chosen = miss.min(1)
-        nearer = least < change.norm(dim=1)
+        change = missing(values[:, :k], rows)
+        step = _steps(tool, values, change, slopes, targets[rows].isfinite(), longest[rows])
+        length, left = step.norm(dim=1), change.norm(dim=1)
+        found = tried(rows, first * step[:, None])
+        if len(poor := (found[0] > ENOUGH * left).nonzero()[:, 0]):
+            parts = torch.cat([first, then]) * step[poor, None]
+            turns = torch.stack([torch.randn(parts.shape[1:], generator=rngs[i]) for i in rows[poor]])
+            turns = turns * length[poor, None, None] * ASIDE / step.shape[1] ** 0.5
+            further = tried(rows[poor], torch.cat([parts[:, len(first) :], parts + turns], 1))
+            better = further[0] < found[0][poor]
+            for old, new in zip(found, further, strict=True):
+                old[poor[better]] = new[better]
+        nearer = found[0] < left
         longest[rows] = torch.where(nearer, (2 * longest[rows]).clamp(max=LONGEST), length / 2)
-        picked, moved = (torch.arange(len(rows)) * many + chosen)[nearer], rows[nearer]
-        white[moved] = flat[picked]
-        error, taken = errors(drawn[picked], found[picked], moved), torch.full((len(moved),), number)
-        best = best.bettered(moved, Moved(drawn[picked], found[picked], error, flat[picked], taken))
+        moved, taken = rows[nearer], torch.full((int(nearer.sum()),), number)
+        _, white[moved], values = (part[nearer] for part in found)
+        at = shifted(codes[moved], white[moved] @ tool.spread.T)
+        best = best.bettered(moved, Moved(at, values, errors(at, values, moved), white[moved], taken))
     return best
 
 
-def _steps(tool, at, change, slopes, asked, longest):
+def _steps(tool, values, change, slopes, asked, longest):
     """The step (n, d) in SDs of each code, no longer than `longest` (n,), that holds its cortex shut."""
-    effects = slopes / tool.span[:, None] @ tool.spread
-    if tool.margin is not None:
-        margins, its = jacobian(lambda codes: tool.margin(codes)[:, None], at)
-        its = its @ tool.spread
-    found = []
+    k = len(tool.names)
+    effects, found = slopes[:, :k] / tool.span[:, None] @ tool.spread, []
     for i, (effect, wanted, known) in enumerate(zip(effects, change, asked, strict=True)):
         effect, wanted = effect[known], wanted[known]
         step = _shortened(nearest(effect, wanted), longest[i])
-        if tool.margin is not None and float(margins[i] + its[i] @ step) < SHUT:
-            # The cortex would open: hold it shut, as one attribute more
-            effect, wanted = torch.cat([effect, its[i]]), torch.cat([wanted, SHUT - margins[i]])
-            step = _shortened(nearest(effect, wanted), longest[i])
+        for margin, its in zip(values[i, k:], slopes[i, k:] @ tool.spread, strict=True):
+            if float(margin + its @ step) < SHUT:  # the cortex would open: hold it shut, as one attribute more
+                step = nearest(torch.cat([effect, its[None]]), torch.cat([wanted, (SHUT - margin)[None]]))
+                step = _shortened(step, longest[i])
         found.append(step)
     return torch.stack(found)
 
@@ -355,7 +367,7 @@ def load_instrument(path: str | Path, generator, data: dict) -> Instrument:
     tensors = load_file(path)
     gauge = Gauge(**{key.removeprefix("gauge."): value for key, value in tensors.items() if key.startswith("gauge.")})
     rest = {key: tensors[key] if tensors[key].dim() else float(tensors[key]) for key in STORED}
-    return Instrument(reader(generator, gauge, data), ATTRIBUTES, **rest, margin=shutter(generator, gauge, data))
+    return Instrument(reader(generator, gauge, data), ATTRIBUTES, **rest, watch=watcher(generator, gauge, data))
 
 
 def _flat(codes: Tensor) -> Tensor:

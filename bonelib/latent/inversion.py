@@ -42,7 +42,7 @@ from bonelib.training.loop import LEFT_OUT, SAVE_EVERY_S, SAY_EVERY_S, follow, n
 
 CURVE_EVERY = 10  # updates between two points of the curves
 WATCHED = 8  # held-out volumes on which the curves are read as well
-AT_ONCE = 16  # volumes whose gradients are computed together
+AT_ONCE = 32  # volumes whose gradients are computed together
 CURVES = ("seen", "dist", "perc", "latent", "held_out_dist", "held_out_perc", "told_apart")
 CODE = code_hash(sys.modules[__name__], networks, training, dataset, pyramid, randomness)
 
