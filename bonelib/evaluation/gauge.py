@@ -194,8 +194,7 @@ def _outlines(flat):
 
 
 def _dilated(masks, disc, outside=False):
-    """Masks (n, y, x) grown by a disc (k, k); what lies outside of them is `outside`. `ndimage` takes six times as
-    long."""
+    """Masks (n, y, x) grown by a disc (k, k); what lies outside of them is `outside`. `ndimage` takes longer."""
     (_, y, x), reach = masks.shape, len(disc) // 2
     padded = np.pad(masks, ((0, 0), (reach, reach), (reach, reach)), constant_values=outside)
     grown = np.zeros_like(masks)
@@ -205,7 +204,7 @@ def _dilated(masks, disc, outside=False):
 
 
 def _median(flat):
-    """The median of every 3 x 3 voxels of slices (n, y, x), which `ndimage` sorts one by one in thirty times the time.
+    """The median of every 3 x 3 voxels of slices (n, y, x), which `ndimage` sorts one by one, many times slower.
 
     It is the median of the largest of three columns' least, the median of their medians, and the least of their
     largest (Smith 1996, "Implementing median filters in XC4000E FPGAs").
