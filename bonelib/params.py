@@ -192,8 +192,9 @@ class Train(Section):
 
     Not in the paper: `loss` relativistic, which pairs real and generated volumes and holds the critic's slope at both
     towards zero with the weight `penalty` (its gamma); `ema`, the half-life of the generator's running average in
-    updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes twice as fine as their
-    grids; `adaptive` augmentation; and `snapshots` to choose from.
+    updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes, on
+    grids half as fine; `autocorrelation`, the weight of `losses.autocorrelation_difference` in the generator's loss
+    while the rate falls towards the end; `adaptive` augmentation; and `snapshots` to choose from.
     """
 
     generator: Generator
@@ -205,6 +206,7 @@ class Train(Section):
     loss: Literal["wasserstein", "relativistic"] = "wasserstein"
     penalty: Annotated[float, Field(ge=0)] = 10.0
     drift: Annotated[float, Field(ge=0)] = 1e-3
+    autocorrelation: NotNegative = 0.0
     clip: Positive = 2.0
     ema: Annotated[float, Field(ge=0)] = 0.0
     haar: bool = False
@@ -215,8 +217,9 @@ class Train(Section):
     @model_validator(mode="after")
     def _stages(self):
         n, plan = len(self.schedule.samples), self.schedule
-        if not len(self.generator.widths) == len(self.critic.widths) == n + 1:
-            raise ValueError(f"{n} stages need {n + 1} widths in generator and critic")
+        needed = n if self.haar else n + 1
+        if not len(self.generator.widths) == len(self.critic.widths) == needed:
+            raise ValueError(f"{n} stages{' of haar' * self.haar} need {needed} widths in generator and critic")
         if self.adaptive and self.loss != "relativistic":
             raise ValueError(f"adaptive is steered by pairs of scores, which loss relativistic has and {self.loss} not")
         if self.snapshots and plan.fade[-1] > (1 - self.snapshots.part) * plan.samples[-1]:
@@ -230,34 +233,39 @@ class Published(Section):
     published: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
 
 
-class DetailLevels(Section):
-    """Networks that draw a generator's volumes twice as fine, `levels` times; not in the paper, where there are none.
+class SuperRes(Section):
+    """The network that draws a generator's volumes four times as fine; not in the paper, where there is none.
 
-    `samples` (one entry a level) windows of `window` (z, y, x) voxels of the level's given grid are seen; `width` and
-    `convs` describe the network, `critic` is the width of the critic, `penalty` holds its slope towards zero.
+    `samples` windows of `window` (z, y, x) voxels of the given grid are seen (0: no network). `width`, `depth`,
+    `fine_width` and `fine_depth` describe the network, `critic` the critic's channels from its coarsest grid on;
+    `penalty` holds the critic's slope at zero. `added` times the SD of what is missing in the given volume is the unit
+    of the output; `corruption` is the largest SD of the noise on the volumes given in training.
     """
 
-    levels: Annotated[int, Field(ge=0)] = 0
-    samples: tuple[Count, ...] = ()
-    window: Shape = (8, 20, 20)
-    width: Count = 32
-    convs: Count = 2
-    critic: Count = 32
+    samples: Annotated[int, Field(ge=0)] = 0
+    window: Shape = (4, 12, 12)
+    width: Count = 96
+    depth: Count = 4
+    fine_width: Count = 32
+    fine_depth: Count = 2
+    critic: tuple[Count, ...] = (96, 64, 48)
     batch: Count = 4
-    rate: Positive = 1e-2
-    penalty: Annotated[float, Field(ge=0)] = 3e-4
+    rate: Positive = 4e-3
+    critic_rate: Positive = 5e-3
+    penalty: NotNegative = 3e-4
+    added: Positive = 1.0
+    corruption: NotNegative = 0.02
     clip: Positive = 2.0
-    ema: Annotated[float, Field(ge=0)] = 40.0
+    ema: NotNegative = 100.0
     final_decay: Share = 0.4
     precision: Literal["float32", "bfloat16"] = "float32"
 
-    @model_validator(mode="after")
-    def _lengths(self):
-        if len(self.samples) != self.levels:
-            raise ValueError(f"samples {self.samples} must have one entry for each of the {self.levels} levels")
-        if any(n % 4 for n in self.window):
-            raise ValueError(f"window {self.window} must be divisible by 4")
-        return self
+    @field_validator("window")
+    @classmethod
+    def _can_be_halved(cls, window):
+        if any(n % 2 for n in window):
+            raise ValueError(f"window {window} must be even")
+        return window
 
 
 class Grading(Section):
@@ -596,7 +604,7 @@ PROFILE = {
     "phantom": Phantom,
     "preprocess": Preprocess,
     "grading": Grading,
-    "detail": DetailLevels,
+    "superres": SuperRes,
     "train": dict[str, Train],
     "quality": Quality,
     "ladder": Ladder,
@@ -687,11 +695,12 @@ def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
                     section(Published, values_of_model, f"{where}.{model}")
                     continue
                 how = section(Train, values_of_model, f"{where}.{model}")
-                levels = (profile.get("detail") or {}).get("levels", 0)
+                levels = 2 if (profile.get("superres") or {}).get("samples") else 0
                 slices = profile["preprocess"]["stack_slices"]
-                reached = 2 ** (len(how.schedule.samples) + how.haar + levels)
+                reached = 2 ** (len(how.schedule.samples) + levels)
                 if slices != reached:
-                    says = f"its stages and details end at {reached} slices, but preprocess.stack_slices is {slices}"
+                    ends = f"its stages and the super-resolution end at {reached} slices"
+                    says = f"{ends}, but preprocess.stack_slices is {slices}"
                     raise InputError(f"{path}: {where}.{model}: {says}")
     return values
 

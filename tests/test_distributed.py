@@ -17,10 +17,10 @@ import yaml
 from safetensors.torch import load_file
 
 from bonelib import InputError
-from bonelib.networks import build_critic, layers
+from bonelib.networks import build_critic
 from bonelib.params import CriticNet, Train, section
 from bonelib.scans.dataset import load_stacks
-from bonelib.training import checkpoint, distributed, loop, losses
+from bonelib.training import checkpoint, distributed, loop, losses, run
 
 PROGAN = dict(
     generator=dict(kind="progan", widths=[4, 4, 4], latent=8, noise=0.5),
@@ -32,9 +32,9 @@ PROGAN = dict(
     ema=2,
 )
 STYLEGAN = PROGAN | dict(
-    generator=dict(kind="stylegan", widths=[4, 4], latent=8, style=8, noise=0.5),
+    generator=dict(kind="stylegan", widths=[4, 4], latent=8, style=8, noise=0.5, base_convs=1),
     critic=dict(widths=[4, 4], whole=True),
-    schedule=dict(samples=[48], fade=[0], batch=[4], final_decay=0.5),
+    schedule=dict(samples=[8, 40], fade=[0, 8], batch=[4, 4], final_decay=0.5),
     haar=True,
     loss="relativistic",
     penalty=1.0,
@@ -141,7 +141,7 @@ def call_main(rank, args, before, *more):
 
 def at_generator_update(number, act):
     """Call `act(parameters)` after the gradient steps of the generator's update `number`, counted from 1."""
-    step, count = loop.step, []
+    step, count = run.update, []
 
     def counted(adam, *args):
         done = step(adam, *args)
@@ -150,7 +150,7 @@ def at_generator_update(number, act):
             act(adam.param_groups[0]["params"])
         return done
 
-    loop.step = counted
+    run.update = counted
 
 
 def same_model(a, b, within=2e-4):  # what rounding of float32 may grow to; a mistake shows in float64, below
@@ -197,7 +197,6 @@ def in_double(rank):
     """All in float64, in which rounding cannot hide a mistake, nor grow to look like one."""
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
-    layers.working_dtype = lambda x, dtype: dtype
     for name in ("build_generator", "build_critic"):
         build = getattr(loop, name)
         setattr(loop, name, lambda *args, build=build, **how: build(*args, **how | dict(precision="float64")))
@@ -286,7 +285,7 @@ def test_a_request_to_stop_that_reaches_one_rank_stops_all_of_them_with_a_state(
 
 
 def spoil_rank_1(rank, folder):
-    step = loop.step
+    step = run.update
 
     def spoiled(adam, loss, clip, ranks):
         with open(folder / f"steps-{rank}", "a+") as file:
@@ -296,7 +295,7 @@ def spoil_rank_1(rank, folder):
             file.write("+" if done else "-")
         return done
 
-    loop.step = spoiled
+    run.update, run.MAX_LEFT_OUT = spoiled, 1.0
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(place, tmp_path):
@@ -307,14 +306,14 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(place, tmp
 
 def spoil_high_rates(rank, size):
     """On the last rank alone, losses from a network's fifth step on are not finite until the rate was halved."""
-    step = loop.step
+    step = run.update
 
     def spoiled(adam, loss, clip, ranks):
         bad = rank == size - 1 and adam.state and adam.param_groups[0]["lr"] > PROGAN["rate"] / 2
         steps = int(adam.state[adam.param_groups[0]["params"][0]]["step"]) if bad else 0
         return step(adam, loss * float("nan") if steps >= 4 else loss, clip, ranks)
 
-    loop.step, loop.LEFT_OUT, loop.MARKS = spoiled, 1, 3
+    run.update, run.MAX_LEFT_OUT, loop.MAX_IN_A_ROW, loop.MARKS = spoiled, 1.0, 1, 3
 
 
 def test_all_ranks_go_back_together_when_one_diverges(place, tmp_path):

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from bonelib.networks import build_critic, build_generator
-from bonelib.networks.detail import Refined
 from bonelib.networks.encoder import (
     Encoder,
     LatentDiscriminator,
@@ -14,12 +13,13 @@ from bonelib.networks.encoder import (
     style_layers,
     trunk,
 )
+from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.params import CriticNet, Generator
 from bonelib.randomness import torch_rng
 
 SMALL = {
-    "progan": Generator(kind="progan", widths=(8, 6, 4), latent=16, padding="replicate"),
-    "stylegan": Generator(kind="stylegan", widths=(8, 6, 4), latent=16, style=12),
+    "progan": Generator(kind="progan", widths=(8, 6, 4), latent=16, padding="replicate", base_convs=1),
+    "stylegan": Generator(kind="stylegan", widths=(8, 6, 4), latent=16, style=12, base_convs=1),
 }
 
 
@@ -88,8 +88,9 @@ def test_features_are_those_of_the_named_convolutions():
     assert torch.allclose(second, F.leaky_relu(critic.blocks[0][0](entering), 0.2), atol=1e-5)
 
 
-def test_the_trunk_and_its_styles_are_found_below_the_details():
+def test_the_trunk_and_its_styles_are_found_below_the_super_resolution():
     plain = build_generator(SMALL["progan"])
     styled = build_generator(SMALL["stylegan"])
     assert trunk(plain) is plain and style_layers(plain) is None
-    assert trunk(Refined(styled, [])) is styled and style_layers(Refined(styled, [])) == 6
+    cascaded = Cascaded(styled, SuperResolution(4, 1, 4, 1))
+    assert trunk(cascaded) is styled and style_layers(cascaded) == 6

@@ -11,9 +11,11 @@ from bonelib.latent.codes import load_codes, mean_code
 from bonelib.latent.models import Model
 from bonelib.networks import build_critic, build_generator
 from bonelib.networks.encoder import LatentDiscriminator, critic_features
+from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.params import CriticNet, EncoderTraining, Generator, Refinement
 from bonelib.randomness import torch_rng
 from bonelib.scans.dataset import Stacks
+from bonelib.training import run
 
 WIDTHS = (12, 12, 12)
 TRAIN = dict(
@@ -174,8 +176,8 @@ def test_an_encoder_trained_on_real_bones_draws_unseen_ones(model, data, tmp_pat
 def test_a_killed_training_goes_on_bit_for_bit(model, data, tmp_path, monkeypatch, prior):
     how = EncoderTraining(prior=prior, samples=48, batch=8, ema=5)
     whole, points = inversion.train_encoder(how, model, data, tmp_path / "a", state=tmp_path / "sa", seed=1, say=silent)
-    monkeypatch.setattr(inversion, "SAVE_EVERY_S", 0.0)
-    calls, follow = [], inversion.follow
+    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
+    calls, follow = [], run.update_ema
 
     def killed(*given):
         calls.append(1)
@@ -183,12 +185,14 @@ def test_a_killed_training_goes_on_bit_for_bit(model, data, tmp_path, monkeypatc
             raise KeyboardInterrupt
         follow(*given)
 
-    monkeypatch.setattr(inversion, "follow", killed)
-    run = dict(state=tmp_path / "sb", seed=1)
+    monkeypatch.setattr(run, "update_ema", killed)
+    where = dict(state=tmp_path / "sb", seed=1)
     with pytest.raises(KeyboardInterrupt):
-        inversion.train_encoder(how, model, data, tmp_path / "b", **run, say=silent)
+        inversion.train_encoder(how, model, data, tmp_path / "b", **where, say=silent)
     said = []
-    resumed, other = inversion.train_encoder(how, model, data, tmp_path / "b", **run, say=lambda x, **_: said.append(x))
+    resumed, other = inversion.train_encoder(
+        how, model, data, tmp_path / "b", **where, say=lambda x, **_: said.append(x)
+    )
     assert "continues at 24" in said[0] and points == other
     for a, b in zip(whole.encoder.parameters(), resumed.encoder.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -241,7 +245,7 @@ def test_all_ways_to_a_code_are_compared_on_the_same_bones(model, tmp_path):
 def test_codes_are_kept_in_the_shape_of_styles(model, data, tmp_path):
     rows = data.of("held-out")[:4]
     codes, _ = bones(model, 4, "kept")
-    inversion.save_codes(tmp_path, model, rows, codes, codes + 1)
+    inversion.save_codes(tmp_path, model, rows, codes, codes + 1, np.zeros((4, 5)))
     encoded, _ = load_codes(tmp_path, "encoded")
     refined, table = load_codes(tmp_path)
     assert encoded.shape == refined.shape == (4, 3, 8) and torch.equal(refined[:, 2], codes + 1)
@@ -252,3 +256,18 @@ def test_some_stacks_are_spread_over_all():
     rows = [dict(index=i) for i in range(10)]
     assert [row["index"] for row in inversion.spread(rows, 4)] == [0, 3, 6, 9]
     assert inversion.spread(rows, None) == inversion.spread(rows, 99) == rows
+
+
+def test_the_texture_of_a_scan_joins_its_code():
+    torch.manual_seed(0)
+    superres = SuperResolution(4, 1, 4, 1)
+    superres.texture_scaling.copy_(torch.stack([torch.arange(5.0), torch.full((5,), 2.0)]))
+    own = build_generator(Generator(kind="progan", widths=(4, 4), latent=6))
+    cascaded = Model(Cascaded(own, superres), build_critic(CriticNet(widths=(4, 4))), dict(train=TRAIN))
+    codes, textures = torch.randn(3, 6), np.random.default_rng(0).normal(size=(3, 5))
+    textures[1, 2] = np.nan  # a scan that could not be measured
+    found = inversion.with_texture(cascaded, codes, textures)
+    assert torch.equal(found[:, :6], codes) and torch.equal(inversion.own_codes(cascaded, found), codes)
+    drawn = superres.prior(own.synthesize(codes), found[:, 6:]).detach().numpy()
+    assert np.allclose(drawn[[0, 2]], (textures[[0, 2]] - np.arange(5)) / 2, atol=1e-4)
+    assert torch.isfinite(found).all() and found[1, 8] == 0

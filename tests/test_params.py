@@ -44,7 +44,7 @@ def changed(tmp_path, **edit):
         (dict(profiles__tiny__preprocess__intensity=[5, 1]), "must rise"),
         (dict(cohort__source="/nowhere/scans"), "cohort.source: /nowhere/scans does not exist"),
         (dict(cohort__unit="HU"), "cohort.unit: "),
-        (dict(profiles__tiny__train__progan__haar=False), "end at 8 slices, but preprocess.stack_slices is 16"),
+        (dict(profiles__tiny__train__progan__haar=False), "2 stages need 3 widths"),
         (dict(profiles__tiny__voxel_mm=60.7), "profiles.tiny.voxel_mm: "),
     ],
 )

@@ -204,7 +204,7 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "01_preprocess/figure1_bones",
         "01_preprocess/figure2_steps",
         "03_train/progan/figure3_growth",
-        "S3_detail/same_bones",
+        "S3_superres/same_bones",
         "03_train/progan/curves",
         "05_inversion/progan/reconstructions",
         "05_inversion/progan/full_size",

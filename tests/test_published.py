@@ -27,9 +27,10 @@ DATA = dict(spacing_mm=[0.1, 0.1, 0.1], intensity=[-500, 1500], shape=[2, 18, 14
 
 def write_model(folder):
     how = section(Train, HOW, "train")
-    parts = dict(average=build_generator(how.generator), critic=build_critic(how.critic), curves=[[8]])
+    at = loop.Progress(8, seen=8, curves=[[8]])
+    parts = dict(average=build_generator(how.generator), critic=build_critic(how.critic), at=at)
     growth = {"0000000008": torch.zeros(1)}
-    loop.write_model(folder, how, DATA, **parts, growth=growth, candidates=[], run="0", details=None)
+    loop.write_model(folder, how, DATA, **parts, growth=growth, candidates=[], run="0", superres=None)
 
 
 def audit(folder, **values):

@@ -23,7 +23,7 @@ def test_what_they_share_comes_first(monkeypatch):
     models = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]
     groups = repro.by_model(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"], models)
     shared = repro.before(sum(groups, []))
-    assert {"preprocess", "detail"} <= set(shared) and not any("@" in name for name in shared)
+    assert {"preprocess", "superres"} <= set(shared) and not any("@" in name for name in shared)
     assert f"train@{models[0]}" in repro.before([f"inversion@{models[0]}"])
 
 

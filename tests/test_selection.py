@@ -17,7 +17,7 @@ from bonelib.training import checkpoint, loop
 HOW = dict(
     generator=dict(kind="progan", widths=[4, 4], latent=8, noise=0.5),
     critic=dict(widths=[4, 4]),
-    schedule=dict(samples=[8], fade=[0], batch=[4]),
+    schedule=dict(samples=[8, 8], fade=[0, 0], batch=[4, 4]),
     haar=True,
     n_critic=1,
     rate=4e-3,
@@ -46,10 +46,11 @@ def place(tmp_path):
     data = Stacks(fine, rows, dict(stack_slices=8, data_hash="0", shape=[8, 72, 56], spacing_mm=[1, 1, 1]))
     for seen, generator in generators.items():
         checkpoint.save_tensors(tmp_path / f"snapshots/{seen:010d}.safetensors", generator.state_dict())
-    parts = dict(average=generators[30], critic=build_critic(how.critic, haar=True), curves=[[30]], growth={})
+    at = loop.Progress(30, seen=30, curves=[[30]])
+    parts = dict(average=generators[30], critic=build_critic(how.critic, haar=True), at=at, growth={})
     candidates = sorted((tmp_path / "snapshots").iterdir())
     folder = tmp_path / "model"
-    loop.write_model(folder, how, data.meta, **parts, candidates=candidates, run="0", details=None)
+    loop.write_model(folder, how, data.meta, **parts, candidates=candidates, run="0", superres=None)
     return folder, data, generators
 
 

@@ -13,7 +13,7 @@ from bonelib import InputError
 from bonelib.networks import build_critic
 from bonelib.params import Adaptive, Augment, CriticNet, Schedule, Train, check_file, section
 from bonelib.scans.dataset import Stacks, augmented, order, set_apart
-from bonelib.training import adaptive, checkpoint, loop, losses, schedule
+from bonelib.training import adaptive, checkpoint, loop, losses, run, schedule
 
 PAPER = Schedule(samples=(180_000, *[360_000] * 4), fade=(0, *[180_000] * 4), batch=(24, 24, 12, 6, 3))
 SMALL = dict(
@@ -156,7 +156,7 @@ def test_augmentation_rotates_and_zooms_in_plane():
     assert torch.equal(moved[3:5], augmented(bar[3:5], 3, 1, Augment()))
 
 
-def run(stacks, folder, how, **more):
+def run_small(stacks, folder, how, **more):
     return loop.train(
         section(Train, how, "train"),
         stacks,
@@ -177,7 +177,7 @@ def same_files(one, other, count):
 
 @pytest.mark.parametrize("how", [SMALL, RELATIVISTIC], ids=["wasserstein", "relativistic"])
 def test_a_killed_training_continues_bit_for_bit(how, stacks, tmp_path, monkeypatch):
-    run(stacks, tmp_path / "whole", how)
+    run_small(stacks, tmp_path / "whole", how)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     for killed_after in (3, 9):  # in the first stage, and while the second fades in
         saves, save = [], checkpoint.save_state
@@ -190,14 +190,14 @@ def test_a_killed_training_continues_bit_for_bit(how, stacks, tmp_path, monkeypa
 
         monkeypatch.setattr(checkpoint, "save_state", dying)
         with pytest.raises(KeyboardInterrupt):
-            run(stacks, tmp_path / "killed", how)
+            run_small(stacks, tmp_path / "killed", how)
         monkeypatch.setattr(checkpoint, "save_state", save)
-    run(stacks, tmp_path / "killed", how)
+    run_small(stacks, tmp_path / "killed", how)
     same_files(tmp_path / "whole/model", tmp_path / "killed/model", 5 + 3 * ("snapshots" in how))
 
 
 def test_a_training_that_is_asked_to_stop_saves_itself(stacks, tmp_path, monkeypatch):
-    run(stacks, tmp_path / "whole", SMALL)
+    run_small(stacks, tmp_path / "whole", SMALL)
     monkeypatch.setattr(loop, "SAY_EVERY_S", 0.0)
     said = []
 
@@ -219,18 +219,18 @@ def test_a_training_that_is_asked_to_stop_saves_itself(stacks, tmp_path, monkeyp
 def test_an_update_without_a_finite_gradient_is_left_out(stacks, tmp_path, monkeypatch):
     weight = torch.nn.Parameter(torch.ones(3))
     adam = torch.optim.Adam([weight], lr=0.1)
-    assert not loop.step(adam, (weight * torch.tensor([1.0, float("nan"), 1.0])).sum(), clip=2)
+    assert not run.update(adam, (weight * torch.tensor([1.0, float("nan"), 1.0])).sum(), clip=2)
     assert torch.equal(weight, torch.ones(3))
-    assert loop.step(adam, weight.sum(), clip=2) and not torch.equal(weight, torch.ones(3))
+    assert run.update(adam, weight.sum(), clip=2) and not torch.equal(weight, torch.ones(3))
     monkeypatch.setattr(losses, "generator_loss", lambda on_fake: on_fake.mean() * float("inf"))
-    monkeypatch.setattr(loop, "LEFT_OUT", 0)
+    monkeypatch.setattr(loop, "MAX_IN_A_ROW", 0)
     with pytest.raises(InputError, match="diverged at 8 samples, even with 1/4 of the rate"):
-        run(stacks, tmp_path, SMALL)
+        run_small(stacks, tmp_path, SMALL)
 
 
 def spoiled_above(rate, after, monkeypatch):
     """Losses of the generator that are not finite from update `after` on, as long as the rate is above `rate`."""
-    step = loop.step
+    step = run.update
 
     def spoil(adam, loss, *args):
         group = adam.param_groups[0]
@@ -239,8 +239,8 @@ def spoiled_above(rate, after, monkeypatch):
         bad = generators and steps >= after and group["lr"] > rate
         return step(adam, loss * float("nan") if bad else loss, *args)
 
-    monkeypatch.setattr(loop, "step", spoil)
-    monkeypatch.setattr(loop, "LEFT_OUT", 0)
+    monkeypatch.setattr(run, "update", spoil)
+    monkeypatch.setattr(loop, "MAX_IN_A_ROW", 0)
 
 
 def test_a_training_that_diverges_goes_back_with_half_the_rate_bit_for_bit(stacks, tmp_path, monkeypatch):
@@ -280,7 +280,7 @@ def test_snapshots_are_taken_where_the_schedule_says_and_augmentation_begins(sta
     plan = section(Train, RELATIVISTIC, "train").schedule
     counts = [schedule.snapshots(plan, 3, 0.5, seen) for seen in (0, 79, 80, 95, 96, 111, 112, 119)]
     assert counts == [0, 0, 1, 1, 2, 2, 3, 3]
-    run(stacks, tmp_path, RELATIVISTIC)
+    run_small(stacks, tmp_path, RELATIVISTIC)
     names = sorted(path.name for path in (tmp_path / "model/candidates").iterdir())
     assert names == ["0000000080.safetensors", "0000000096.safetensors", "0000000112.safetensors"]
     table = list(csv.DictReader((tmp_path / "model/curves.csv").read_text().splitlines()))
@@ -306,7 +306,7 @@ def test_patients_set_apart_are_whole_and_no_training_sees_them(stacks, tmp_path
     monkeypatch.setattr(Stacks, "pooled", watched)
     hidden = {row["patient"] for row in set_apart(stacks, 0.2).of("validation")}
     short = dict(samples=[8, 32], fade=[0, 0], batch=[4, 4])
-    run(stacks, tmp_path, {**RELATIVISTIC, "schedule": short})
+    run_small(stacks, tmp_path, {**RELATIVISTIC, "schedule": short})
     assert hidden and seen == {f"p{i}" for i in range(8)} - hidden
 
 
@@ -350,7 +350,7 @@ def test_adaptive_augmentation_needs_pairs():
 
 def test_a_damaged_or_foreign_state_is_passed_over(stacks, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    run(stacks, tmp_path, SMALL)
+    run_small(stacks, tmp_path, SMALL)
     folder = tmp_path / "state"
     older, newest = sorted(folder.glob("state-*.json"))
     mark = json.loads(newest.read_text())["fingerprint"]
@@ -381,8 +381,21 @@ def test_two_trainers_never_share_a_folder(tmp_path):
 
 
 def test_the_running_average_is_not_the_last_generator(stacks, tmp_path):
-    run(stacks, tmp_path / "a", SMALL)
-    run(stacks, tmp_path / "b", {**SMALL, "ema": 0})
+    run_small(stacks, tmp_path / "a", SMALL)
+    run_small(stacks, tmp_path / "b", {**SMALL, "ema": 0})
     weights = [(tmp_path / n / "model/generator.safetensors").read_bytes() for n in "ab"]
     critics = [(tmp_path / n / "model/critic.safetensors").read_bytes() for n in "ab"]
     assert weights[0] != weights[1] and critics[0] == critics[1]
+
+
+def test_a_period_of_two_voxels_is_a_difference_of_autocorrelations():
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(0.34 + 0.03 * rng.standard_normal((4, 1, 8, 24, 20))).float() for _ in range(2))
+    lined = b.clone()
+    lined[:, :, :, ::2] += 0.02
+    lined.requires_grad_()
+    found = losses.autocorrelation_difference(a, lined)
+    assert losses.autocorrelation_difference(a, b) < 0.02 < 0.05 < found
+    found.backward()  # and a step against it takes the lines away
+    better = losses.autocorrelation_difference(a, lined.detach() - 0.1 * lined.grad / lined.grad.norm())
+    assert better < found

@@ -9,9 +9,9 @@ from bonelib.params import Trials, changed, section
 from bonelib.scans.dataset import Stacks
 
 BASE = dict(
-    generator=dict(kind="progan", widths=[4, 4], latent=8),
+    generator=dict(kind="progan", widths=[4, 4], latent=8, base_convs=1),
     critic=dict(widths=[4, 4]),
-    schedule=dict(samples=[64], fade=[0], batch=[4]),
+    schedule=dict(samples=[8, 56], fade=[0, 0], batch=[4, 4]),
     haar=True,
     augment=None,
     n_critic=1,

@@ -20,8 +20,7 @@ from bonelib.networks.layers import AddNoise, Conv, ModulatedConv, PixelNorm
 from bonelib.params import CriticNet, Generator
 from bonelib.processes import peak_memory, workers
 from bonelib.randomness import torch_rng
-from bonelib.training import losses
-from bonelib.training.loop import step
+from bonelib.training import losses, run
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,10 @@ def update(generator, critic, adams, real: Tensor, stage: int, n_critic: int, sa
     for fake in fakes:
         on_real, on_fake = critic(torch.cat([real, fake]), stage).split(n)
         slope = losses.slopes(input_gradient(critic, losses.mix(real, fake, rng), stage, savings))
-        step(adams[1], losses.critic_loss(on_real, on_fake, slope, penalty=10, drift=1e-3), 2.0)
+        run.update(adams[1], losses.critic_loss(on_real, on_fake, slope, penalty=10, drift=1e-3), 2.0)
     critic.requires_grad_(False)
     fake = generator.synthesize(generator.to_styles(generator.sample_latent(n, rng)), stage, 1.0, rng)
-    step(adams[0], losses.generator_loss(critic(fake, stage)), 2.0)
+    run.update(adams[0], losses.generator_loss(critic(fake, stage)), 2.0)
     critic.requires_grad_(True)
     return fake.detach()
 

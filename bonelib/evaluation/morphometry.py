@@ -98,12 +98,14 @@ def measure(
         }
 
 
-def trabecular(volume: Volume, mask: np.ndarray, *, segmentation: str = "gaussian") -> dict[str, float]:
+def trabecular(
+    volume: Volume, mask: np.ndarray, *, segmentation: str = "gaussian", anisotropy: bool = True
+) -> dict[str, float]:
     """What `measure` tells of a trabecular compartment alone, the boolean `mask` (z, y, x); raises as it does."""
     _known(segmentation)
     _fits(mask, volume, "trabecular")
     with ThreadPoolExecutor(2) as pool:
-        return _trabecular(volume, smoothed(volume), mask, segmentation, pool)
+        return _trabecular(volume, smoothed(volume), mask, segmentation, pool, anisotropy)
 
 
 def segment(volume: Volume, *, compartments=None, segmentation: str = "gaussian") -> np.ndarray:

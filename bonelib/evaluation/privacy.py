@@ -223,7 +223,7 @@ def examine(
 
     params = section(Train, model.config["train"], "train")
     stage = len(params.schedule.samples)
-    halvings = int(np.log2(volumes["members"].shape[1])) - stage - params.haar
+    halvings = int(np.log2(volumes["members"].shape[1])) - stage
     own = {group: _pooled(v, halvings) for group, v in volumes.items()}
     in_leak = torch.from_numpy(known)
     by_heart = {"planted": Memory(own["members"][in_leak])}

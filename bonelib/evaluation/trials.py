@@ -33,7 +33,7 @@ def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) 
     """
     folder = Path(folder)
     plain = section(Train, how.base, "trials.base")
-    coarser = round(np.log2(data.meta["stack_slices"] / 2 ** (len(plain.schedule.samples) + plain.haar)))
+    coarser = round(np.log2(data.meta["stack_slices"] / 2 ** len(plain.schedule.samples)))
     data = halved(data, coarser)
     reference = data.pooled(data.of("train"), 0)[:, 0].float().numpy()
     patients = [row["patient"] for row in data.of("train")]

@@ -44,7 +44,7 @@ def load_codes(folder: str | Path, which: str = "refined") -> tuple[Tensor, list
 
 def mean_code(model: Model) -> Tensor:
     """The code at the middle of the latent space, (code,), where the model's generator is."""
-    generator = trunk(model.generator)
+    generator = model.generator
     place = next(generator.parameters(), torch.zeros(1)).device
     return generator.to_styles(generator.sample_latent(1, torch_rng(0, "any code")).to(place), 0.0)[0].detach()
 
@@ -61,7 +61,7 @@ def draw_bone(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> V
     """The bone of one code in mg HA/cm3, on the grid of the scans or, up to `voxel_mm`, on a coarser one.
 
     All bones of a seed get the same noise, so that two of them differ by their codes alone. The coarser grid holds the
-    means of the finer one's blocks of voxels: levels of detail keep them, and need not be drawn for it.
+    means of the finer one's blocks of voxels: super-resolution keeps them, and need not be drawn for it.
     """
     data = model.config["data"]
     halvings = int(math.log2(max(1.0, voxel_mm / min(data["spacing_mm"]))))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bonelib import InputError
 from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge
-from bonelib.networks.encoder import trunk
+from bonelib.networks.encoder import coarsely, trunk
 from bonelib.randomness import torch_rng
 
 BATCH = 64  # codes that are drawn at a time
@@ -110,7 +110,7 @@ def shifted(codes: Tensor, shift: Tensor) -> Tensor:
 def reader(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
     """`read(codes)` by a gauge on what the generator itself draws, without noise; `data` is of the model's config.json.
 
-    The levels of detail are left out: they keep the mean of every block of voxels, which is all that a gauge looks at.
+    Super-resolution is left out: it keeps the mean of every block of voxels, which is all that a gauge looks at.
     """
     density, spacing = _coarsely(generator, data)
     return lambda codes: gauge.read(density(codes), spacing)
@@ -124,9 +124,9 @@ def watcher(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
 
 def _coarsely(generator, data):
     """What maps codes to densities on the grid of the generator itself, and that grid's spacing."""
-    own, (low, high) = trunk(generator), data["intensity"]
-    spacing = [mm * 2 ** (generator.stages - own.stages) for mm in data["spacing_mm"]]
-    return lambda codes: low + (high - low) * own.synthesize(codes), spacing
+    draw, (low, high) = coarsely(generator), data["intensity"]
+    spacing = [mm * 2 ** (generator.stages - trunk(generator).stages) for mm in data["spacing_mm"]]
+    return lambda codes: low + (high - low) * draw(codes), spacing
 
 
 def readings(read: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:

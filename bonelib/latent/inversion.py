@@ -1,8 +1,10 @@
 """GAN inversion: codes of real bones by an encoder, then by optimisation (Angermann et al. 2023, section 3.5).
 
-Codes are sought on the grid that the generator itself draws; levels of detail that follow it have no codes.
+Codes are sought on the grid that the generator itself draws. Where super-resolution follows it, the texture of a bone
+is read off the scan and joins the code at the end (`with_texture`).
 """
 
+import copy
 import hashlib
 import json
 import sys
@@ -19,14 +21,14 @@ from torch import Tensor, nn
 
 from bonelib import InputError, networks, pyramid, randomness, training
 from bonelib.latent.codes import mean_code
-from bonelib.latent.models import Model
-from bonelib.latent.models import refine as draw_details
+from bonelib.latent.models import Model, enlarge
 from bonelib.networks.encoder import (
     Encoder,
     LatentDiscriminator,
     build_encoder,
     critic_features,
     style_layers,
+    texture_length,
     trunk,
 )
 from bonelib.params import EncoderTraining, Refinement, Train, fingerprint, section
@@ -36,11 +38,9 @@ from bonelib.randomness import torch_rng
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.scans.tables import write_table
-from bonelib.training import checkpoint, distributed
-from bonelib.training.detail import rate_at
-from bonelib.training.loop import LEFT_OUT, SAVE_EVERY_S, SAY_EVERY_S, follow, new_average, step
+from bonelib.training import checkpoint, distributed, run
+from bonelib.training.run import SAVE_EVERY_S, SAY_EVERY_S
 
-CURVE_EVERY = 10  # updates between two points of the curves
 WATCHED = 8  # held-out volumes on which the curves are read as well
 AT_ONCE = 32  # volumes whose gradients are computed together
 CURVES = ("seen", "dist", "perc", "latent", "held_out_dist", "held_out_perc", "told_apart")
@@ -95,7 +95,7 @@ def told_apart(judge: LatentDiscriminator, mapped: Tensor, encoded: Tensor) -> f
 def on_device(model: Model) -> Model:
     """The model with its generator and critic on the GPU, if there is one; all that follows then works there.
 
-    Volumes and codes are given and come back on the CPU. Levels of detail stay where they are.
+    Volumes and codes are given and come back on the CPU. Super-resolution stays where it is.
     """
     for part in (trunk(model.generator), model.critic):
         part.to(distributed.alone().device)
@@ -109,7 +109,7 @@ def _place(model: Model) -> torch.device:
 def halvings(model: Model, slices: int) -> int:
     """How often stacks of `slices` slices are averaged down to the grid that the model's generator draws."""
     how = section(Train, model.config["train"], "train")
-    return max(0, round(slices / 2 ** (len(how.schedule.samples) + how.haar)).bit_length() - 1)
+    return max(0, round(slices / 2 ** len(how.schedule.samples)).bit_length() - 1)
 
 
 def targets(model: Model, data: Stacks, rows: list[dict]) -> Tensor:
@@ -132,10 +132,15 @@ def encode(encoder: Encoder, volumes: Tensor) -> Tensor:
 
 
 def draw_codes(model: Model, codes: Tensor) -> Tensor:
-    """What the generator itself draws of codes, without noise and without levels of detail, (n, 1, z, y, x)."""
+    """What the generator itself draws of codes, without noise and without super-resolution, (n, 1, z, y, x)."""
     generator, place = trunk(model.generator), _place(model)
     with torch.no_grad():
         return torch.cat([generator.synthesize(part.to(place)).cpu() for part in codes.split(AT_ONCE)])
+
+
+def own_codes(model: Model, codes: Tensor) -> Tensor:
+    """Codes without the texture, which the generator itself does not know."""
+    return codes[..., : codes.shape[-1] - texture_length(model.generator)]
 
 
 def as_styles(model: Model, codes: Tensor) -> Tensor:
@@ -145,12 +150,28 @@ def as_styles(model: Model, codes: Tensor) -> Tensor:
 
 
 def finished(model: Model, coarse: Tensor, seed: int) -> np.ndarray:
-    """Volumes of the generator's own grid (n, 1, z, y, x) at full size (n, z, y, x), through its levels of detail.
+    """Volumes of the generator's own grid (n, 1, z, y, x) at full size (n, z, y, x), through its super-resolution.
 
     The noise of number i is the same for all volumes of one seed, so that two volumes differ by what was given alone.
     """
-    volumes, details = coarse[:, 0].numpy(), getattr(model.generator, "details", ())
-    return draw_details(details, volumes, seed)[-1] if len(details) else volumes
+    superres = getattr(model.generator, "superres", None)
+    return coarse[:, 0].numpy() if superres is None else enlarge(superres, coarse[:, 0].numpy(), seed)
+
+
+def with_texture(model: Model, codes: Tensor, textures: np.ndarray) -> Tensor:
+    """Codes of the generator itself, followed by the draw that gives their bones the texture of scans.
+
+    `textures` (n, 5) are those of `dataset.load_textures`; where a scan has none, the draw is 0. Codes of a model
+    without super-resolution stay as they are.
+    """
+    superres = getattr(model.generator, "superres", None)
+    if superres is None:
+        return codes
+    mean, sd = superres.texture_scaling
+    standard = (torch.from_numpy(np.asarray(textures, np.float32)) - mean) / sd
+    draws = superres.prior.inverse(draw_codes(model, codes), standard)
+    draws = torch.where(draws.isfinite(), draws, 0.0)
+    return torch.cat([codes, draws if codes.dim() == 2 else draws[:, None].expand(-1, codes.shape[1], -1)], -1)
 
 
 # Encoder training
@@ -173,13 +194,12 @@ def train_encoder(
     """
     folder, state = Path(folder), Path(state)
     patients = sorted({row["patient"] for row in data.of("train")})
-    run = fingerprint(params, model.config["sha256"], data.meta["data_hash"], patients, seed, CODE)
-    with checkpoint.locked(state), checkpoint.asked_to_stop() as asked:
-        inverter, points = _train_encoder(params, model, data, state, run, seed, say, asked)
+    identity = fingerprint(params, model.config["sha256"], data.meta["data_hash"], patients, seed, CODE)
+    inverter, points = _train_encoder(params, model, data, state, identity, seed, say)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: part for name, part in inverter._asdict().items() if part is not None}
     checkpoint.save_tensors(folder / "encoder.safetensors", checkpoint.pack(**parts))
-    content = {"run": run, "encoder": json.loads(params.model_dump_json()), "model": model.config["sha256"]}
+    content = {"run": identity, "encoder": json.loads(params.model_dump_json()), "model": model.config["sha256"]}
     checkpoint.write_json(folder / "encoder.json", content)
     return inverter, [dict(zip(CURVES, point, strict=True)) for point in points]
 
@@ -221,37 +241,29 @@ def _at_rest(inverter: Inverter) -> Inverter:
     return inverter
 
 
-def _train_encoder(params, model, data, state, run, seed, say, asked) -> tuple[Inverter, list]:
+def _train_encoder(params, model, data, state, identity, seed, say) -> tuple[Inverter, list]:
     augment = section(Train, model.config["train"], "train").augment
     generator, critic, place = trunk(model.generator), model.critic, _place(model)
     torch.manual_seed(torch_rng(seed, "encoder weights").initial_seed())
     encoder, judge = _new_inverter(params, model)
-    average = new_average(encoder)
+    average = copy.deepcopy(encoder).requires_grad_(False)
     optimiser = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[params.optimiser]
     adam_e = optimiser(encoder.parameters(), lr=params.rate, betas=params.betas)
     objects = dict(encoder=encoder, average=average, adam_e=adam_e)
     if judge is not None:
         adam_j = optimiser(judge.parameters(), lr=params.rate, betas=params.betas)
         objects |= dict(judge=judge, adam_j=adam_j)
-    seen, points, end, n = 0, [], params.samples, params.batch
-    if found := checkpoint.load_state(state, run):
-        checkpoint.unpack(found[0], **objects)
-        seen, points = found[1]["seen"], found[1]["points"]
-        say(f"encoder continues at {seen} of {end} samples", flush=True)
-    times = halvings(model, data.meta["stack_slices"])
+    n, times = params.batch, halvings(model, data.meta["stack_slices"])
     # On a grid once finer than needed, so that rotations are interpolated before the last halving
     pool = data.pooled(data.of("train"), max(0, times - 1))
     watched = targets(model, data, data.of("held-out")[:WATCHED]).to(place)
     with torch.no_grad():
         watched_features = critic_features(critic, watched)
-    saved = said = time.monotonic()
-    said_seen, left_out = seen, 0
 
-    while seen < end:
-        rate = params.rate * rate_at(seen / end, params.final_decay)
+    def train_step(at: run.Progress) -> dict[str, float]:
         for adam in (objects[name] for name in objects if name.startswith("adam")):
-            adam.param_groups[0]["lr"] = rate
-        draws = torch_rng(seed, "encoder", seen)
+            adam.param_groups[0]["lr"] = params.rate * run.rate_at(at.seen / at.end, params.final_decay)
+        draws = torch_rng(seed, "encoder", at.seen)
         with torch.no_grad():
             mapped = generator.to_styles(generator.sample_latent(n, draws).to(place), params.truncation)
         if params.pairs == "sampled":
@@ -264,8 +276,8 @@ def _train_encoder(params, model, data, state, run, seed, say, asked) -> tuple[I
             shown = (volumes - drawn).abs().flatten(1).mean(1), torch.zeros(n), apart
             loss = (apart + shown[0]).mean()
         else:
-            volumes = pool[order(len(pool), seen, n, seed)].to(place).float()
-            volumes = augmented(volumes, seen, seed, augment)
+            volumes = pool[order(len(pool), at.seen, n, seed)].to(place).float()
+            volumes = augmented(volumes, at.seen, seed, augment)
             volumes = downsample(volumes) if times else volumes
             with torch.no_grad():
                 features = critic_features(critic, volumes)
@@ -276,38 +288,22 @@ def _train_encoder(params, model, data, state, run, seed, say, asked) -> tuple[I
             latent = normality(codes) if judge is None else foreignness(judge, codes)
             shown = distortion(volumes, drawn), perceptual(features, critic_features(critic, drawn)), latent
             loss = sum(w * term.mean() for w, term in zip(params.weights, shown, strict=True))  # eqs. (6), (9)
-        left_out = 0 if step(adam_e, loss, params.clip) else left_out + 1
+        at.count(run.update(adam_e, loss, params.clip))
         if judge is not None:
             judge.requires_grad_(True)
             codes = codes.detach()
             loss_j = F.softplus(-judge(mapped)).mean() + F.softplus(judge(codes)).mean()
-            left_out = 0 if step(adam_j, loss_j, params.clip) else left_out + 1
-        if left_out > LEFT_OUT:
-            raise InputError(f"{state}: the encoder diverged at {seen} samples; a lower rate may help")
-        follow(average, encoder, params.ema, seen // n)
-        seen += n
+            at.count(run.update(adam_j, loss_j, params.clip))
+        run.update_ema(average, encoder, params.ema, at.seen // n)
+        at.seen += n
+        with torch.no_grad():
+            now = generator.synthesize(average(watched))
+            unseen = distortion(watched, now), perceptual(watched_features, critic_features(critic, now))
+        auc = told_apart(judge, mapped, codes) if judge is not None else 0.5
+        return dict(zip(CURVES[1:], [*(float(term.detach().mean()) for term in (*shown, *unseen)), auc], strict=True))
 
-        if seen // n % CURVE_EVERY == 0 or seen >= end:
-            with torch.no_grad():
-                now = generator.synthesize(average(watched))
-                unseen = distortion(watched, now), perceptual(watched_features, critic_features(critic, now))
-            auc = told_apart(judge, mapped, codes) if judge is not None else None
-            points.append([seen, *(float(term.detach().mean()) for term in (*shown, *unseen)), auc])
-        clock = time.monotonic()
-        if clock - said > SAY_EVERY_S or seen >= end:
-            pace = (clock - said) / (seen - said_seen)
-            say(
-                f"encoder | {seen}/{end} samples | {1 / pace:.1f}/s | loss {float(loss.detach()):.4f} | "
-                f"about {(end - seen) * pace / 60:.1f} min left",
-                flush=True,
-            )
-            said, said_seen = clock, seen
-        if asked or clock - saved > SAVE_EVERY_S or seen >= end:
-            saved = clock
-            checkpoint.save_state(state, checkpoint.pack(**objects), dict(seen=seen, points=points, fingerprint=run))
-        if asked and seen < end:
-            raise InputError(f"{state}: stopped on request at {seen} of {end} samples; run it again to go on")
-    return _at_rest(Inverter(average, judge)), points
+    at = run.run(train_step, objects, end=params.samples, state=state, fingerprint=identity, name="encoder", say=say)
+    return _at_rest(Inverter(average, judge)), at.curves
 
 
 # Refinement
@@ -383,12 +379,12 @@ def refine(
     adam = optimiser([codes], lr=how.rate, betas=how.betas)
     cuts = [slice(i, i + AT_ONCE) for i in range(0, len(codes), AT_ONCE)]
     values = [objective(how, model, volumes[cut], judge) for cut in cuts]
-    run, done, before = None, 0, 0.0
+    identity, done, before = None, 0, 0.0
     if state is not None:
         state = Path(state)
         data = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (start, volumes)]
-        run = fingerprint(how, model.config["sha256"], data, CODE)
-        if found := checkpoint.load_state(state, run):
+        identity = fingerprint(how, model.config["sha256"], data, CODE)
+        if found := checkpoint.load_state(state, identity):
             done, before = found[1]["seen"], found[1]["seconds"]
             codes.data.copy_(found[0].pop("codes"))
             checkpoint.unpack(found[0], adam=adam)
@@ -409,7 +405,7 @@ def refine(
         if state is not None and (clock - saved > SAVE_EVERY_S or done == how.steps):
             saved = clock
             tensors = {"codes": codes.data, **checkpoint.pack(adam=adam)}
-            checkpoint.save_state(state, tensors, dict(seen=done, seconds=before + clock - begun, fingerprint=run))
+            checkpoint.save_state(state, tensors, dict(seen=done, seconds=before + clock - begun, fingerprint=identity))
     return Inverted(codes.detach().cpu(), before + time.monotonic() - begun)
 
 
@@ -440,7 +436,7 @@ def ways(
         codes[name], seconds[name] = found.codes, after + found.seconds / len(of)
 
     refined("hybrid", first, every, after=seconds["encoder"])
-    refined("optimisation", mean_code(model).cpu().expand(n, -1), volumes)
+    refined("optimisation", own_codes(model, mean_code(model).cpu()).expand(n, -1), volumes)
     if style_layers(model.generator) is not None and how.space == "w":
         wide = how.model_copy(update=dict(space="w+"))
         refined("hybrid in W+", first[:n], volumes, wide, after=seconds["encoder"])
@@ -463,16 +459,18 @@ def further_measures(
 # Codes on disk
 
 
-def save_codes(folder: str | Path, model: Model, rows: list[dict], encoded: Tensor, refined: Tensor) -> None:
+def save_codes(
+    folder: str | Path, model: Model, rows: list[dict], encoded: Tensor, refined: Tensor, textures: np.ndarray
+) -> None:
     """codes.safetensors (`encoded` and `refined`, in the shape of styles) and codes.csv, one row a code.
 
-    `rows` are rows of stacks.csv; a scan's name ends in its visit.
+    `rows` are rows of stacks.csv; a scan's name ends in its visit. `textures` (n, 5) are theirs, for `with_texture`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_tensors(
-        folder / "codes.safetensors", dict(encoded=as_styles(model, encoded), refined=as_styles(model, refined))
-    )
+    kept = {"encoded": encoded, "refined": refined}
+    kept = {name: with_texture(model, as_styles(model, codes), textures) for name, codes in kept.items()}
+    checkpoint.save_tensors(folder / "codes.safetensors", kept)
     table = [
         {key: row[key] for key in ("scan", "patient")}
         | {"visit": row["scan"].rpartition("_ses-")[2], "split": row["split"], "start": row["start"], "index": i}

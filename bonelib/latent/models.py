@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bonelib import InputError
-from bonelib.networks import build_critic, build_detail, build_generator
-from bonelib.networks.detail import Refined
-from bonelib.params import DetailLevels, Train, section
+from bonelib.networks import build_critic, build_generator, build_superres
+from bonelib.networks.superres import Cascaded, SuperResolution
+from bonelib.params import SuperRes, Train, section
 from bonelib.randomness import torch_rng
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
@@ -42,21 +42,22 @@ def load_model(folder: str | Path) -> Model:
     )
     for name, network in parts.items():
         _fill(network, folder / f"{name}.safetensors")
-    generator = Refined(parts["generator"], load_details(folder)) if "detail" in config else parts["generator"]
+    generator = parts["generator"]
+    if "superres" in config:
+        generator = Cascaded(generator, load_superres(folder)).requires_grad_(False).eval()
     return Model(generator, parts["critic"], config)
 
 
-def load_details(folder: str | Path) -> torch.nn.ModuleList:
-    """The networks of detail.safetensors in a folder, coarsest first. Raises `InputError` naming what is missing."""
+def load_superres(folder: str | Path) -> SuperResolution:
+    """The network of superres.safetensors in a folder. Raises `InputError` naming what is missing."""
     folder = Path(folder)
-    for name in ("config.json", "detail.safetensors"):
+    for name in ("config.json", "superres.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; a folder of details holds it beside config.json")
+            raise InputError(f"{folder / name}: no such file; a super-resolution network is both")
     config = json.loads((folder / "config.json").read_text())
-    levels = section(DetailLevels, config["detail"], f"{folder / 'config.json'}: detail")
-    details = torch.nn.ModuleList(build_detail(levels) for _ in range(levels.levels))
-    _fill(details, folder / "detail.safetensors")
-    return details
+    network = build_superres(section(SuperRes, config["superres"], f"{folder / 'config.json'}: superres"))
+    _fill(network, folder / "superres.safetensors")
+    return network
 
 
 def _fill(network: torch.nn.Module, file: Path) -> None:
@@ -83,29 +84,27 @@ def draw(model: Model, n: int, seed: int, truncation: float | None = None) -> np
 def growth_strip(folder: str | Path, seed: int) -> list[tuple[str, np.ndarray]]:
     """The fixed latents of a training: (what it is, volumes (n, z, y, x)) of every grid, coarsest first.
 
-    Volumes of the stages were kept while they trained, the last of each is taken; those of the levels of detail are
-    drawn over the final ones.
+    Volumes of the stages were kept while they trained, the last of each is taken; those of the super-resolution are
+    drawn over the final ones, with the average texture.
     """
     stages = {}
     for seen, values in sorted(load_file(Path(folder) / "growth.safetensors").items()):
         stages[values.shape[1]] = (f"after {int(seen)} samples", values.numpy())
     strip = [stages[depth] for depth in sorted(stages)]
-    if "detail" in json.loads((Path(folder) / "config.json").read_text()):
-        levels = refine(load_details(folder), strip[-1][1], seed)
-        strip += [(f"level of detail {i}", volumes) for i, volumes in enumerate(levels, 1)]
+    if "superres" in json.loads((Path(folder) / "config.json").read_text()):
+        strip.append(("super-resolution", enlarge(load_superres(folder), strip[-1][1], seed)))
     return strip
 
 
-def refine(details, coarse: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Volumes (n, z, y, x) in [0, 1], drawn twice as fine by every one of `details`: a list, coarsest first."""
-    drawn = [[] for _ in details]
-    for i, volume in enumerate(coarse):
-        x, rng = torch.from_numpy(np.asarray(volume, np.float32))[None, None], torch_rng(seed, "refine", i)
-        for level, detail in enumerate(details):
-            with torch.inference_mode():
-                x = detail(x, rng).clamp(0, 1)
-            drawn[level].append(x[0, 0].numpy())
-    return [np.stack(volumes) for volumes in drawn]
+def enlarge(superres: SuperResolution, given: np.ndarray, seed: int, codes: np.ndarray | None = None) -> np.ndarray:
+    """Volumes (n, z, y, x) in [0, 1] drawn four times as fine, with texture codes (n, 5), else the average one."""
+    drawn = []
+    for i, volume in enumerate(given):
+        x = torch.from_numpy(np.asarray(volume, np.float32))[None, None]
+        code = None if codes is None else torch.from_numpy(np.asarray(codes[i], np.float32))[None]
+        with torch.inference_mode():
+            drawn.append(superres.whole(x, code, torch_rng(seed, "enlarge", i))[0, 0].numpy())
+    return np.stack(drawn)
 
 
 def calibrated(values: np.ndarray, data: dict) -> Volume:

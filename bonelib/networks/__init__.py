@@ -3,11 +3,12 @@
 import torch
 
 from bonelib.networks.critic import Critic
-from bonelib.networks.detail import Detail
 from bonelib.networks.progan import ProGAN
 from bonelib.networks.stylegan import StyleGAN
-from bonelib.params import CriticNet, DetailLevels, Generator
+from bonelib.networks.superres import SuperResolution
+from bonelib.params import CriticNet, Generator, SuperRes
 
+TEXTURE = 5  # numbers of a texture code (`scans.dataset.TEXTURE`)
 BASE = (1, 9, 7)  # (z, y, x) of the coarsest grid; every stage doubles it
 
 
@@ -33,6 +34,7 @@ def build_critic(
     )
 
 
-def build_detail(params: DetailLevels, statistics: torch.Tensor | None = None) -> Detail:
-    """The network of one level that a `DetailLevels` section describes; `statistics` (2, 8) are those of its bands."""
-    return Detail(params.width, params.convs, statistics, dtype=getattr(torch, params.precision))
+def build_superres(params: SuperRes) -> SuperResolution:
+    """The super-resolution network that a `SuperRes` section describes."""
+    sizes = params.width, params.depth, params.fine_width, params.fine_depth
+    return SuperResolution(*sizes, texture=TEXTURE, dtype=getattr(torch, params.precision))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bonelib.networks.layers import CHANNELS_LAST, Conv
+from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
 from bonelib.pyramid import downsample, haar, unhaar, upsample
 
 SLOPE = 0.2  # of the leaky rectifier
@@ -21,14 +21,15 @@ class Critic(nn.Module):
     """Scores volumes (n, 1, z, y, x) of shape base x 2^stage by the mean of its patch outputs, (n,).
 
     `widths` runs from the coarsest grid to the finest, as in the generator: published (128, 128, 128, 64, 32, 16).
-    A 1x1x1 convolution links the image at a stage to features; each stage is a stride-2 convolution, then a 3x3x3
-    convolution to one channel.
+    A 1x1x1 convolution links the image at a stage to features; stride-2 convolutions lead to the coarsest grid, then a
+    3x3x3 convolution to one channel.
 
     Not in the paper, all off by default: `convs` 2 puts a stride-1 convolution before each of stride 2; `whole`,
     the coarsest grid, makes the last layer see all of it at once instead of patches; `head` puts fully connected layers
     of these widths before the score, the first of which sees what the last layer would; `haar` looks at the
-    Haar bands of a volume twice as fine, as the generator's `haar` makes them; `statistics` (stages, 2, bands), the
-    mean and SD of every band at every stage, standardise the input.
+    Haar bands of the volume, on a grid half as fine, as the generator's `haar` makes them; `statistics` (stages, 2,
+    bands), the mean and SD of every band at every stage, standardise the input; `condition` numbers (n, condition) that
+    a volume should agree with shift the output of every convolution but the last.
     """
 
     def __init__(
@@ -39,15 +40,16 @@ class Critic(nn.Module):
         head=(),
         haar=False,
         statistics=None,
+        condition=0,
         dtype=torch.float32,
     ):
         super().__init__()
-        self.stages, self.haar = len(widths) - 1, haar
+        self.stages, self.haar = len(widths) - 1 + haar, haar
         bands = 8 if haar else 1
         if statistics is None:
             statistics = torch.tensor([0.0, 1.0])[None, :, None].expand(self.stages, 2, bands)
         self.register_buffer("statistics", statistics.clone())
-        self.from_image = nn.ModuleList(Conv(bands, w, (1, 1, 1), dtype=dtype) for w in widths[1:])
+        self.from_image = nn.ModuleList(Conv(bands, w, (1, 1, 1), dtype=dtype) for w in widths[0 if haar else 1 :])
         self.blocks = nn.ModuleList(
             nn.ModuleList(
                 [
@@ -66,28 +68,39 @@ class Critic(nn.Module):
             )
         )
         self.head = nn.ModuleList(hidden)
+        layers = [*self.from_image, *(conv for block in self.blocks for conv in block), *self.head]
+        self.shifts = nn.ModuleList(Dense(condition, conv.weight.shape[0]) for conv in layers) if condition else None
+        self.shift_of = {conv: i for i, conv in enumerate(layers)}
 
-    def forward(self, x: Tensor, stage: int | None = None, fade: float = 1.0) -> Tensor:
-        return self.patches(x, stage, fade).mean(dim=1)
+    def forward(
+        self, x: Tensor, stage: int | None = None, fade: float = 1.0, condition: Tensor | None = None
+    ) -> Tensor:
+        return self.patches(x, stage, fade, condition).mean(dim=1)
 
-    def patches(self, x: Tensor, stage: int | None = None, fade: float = 1.0) -> Tensor:
+    def patches(
+        self, x: Tensor, stage: int | None = None, fade: float = 1.0, condition: Tensor | None = None
+    ) -> Tensor:
         """The score of every patch, (n, patches)."""
-        return self._run(x, self.stages if stage is None else stage, fade, lambda active: None)
+        return self._run(x, self.stages if stage is None else stage, fade, lambda active: None, condition)
 
-    def _run(self, x: Tensor, stage: int, fade: float, seen) -> Tensor:
+    def _run(self, x: Tensor, stage: int, fade: float, seen, condition: Tensor | None = None) -> Tensor:
         """The forward pass; `seen` is shown the output of every rectifier, in order."""
 
         def layer(conv, x):
-            x = F.leaky_relu(conv(x), SLOPE, inplace=True)
+            x = conv(x)
+            if condition is not None:
+                x = x + self.shifts[self.shift_of[conv]](condition).to(x.dtype)[:, :, None, None, None]
+            x = F.leaky_relu(x, SLOPE, inplace=True)
             seen(x)
             return x
 
         h = layer(self.from_image[stage - 1], self._look(x, stage))
-        for s in range(stage, 0, -1):
+        doublings = stage - self.haar
+        for s in range(doublings, 0, -1):
             for conv in self.blocks[s - 1]:
                 h = layer(conv, h)
-            if s == stage and s > 1 and fade < 1:
-                old = layer(self.from_image[s - 2], self._look(downsample(x), s - 1))
+            if s == doublings and stage > 1 and fade < 1:
+                old = layer(self.from_image[stage - 2], self._look(downsample(x), stage - 1))
                 h = fade * h + (1 - fade) * old.to(h.dtype)
         for conv in self.head:
             h = layer(conv, h)
@@ -103,7 +116,9 @@ class Critic(nn.Module):
         gradient = gradient.float() / self.statistics[stage - 1, 1].reshape(-1, 1, 1, 1)
         return unhaar(gradient) if self.haar else gradient
 
-    def input_gradient(self, x: Tensor, stage: int | None = None, fade: float = 1.0) -> Tensor:
+    def input_gradient(
+        self, x: Tensor, stage: int | None = None, fade: float = 1.0, condition: Tensor | None = None
+    ) -> Tensor:
         """The gradient of the score with respect to `x`, as a function of the weights.
 
         A critic of leaky rectifiers is piecewise linear, so its input gradient is a chain of transposed
@@ -113,8 +128,9 @@ class Critic(nn.Module):
         stage = self.stages if stage is None else stage
         masks = []
         with torch.no_grad():
-            self._run(x, stage, fade, masks.append)
-        old_mask = masks.pop(1 + len(self.blocks[stage - 1])) if stage > 1 and fade < 1 else None
+            self._run(x, stage, fade, masks.append, condition)
+        doublings = stage - self.haar
+        old_mask = masks.pop(1 + len(self.blocks[doublings - 1])) if stage > 1 and fade < 1 else None
 
         def back(conv, gradient):
             mask = masks.pop()
@@ -122,17 +138,16 @@ class Critic(nn.Module):
 
         first = (*self.head, self.out)[0]
         patches = [
-            (n >> stage + self.haar) - k + 1 + 2 * p
-            for n, k, p in zip(x.shape[2:], first.weight.shape[2:], first.pad, strict=True)
+            (n >> stage) - k + 1 + 2 * p for n, k, p in zip(x.shape[2:], first.weight.shape[2:], first.pad, strict=True)
         ]
         gradient = self.out.transposed(x.new_full((len(x), 1, *patches), 1 / math.prod(patches)))
         for conv in reversed(self.head):
             gradient = back(conv, gradient)
         skip = 0.0
-        for s in range(1, stage + 1):
-            if s == stage and old_mask is not None:
+        for s in range(1, doublings + 1):
+            if s == doublings and old_mask is not None:
                 old = rectified_back(gradient, old_mask) * (1 - fade)
-                skip = upsample(self._look_back(self.from_image[s - 2].transposed(old), s - 1)) / 8
+                skip = upsample(self._look_back(self.from_image[stage - 2].transposed(old), stage - 1)) / 8
                 gradient = gradient * fade
             for conv in reversed(self.blocks[s - 1]):
                 gradient = back(conv, gradient)

@@ -15,7 +15,7 @@ GAIN = 2**0.5  # of a layer, since its rectifier halves the power
 
 
 class Encoder(nn.Module):
-    """Maps volumes (n, 1, z, y, x) of shape `base` x 2^stages (twice that with `haar`) to codes (n, code).
+    """Maps volumes (n, 1, z, y, x) of shape `base` x 2^stages to codes (n, code).
 
     Table A.2 read from its end: the image to the finest width, then every stage's two convolutions, the one that leaves
     it with stride 2 where the generator's doubled the grid, and a dense layer. `widths` are the generator's, coarsest
@@ -23,7 +23,7 @@ class Encoder(nn.Module):
     StyleGAN, whose codes come out of a leaky rectifier too; none for a ProGAN, whose codes are Gaussian.
 
     Not in the paper: `norm` "instance" (Fetty et al. 2020, with four dense layers); `haar` looks at the eight bands of
-    a volume twice as fine; `statistics` (2, bands), their mean and SD, standardise the input.
+    the volume, on a grid half as fine; `statistics` (2, bands), their mean and SD, standardise the input.
     """
 
     def __init__(
@@ -101,8 +101,18 @@ def build_encoder(
 
 
 def trunk(generator: nn.Module) -> nn.Module:
-    """The generator itself, without the levels of detail that may follow it."""
+    """The generator itself, without the super-resolution that may follow it."""
     return getattr(generator, "generator", generator)
+
+
+def coarsely(generator: nn.Module):
+    """What maps the codes of a generator to volumes on the grid of its trunk."""
+    return getattr(generator, "coarse", generator.synthesize)
+
+
+def texture_length(generator: nn.Module) -> int:
+    """How many numbers of a code, its last ones, are the texture's and not the trunk's."""
+    return getattr(generator, "texture", 0)
 
 
 def style_layers(generator: nn.Module) -> int | None:

@@ -7,28 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bonelib.networks import numerics
+from bonelib.networks.numerics import Operation
+
 CHANNELS_LAST = torch.channels_last_3d
 
 
-def working_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The precision to convolve `x` in: `dtype`, but float32 where a grid is at most two voxels deep on a CPU.
-
-    The bfloat16 weight gradient of a 3x3x3 convolution at depth 2 is silently wrong in torch 2.13 on CPU;
-    `tests/test_layers.py` holds the check. Layers that shallow cost nothing, so none of them is worth the risk.
-    """
-    return torch.float32 if x.device.type == "cpu" and x.shape[2] <= 2 else dtype
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad: tuple[int, int, int]) -> Tensor:
-    """`F.conv3d`, also where its bfloat16 weight gradient is silently wrong in torch 2.13 on CPU: with stride 1 and
-    padding, on a grid of exactly two voxels along z. Slices of zeros put there beforehand change nothing else.
-    """
-    if weight.shape[2:] == (1, 1, 1) and stride == 1:  # a product; as a convolution several times slower
-        x = F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
-        return x if bias is None else x + bias[:, None, None, None]  # no view, whose change in place would be copied
-    if x.dtype == torch.bfloat16 and x.shape[2] == 2 and stride == 1 and pad[0]:
-        x, pad = F.pad(x, (0, 0, 0, 0, pad[0], pad[0])), (0, *pad[1:])
-    return F.conv3d(x, weight, bias, stride=stride, padding=pad)
+    """`F.conv3d` by checked kernels (see `numerics`); kernels of one voxel as a product, which is much faster."""
+    product = weight.shape[2:] == (1, 1, 1) and stride == 1
+    operation = Operation("product") if product else Operation("convolution", stride, pad)
+    return numerics.apply(operation, x, weight, bias)
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:
@@ -82,7 +71,8 @@ class Conv(nn.Module):
             x = F.pad(x, [p for p in reversed(pad) for _ in range(2)], mode="replicate")
             pad = (0, 0, 0)
         if self.upsample:  # the padded border, doubled, is cut off again
-            return F.conv_transpose3d(x, fold_upsampling(weight), bias, stride=2, padding=3 if self.replicate else 1)
+            operation = Operation("transposed convolution", 2, (3 if self.replicate else 1,) * 3)
+            return numerics.apply(operation, x, fold_upsampling(weight), bias)
         return convolve(x, weight, bias, self.stride, pad)
 
     def transposed(self, gradient: Tensor) -> Tensor:
@@ -91,7 +81,7 @@ class Conv(nn.Module):
         if self.stride == 1:  # again a convolution, of the mirrored kernel
             pad = tuple(k - 1 - p for k, p in zip(weight.shape[2:], self.pad, strict=True))
             return convolve(gradient, weight.transpose(0, 1).flip(2, 3, 4), None, 1, pad)
-        return F.conv_transpose3d(gradient, weight, stride=self.stride, padding=self.pad, output_padding=1)
+        return numerics.apply(Operation("transposed convolution", self.stride, self.pad, 1), gradient, weight)
 
 
 def slowed(stored: Tensor, rate: float) -> Tensor:

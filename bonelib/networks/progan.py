@@ -9,18 +9,19 @@ from bonelib.randomness import Part, drawn
 
 
 class ProGAN(nn.Module):
-    """Maps latents z ~ N(0, I) to volumes in (0, 1) of shape `base` x 2^stage (twice that with `haar`).
+    """Maps latents z ~ N(0, I) to volumes in (0, 1) of shape `base` x 2^stage.
 
-    `widths` has one entry for the reshaped dense layer and one per stage; the published network is
-    `base` (1, 9, 7), `latent` 512 and `widths` (128, 128, 128, 64, 32, 16). Where Table A.2 lists 128 channels for
-    the upsampling layers u4 and u5, their inputs have 64 and 32, and upsampling keeps the number of channels: the
-    table is read so.
+    `widths` has one entry for the reshaped dense layer and one for each time the grid is doubled; the published
+    network is `base` (1, 9, 7), `latent` 512 and `widths` (128, 128, 128, 64, 32, 16). Where Table A.2 lists 128
+    channels for the upsampling layers u4 and u5, their inputs have 64 and 32, and upsampling keeps the number of
+    channels: the table is read so.
 
     Not in the paper, all off by default: `base_convs` puts so many convolutions before the first upsampling, on a grid
     so coarse that they cost next to nothing and that four of them see all of the bone; `noise` adds noise inputs behind
     every other convolution, scaled per channel by weights drawn with this SD (without them, on grids that show
-    trabeculae, all bones carry the same pattern); `haar` lets each stage draw the eight Haar bands of a volume twice as
-    fine, which saves the finest stage; `padding` "replicate" repeats the border of a grid instead of adding zeros.
+    trabeculae, all bones carry the same pattern); `haar` lets each stage draw the eight Haar bands of its volume on
+    the grid before it, so that the finest one needs no features, and the first stage draws from the dense layer's grid;
+    `padding` "replicate" repeats the border of a grid instead of adding zeros.
     The coarsest grid is one voxel deep, and only zeros beyond it tell its upper from its lower half: with "replicate"
     and without noise all slices of a bone are alike, or, with `haar`, all second ones.
     """
@@ -37,7 +38,7 @@ class ProGAN(nn.Module):
         dtype=torch.float32,
     ):
         super().__init__()
-        self.base, self.latent, self.stages = tuple(base), latent, len(widths) - 1
+        self.base, self.latent, self.stages = tuple(base), latent, len(widths) - 1 + haar
         self.haar = haar
         self.dense = Dense(latent, widths[0] * base[0] * base[1] * base[2])
         self.ground = nn.ModuleList(Conv(widths[0], widths[0], padding=padding, dtype=dtype) for _ in range(base_convs))
@@ -45,7 +46,7 @@ class ProGAN(nn.Module):
         self.first = nn.ModuleList(Conv(i, o, upsample=True, padding=padding, dtype=dtype) for i, o in pairs)
         self.second = nn.ModuleList(Conv(o, o, padding=padding, dtype=dtype) for _, o in pairs)
         self.to_image = nn.ModuleList(
-            Conv(o, 8 if haar else 1, gain=1.0, padding=padding, dtype=dtype) for o in widths[1:]
+            Conv(o, 8 if haar else 1, gain=1.0, padding=padding, dtype=dtype) for o in widths[0 if haar else 1 :]
         )
         scales = [nn.Parameter(noise * torch.randn(2, o)) for _, o in pairs]
         self.noise_scale = nn.ParameterList(scales) if noise else None
@@ -75,7 +76,7 @@ class ProGAN(nn.Module):
         x = self.dense(styles).reshape(len(styles), -1, *self.base).contiguous(memory_format=CHANNELS_LAST)
         for conv in self.ground:
             x = self.norm(silu(conv(x)))
-        for s in range(stage):
+        for s in range(stage - self.haar):
             before = x
             x = self._behind(self.first[s](x), s, 0, noise)
             x = self._behind(self.second[s](x), s, 1, noise)

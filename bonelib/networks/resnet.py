@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bonelib.networks.layers import CHANNELS_LAST, working_dtype
+from bonelib.networks import numerics
+from bonelib.networks.layers import CHANNELS_LAST
+from bonelib.networks.numerics import Operation
 
 GROUP = 8  # channels that are normalised together; no batch statistics, so that a batch of one works
 
@@ -19,8 +21,8 @@ class PlainConv(nn.Conv3d):
         self.precision = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = working_dtype(x, self.precision)
-        return F.conv3d(x.to(dtype), self.weight.to(dtype), None, self.stride, self.padding)
+        operation = Operation("convolution", self.stride, self.padding)
+        return numerics.apply(operation, x.to(self.precision), self.weight.to(self.precision))
 
 
 class Norm(nn.GroupNorm):

@@ -17,12 +17,12 @@ MEAN_OF = 1024  # latents whose styles are averaged for the truncation trick
 
 
 class StyleGAN(nn.Module):
-    """Maps latents z ~ N(0, I) to styles w, and these to volumes in (0, 1) of shape `base` x 2^stage (twice that with
-    `haar`). Every convolution but those to the image follows a style: `layers` in all, three a stage.
+    """Maps latents z ~ N(0, I) to styles w, and these to volumes in (0, 1) of shape `base` x 2^stage. Every convolution
+    but those to the image follows a style: `layers` in all, three each time the grid is doubled.
 
-    `widths` has one entry for the learned constant and one per stage; the published network is `base` (1, 9, 7),
-    `latent` 512 and `widths` (128, 128, 128, 64, 32, 16), which makes fifteen layers. How Table A.3 is read, where it
-    contradicts the text or itself:
+    `widths` has one entry for the learned constant and one for each doubling; the published network is `base`
+    (1, 9, 7), `latent` 512 and `widths` (128, 128, 128, 64, 32, 16), which makes fifteen layers. How Table A.3 is
+    read, where it contradicts the text or itself:
 
     - Its layer w has 128 channels, but W lies in R^512 in sections 3.2 and 3.5 and the encoder ends there: `style` is
       512 unless given.
@@ -40,7 +40,8 @@ class StyleGAN(nn.Module):
     full rate a short training first learns to leave the styles out, and draws one bone: see `ModulatedConv`, where
     nothing but the bias of 1 is then left); `base_convs` puts so many more layers before the first upsampling, which
     follow the first layer's style (on the coarsest grid they cost next to nothing, and four of them see all of the
-    bone); `haar` lets each stage draw the eight Haar bands of a volume twice as fine;
+    bone); `haar` lets each stage draw the eight Haar bands of its volume on the grid before
+    it, the first one on that of the constant;
     `padding` "replicate" repeats the border of a grid instead of adding zeros (what that costs: see `ProGAN`).
     """
 
@@ -59,8 +60,8 @@ class StyleGAN(nn.Module):
         dtype=torch.float32,
     ):
         super().__init__()
-        self.latent, self.stages, self.haar = latent, len(widths) - 1, haar
-        self.layers = PER_STAGE * self.stages
+        self.latent, self.stages, self.haar = latent, len(widths) - 1 + haar, haar
+        self.layers = PER_STAGE * (len(widths) - 1)
         outputs = [latent] * (MAPPING - 1) + [style]
         self.mapping = nn.ModuleList(Dense(latent, o, gain=GAIN, rate=mapping_rate) for o in outputs)
         self.constant = nn.Parameter(torch.randn(widths[0], *base))
@@ -74,7 +75,7 @@ class StyleGAN(nn.Module):
         self.noise_scale = nn.ParameterList(torch.tensor(float(noise)) for _ in self.convs)
         self.add_noise = AddNoise()
         self.to_image = nn.ModuleList(
-            Conv(o, 8 if haar else 1, gain=1.0, padding=padding, dtype=dtype) for o in widths[1:]
+            Conv(o, 8 if haar else 1, gain=1.0, padding=padding, dtype=dtype) for o in widths[0 if haar else 1 :]
         )
         self.register_buffer("mean_style", torch.zeros(style))
         self.centre()
@@ -110,7 +111,7 @@ class StyleGAN(nn.Module):
         x = self.constant.expand(len(styles), *self.constant.shape).contiguous(memory_format=CHANNELS_LAST)
         for conv in self.ground:
             x = F.leaky_relu(conv(x, styles[:, 0]), SLOPE, inplace=True)
-        for layer in range(PER_STAGE * stage):
+        for layer in range(PER_STAGE * (stage - self.haar)):
             if layer % PER_STAGE == 0:
                 before = x
             x = self.convs[layer](x, styles[:, layer])

@@ -17,6 +17,8 @@ from bonelib.pyramid import downsample, haar
 from bonelib.randomness import numpy_rng, torch_rng
 from bonelib.scans.tables import read_table
 
+TEXTURE = ("Tb.Th", "Tb.Sp", "skewness", "in plane", "along z")  # of the trabecular density, and its autocorrelations
+TEXTURE_FILE = "texture.csv"
 EXCLUDED_GRADES = (4, 5)  # motion so strong that a network would learn it (section 3.3)
 
 
@@ -76,6 +78,19 @@ def load_stacks(folder: str | Path, grades: str | Path | None = None) -> Stacks:
         used = json.dumps([meta["data_hash"], [[row["scan"], row["start"]] for row in rows]])
         meta["data_hash"] = hashlib.sha256(used.encode()).hexdigest()[:16]
     return Stacks(np.load(folder / "volumes.npy", mmap_mode="r"), rows, meta)
+
+
+def load_textures(folder: str | Path, stacks: Stacks) -> np.ndarray:
+    """The numbers of `TEXTURE` of every volume of the stacks, (volumes, 5), NaN where a scan could not be measured."""
+    found = {
+        row["scan"]: [float(row[name] or "nan") for name in TEXTURE] for row in read_table(Path(folder) / TEXTURE_FILE)
+    }
+    values = np.full((len(stacks.volumes), len(TEXTURE)), np.nan, np.float32)
+    for row in stacks.rows:
+        if row["scan"] not in found:
+            raise InputError(f"{Path(folder) / TEXTURE_FILE}: holds no scan {row['scan']}, which stacks.csv lists")
+        values[row["volume"]] = found[row["scan"]]
+    return values
 
 
 def halved(stacks: Stacks, times: int) -> Stacks:

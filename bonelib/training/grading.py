@@ -4,8 +4,8 @@ A fold never sees the patients that it grades. Depth windows of a scan are grade
 """
 
 import json
+import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bonelib import InputError, randomness
-from bonelib.networks import layers, resnet
+from bonelib.networks import layers, numerics, resnet
 from bonelib.networks.resnet import ResNet
 from bonelib.params import Grading, fingerprint
 from bonelib.provenance import code_hash
@@ -22,16 +22,15 @@ from bonelib.randomness import numpy_rng, torch_rng
 from bonelib.scans import dataset
 from bonelib.scans.dataset import EXCLUDED_GRADES, Stacks, augmented
 from bonelib.scans.tables import write_table
-from bonelib.training import checkpoint
+from bonelib.training import checkpoint, run
 
 GRADES = (1, 2, 3, 4, 5)
 WINDOWS_MG = ((300.0, 600.0), (12.0, 100.0))  # mg HA/cm3, centre and half width: of bone, and of soft tissue
 JITTER = (0.05, 0.01)  # contrast and brightness, half the range, in the unit of the input
 WARM_UP = 0.15  # share of the updates over which the rate rises; then it falls as a cosine
 CLIP = 2.0
-SAY_EVERY_S = 10.0
 # Networks of other code are not kept
-CODE = code_hash(layers, resnet, dataset, randomness, sys.modules[__name__])
+CODE = code_hash(layers, numerics, resnet, dataset, randomness, run, sys.modules[__name__])
 COLUMNS = ("scan", "patient", "grade", "given", "predicted", "origin")
 
 
@@ -77,19 +76,18 @@ def train_grader(how: Grading, data: Stacks, folder: str | Path, *, state: str |
         return _written(folder, [_row(s, None) for s in scans])
 
     folds = patient_folds(graded, count := min(how.folds, len(patients)), seed)
-    run = fingerprint(how, data.meta["data_hash"], data.meta["intensity"], seed, CODE, graded)
-    clock = _Clock(how.samples * (count + 1), say)
+    identity = fingerprint(how, data.meta["data_hash"], data.meta["intensity"], seed, CODE, graded)
     predicted = {}
     with checkpoint.locked(state):
         for fold in range(count):
             inside = [s for s in graded if folds[s["patient"]] != fold]
             asked = [s for s in graded if folds[s["patient"]] == fold]
-            predicted |= _fold(how, data, inside, asked, state, f"fold {fold + 1} of {count}", run, seed, clock)[1]
-        tensors, of_rest = _fold(how, data, graded, rest, state, "all scans", run, seed, clock)
+            predicted |= _fold(how, data, inside, asked, state, f"fold {fold + 1} of {count}", identity, seed, say)[1]
+        tensors, of_rest = _fold(how, data, graded, rest, state, "all scans", identity, seed, say)
         predicted |= of_rest
     checkpoint.save_tensors(folder / "grader.safetensors", tensors)
     content = {
-        "run": run,
+        "run": identity,
         "grading": json.loads(how.model_dump_json()),
         "windows": unit_windows(data.meta["intensity"]),
         "outputs": "logits of the grade being above 1, 2, 3 and 4",
@@ -135,42 +133,59 @@ def above(net: ResNet, volume: np.ndarray, depth: int) -> Tensor:
         return torch.sigmoid(net(parts[:, None])).mean(0)
 
 
-def _fold(how, data, inside, asked, state, name, run, seed, clock) -> tuple[dict, dict]:
+def _fold(how, data, inside, asked, state, name, identity, seed, say) -> tuple[dict, dict]:
     """Weights of the network trained on the scans `inside`, and its P(grade > k) of the scans `asked`."""
-    file = state / f"{name.replace(' ', '-')}.json"
+    folder = state / name.replace(" ", "-")
+    file = folder / "done.json"
     try:
         meta = json.loads(file.read_text())
-        whole = meta["run"] == run and checkpoint.digest(file.with_suffix(".safetensors")) == meta["sha256"]
+        whole = meta["run"] == identity and checkpoint.digest(folder / "done.safetensors") == meta["sha256"]
     except (OSError, ValueError, KeyError):
         whole = False
     if whole:
-        clock.skip(how.samples, name)
-        return checkpoint.load_file(file.with_suffix(".safetensors")), meta["predicted"]
-    net = _trained(how, data, inside, name, seed, clock)
+        say(f"{name}: kept from an earlier run", flush=True)
+        return checkpoint.load_file(folder / "done.safetensors"), meta["predicted"]
+    net = _trained(how, data, inside, folder, name, identity, seed, say)
     predicted = {s["scan"]: above(net, data.volumes[s["volume"]], how.depth).tolist() for s in asked}
-    checkpoint.save_tensors(file.with_suffix(".safetensors"), net.state_dict())
-    sha256 = checkpoint.digest(file.with_suffix(".safetensors"))
-    checkpoint.write_json(file, dict(run=run, sha256=sha256, predicted=predicted))
+    checkpoint.save_tensors(folder / "done.safetensors", net.state_dict())
+    sha256 = checkpoint.digest(folder / "done.safetensors")
+    checkpoint.write_json(file, dict(run=identity, sha256=sha256, predicted=predicted))
     return net.state_dict(), predicted
 
 
-def _trained(how: Grading, data: Stacks, scans: list[dict], name: str, seed: int, clock) -> ResNet:
+def _trained(how: Grading, data: Stacks, scans: list[dict], state, name, identity, seed, say) -> ResNet:
     torch.manual_seed(torch_rng(seed, "grading weights", name).initial_seed())
     net = build_grader(how, data.meta["intensity"])
     adam = torch.optim.AdamW(net.parameters(), lr=how.rate, weight_decay=how.decay)
-    updates = max(2, how.samples // how.batch)
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, how.rate, total_steps=updates, pct_start=WARM_UP)
-    for update in range(updates):
-        volumes, grades = batch(how, data, scans, name, seed, update)
+
+    def train_step(at: run.Progress) -> dict[str, float]:
+        adam.param_groups[0]["lr"] = how.rate * one_cycle(at.seen / at.end, 1 / 25, 1, 4e-6)
+        adam.param_groups[0]["betas"] = (one_cycle(at.seen / at.end, 0.95, 0.85, 0.95), 0.999)
+        volumes, grades = batch(how, data, scans, name, seed, at.seen // how.batch)
         wanted = (grades[:, None] > torch.tensor(GRADES[:-1])).float()
         loss = F.binary_cross_entropy_with_logits(net(volumes), wanted)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-        adam.step()
-        rate.step()
-        clock.tick(how.batch, name, loss.item(), last=update == updates - 1)
+        at.count(run.update(adam, loss, CLIP))
+        at.seen += how.batch
+        return {"loss": loss.item()}
+
+    run.run(
+        train_step,
+        dict(net=net, adam=adam),
+        end=max(2, how.samples // how.batch) * how.batch,
+        state=state,
+        fingerprint=identity,
+        name=name,
+        say=say,
+    )
     return net.eval()
+
+
+def one_cycle(share: float, start: float, top: float, end: float) -> float:
+    """What rate and momentum are at a share of the training: to `top` over `WARM_UP` of it, then to `end`, by cosines
+    (Smith and Topin 2019)."""
+    first = share < WARM_UP
+    low, way = (start, 1 - share / WARM_UP) if first else (end, (share - WARM_UP) / (1 - WARM_UP))
+    return low + (top - low) * (1 + math.cos(math.pi * way)) / 2
 
 
 def batch(how: Grading, data: Stacks, scans: list[dict], name: str, seed: int, update: int) -> tuple[Tensor, Tensor]:
@@ -192,26 +207,6 @@ def batch(how: Grading, data: Stacks, scans: list[dict], name: str, seed: int, u
     shift = JITTER[1] * torch.from_numpy(rng.uniform(-1, 1, len(parts))).float()
     volumes = volumes * gain[:, None, None, None, None] + shift[:, None, None, None, None]
     return volumes.clamp(0, 1), torch.tensor([s["given"] for s in chosen])
-
-
-class _Clock:
-    """Progress over all networks: samples seen, rate, and time left."""
-
-    def __init__(self, total: int, say):
-        self.total, self.say, self.seen, self.done = total, say, 0, 0
-        self.began = self.said = time.monotonic()
-
-    def skip(self, samples: int, name: str) -> None:
-        self.seen += samples
-        self.say(f"{name}: kept from an earlier run", flush=True)
-
-    def tick(self, samples: int, name: str, loss: float, last: bool) -> None:
-        self.seen, self.done, now = self.seen + samples, self.done + samples, time.monotonic()
-        if last or now - self.said > SAY_EVERY_S:
-            self.said, rate = now, self.done / (now - self.began)
-            left = max(0.0, (self.total - self.seen) / rate / 60)
-            line = f"{name} | {self.seen}/{self.total} samples | {rate:.1f}/s | loss {loss:.2f}"
-            self.say(f"{line} | about {left:.1f} min left", flush=True)
 
 
 def _row(scan: dict, chances) -> dict:

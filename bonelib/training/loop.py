@@ -1,6 +1,6 @@
 """The progressive trainer: one loop. Time is counted in samples the critic has seen.
 
-python -m bonelib.training.loop PROFILE MODEL [--params params.yaml] [--stacks DIR] [--grades FILE] [--details DIR]
+python -m bonelib.training.loop PROFILE MODEL [--params params.yaml] [--stacks DIR] [--grades FILE] [--superres DIR]
     [--to DIR] [--state DIR] [--seed N] [--timeout SECONDS]
 
 trains a model of a profile, on a GPU if there is one, with the paths of the pipeline where no others are given. Behind
@@ -33,15 +33,12 @@ from bonelib.pyramid import downsample, upsample
 from bonelib.randomness import Part, torch_rng
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, band_statistics, halved, load_stacks, order, set_apart
-from bonelib.training import adaptive, checkpoint, distributed, losses, schedule
+from bonelib.training import adaptive, checkpoint, distributed, losses, run, schedule
 from bonelib.training.distributed import Ranks
+from bonelib.training.run import CURVE_EVERY, MAX_IN_A_ROW, SAVE_EVERY_S, SAY_EVERY_S
 
 STRIP = 8  # fixed latents whose samples are kept along the training
-SAVE_EVERY_S = 20.0
-SAY_EVERY_S = 10.0
-CURVE_EVERY = 5  # generator updates between two points of the curves
 STRIP_PER_STAGE = 2
-LEFT_OUT = 20  # updates in a row without a finite gradient after which there is no hope
 MARKS = 20  # in a training, to which it can go back
 HALVINGS = 2  # of the rate, before a training that diverges is given up
 WATCHED = 16  # train and held-out stacks on which the critic's gap is read
@@ -52,17 +49,13 @@ CURVES += ("sign", "augmented")  # of the scores of pairs; the probability of th
 
 
 @dataclass
-class Progress:
-    """How far a training is: with the tensors, all that the rest of it depends on."""
+class Progress(run.Progress):
+    """How far a training is; `seen` counts samples of the critic, `steps` updates of the generator."""
 
-    seen: int = 0  # samples, by the critic
-    update: int = 0  # of the generator
-    left_out: int = 0  # updates in a row without a finite gradient
     halved: int = 0  # how often the rate was halved
     p: float = 0.0  # probability of the adaptive augmentation
     strip: list[int] | None = None  # the part of a stage in which the last samples of the fixed latents were kept
     snapshots: list[int] = field(default_factory=list)  # samples seen at each
-    curves: list[list] = field(default_factory=list)
 
 
 def train(
@@ -72,7 +65,7 @@ def train(
     *,
     state: str | Path,
     seed: int,
-    details: str | Path | None = None,
+    superres: str | Path | None = None,
     say=print,
     ranks: Ranks | None = None,
 ) -> dict:
@@ -85,8 +78,8 @@ def train(
 
     A training that diverges goes back to its last mark, a state saved at a fixed number of samples, with half the rate.
 
-    Where the stages end on a coarser grid than that of `data`, the rest is drawn by the trained networks in the folder
-    `details`, which are copied into the model.
+    Where the stages end on a coarser grid than that of `data`, the rest is drawn by the trained network in the folder
+    `superres`, which is copied into the model.
 
     Of several `ranks` each makes its part of every batch, sample number i on rank i mod their number, and all of them
     take the same steps. Rank 0 alone reads and writes states, writes the model and says anything. How many they are is
@@ -97,13 +90,13 @@ def train(
     rank, size, device = ranks.rank, ranks.size, ranks.device
     distributed.check_batches(params.schedule, ranks)
     say = partial(say, flush=True) if rank == 0 else lambda *_: None
-    run = fingerprint(params, data.meta["data_hash"], seed, CODE)
+    identity = fingerprint(params, data.meta["data_hash"], seed, CODE)
     plan, end = params.schedule, schedule.total(params.schedule)
     stages = len(plan.samples)
     # Halvings from the grid of the data to the one that the last stage draws
-    coarser = round(math.log2(data.meta["stack_slices"] / 2 ** (stages + params.haar)))
-    if coarser and details is not None and not (Path(details) / "detail.safetensors").is_file():
-        raise InputError(f"{details}: no detail.safetensors; the stages end on a grid too coarse to do without")
+    coarser = round(math.log2(data.meta["stack_slices"] / 2**stages))
+    if coarser and superres is not None and not (Path(superres) / "superres.safetensors").is_file():
+        raise InputError(f"{superres}: no superres.safetensors; the stages end on a grid too coarse to do without")
     meta, data = data.meta, halved(data, coarser)
     data = set_apart(data, params.snapshots.validation) if params.snapshots else data
     rows = {split: data.of(split) for split in ("train", "held-out")}
@@ -114,10 +107,10 @@ def train(
 
     lock = checkpoint.locked(state) if rank == 0 else contextlib.nullcontext()
     with lock, checkpoint.asked_to_stop() as asked:
-        at, growth = begin(state, run, objects, ranks)
+        at, growth = begin(state, identity, end, objects, ranks)
         if at.seen:
             say(f"continues at {at.seen} of {end} samples")
-        distributed.same_everywhere(weights, ranks, at.update)
+        distributed.same_everywhere(weights, ranks, at.steps)
         pool, pooled_stage = {}, None
         saved = said = time.monotonic()
         said_seen = at.seen
@@ -139,7 +132,7 @@ def train(
                 adam.param_groups[0]["lr"] = params.rate * now.rate * 0.5**at.halved
 
             # Critic: n_c updates, whose generated volumes are made in one batch, as the generator rests meanwhile
-            draws = Part(torch_rng(seed, "critic", at.update), rank, size)
+            draws = Part(torch_rng(seed, "critic", at.steps), rank, size)
             latent = generator.sample_latent(params.n_critic * batch, draws).to(device)
             with torch.no_grad():
                 fakes = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
@@ -149,39 +142,45 @@ def train(
                 pair = shown(x, "real"), shown(fake, "generated")
                 terms = losses.of_critic(params, critic, *pair, draws, now.stage, now.fade)
                 loss_c, on_real, on_fake, slope = terms
-                at.left_out = 0 if step(adam_c, loss_c, params.clip, ranks) else at.left_out + 1
+                at.count(run.update(adam_c, loss_c, params.clip, ranks))
                 sign += torch.sign(on_real - on_fake).mean().item() / params.n_critic
                 at.seen += now.batch
 
             # Generator
-            draws = Part(torch_rng(seed, "generator", at.update), rank, size)
+            draws = Part(torch_rng(seed, "generator", at.steps), rank, size)
             latent = generator.sample_latent(batch, draws).to(device)
             critic.requires_grad_(False)
             fake = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
             pair = shown(x, "real beside it"), shown(fake, "to be improved")
             loss_g = losses.of_generator(params, critic, *pair, now.stage, now.fade)
-            at.left_out = 0 if step(adam_g, loss_g, params.clip, ranks) else at.left_out + 1
+            if params.autocorrelation and now.decaying:
+                loss_g = loss_g + params.autocorrelation * losses.autocorrelation_difference(x, fake)
+            at.count(run.update(adam_g, loss_g, params.clip, ranks))
             critic.requires_grad_(True)
 
-            if at.left_out > LEFT_OUT:
+            if at.in_a_row > MAX_IN_A_ROW:
                 diverged = at.seen
-                at, growth = go_back(at, state, run, objects, ranks)
+                at, growth = go_back(at, state, identity, objects, ranks)
                 say(f"diverged at {diverged} samples; goes back to {at.seen}, with 1/{2**at.halved} of the rate")
                 said, said_seen = time.monotonic(), at.seen
                 continue
 
-            follow(average, generator, params.ema, now.into // (params.n_critic * now.batch))
-            at.update += 1
-            distributed.same_everywhere(weights, ranks, at.update)
+            run.update_ema(average, generator, params.ema, now.into // (params.n_critic * now.batch))
+            at.steps += 1
+            distributed.same_everywhere(weights, ranks, at.steps)
             read = (loss_c, on_real.mean() - on_fake.mean(), slope.mean(), loss_g, sign)
             *read, sign = distributed.means(read, ranks)
+            if not math.isfinite(read[2]):
+                say(f"ALARM at {at.seen} samples: slope is {read[2]}")
+                if not at.in_a_row:
+                    raise InputError(f"{state}: at {at.seen} samples slope is {read[2]}, though the update was taken")
             if params.adaptive:
                 at.p = adaptive.steered(at.p, sign, at.seen - begun, params.adaptive)
-            if at.update % CURVE_EVERY == 0 or at.seen >= end:
+            if at.steps % CURVE_EVERY == 0 or at.seen >= end:
                 with torch.no_grad():
                     scores = [critic(real(pool[s], at.seen, WATCHED), now.stage, now.fade).mean().item() for s in rows]
                 gap = scores[0] - scores[1]
-                at.curves.append([at.seen, at.update, now.stage, round(now.fade, 4), *read, gap, sign, at.p])
+                at.curves.append([at.seen, at.steps, now.stage, round(now.fade, 4), *read, gap, sign, at.p])
             part = [now.stage, now.into * STRIP_PER_STAGE // plan.samples[now.stage - 1]]
             if part != at.strip or at.seen >= end:
                 at.strip = part
@@ -204,44 +203,47 @@ def train(
                 )
                 said, said_seen = clock, at.seen
             stop = any(distributed.means((bool(asked),), ranks))  # a request that reached one rank holds for all
-            mark = at.seen * MARKS // end > begun * MARKS // end and not at.left_out
+            mark = at.seen * MARKS // end > begun * MARKS // end and not at.in_a_row
             if rank == 0 and (stop or mark or clock - saved > SAVE_EVERY_S) and at.seen < end:
                 saved = clock
-                save(state, run, at, objects, growth, mark=mark)
+                save(state, identity, at, objects, growth, mark=mark)
             if stop and at.seen < end:
                 distributed.meet(ranks)  # when the state is saved
                 raise InputError(f"{state}: stopped on request at {at.seen} of {end} samples; run it again to go on")
 
         if rank == 0:
+            say(at.account(state))
             candidates = [snapshot(state, seen) for seen in at.snapshots]
-            parts = dict(average=average, critic=critic, curves=at.curves, growth=growth, candidates=candidates)
-            write_model(folder, params, meta, run=run, details=details if coarser else None, **parts)
+            parts = dict(average=average, critic=critic, growth=growth, candidates=candidates)
+            write_model(folder, params, meta, run=identity, at=at, superres=superres if coarser else None, **parts)
     return dict(zip(CURVES, at.curves[-1], strict=True))
 
 
-def begin(state: Path, run: str, objects: dict, ranks: Ranks) -> tuple[Progress, dict[str, Tensor]]:
+def begin(state: Path, identity: str, end: int, objects: dict, ranks: Ranks) -> tuple[Progress, dict[str, Tensor]]:
     """Fill `objects` from the newest state, or save their start as the first mark; progress and strip of latents."""
-    found = distributed.from_first(checkpoint.load_state(state, run) if ranks.rank == 0 else None, ranks)
+    found = distributed.from_first(checkpoint.load_state(state, identity) if ranks.rank == 0 else None, ranks)
     if not found and ranks.rank == 0:
-        save(state, run, Progress(), objects, {}, mark=True)
+        save(state, identity, Progress(end), objects, {}, mark=True)
         shutil.rmtree(snapshot(state, 0).parent, ignore_errors=True)
-    return restore(found, objects) if found else (Progress(), {})
+    return restore(found, objects) if found else (Progress(end), {})
 
 
-def go_back(lost: Progress, state: Path, run: str, objects: dict, ranks: Ranks) -> tuple[Progress, dict[str, Tensor]]:
+def go_back(
+    lost: Progress, state: Path, identity: str, objects: dict, ranks: Ranks
+) -> tuple[Progress, dict[str, Tensor]]:
     """Fill `objects` from the last mark of a training that diverged, with half its rate; progress and strip of latents.
 
     Raises `InputError` where the rate was halved often enough.
     """
     again = ranks.rank == 0 and lost.halved < HALVINGS
-    mark = distributed.from_first(checkpoint.load_state(state, run, marked=True) if again else None, ranks)
+    mark = distributed.from_first(checkpoint.load_state(state, identity, marked=True) if again else None, ranks)
     if not mark:
         tried = f", even with 1/{2**lost.halved} of the rate" if lost.halved else ""
         raise InputError(f"{state}: the training diverged at {lost.seen} samples{tried}; a lower rate may help")
     at, growth = restore(mark, objects)
     at.halved = lost.halved + 1
     if ranks.rank == 0:
-        save(state, run, at, objects, growth, mark=True)
+        save(state, identity, at, objects, growth, mark=True)
     return at, growth
 
 
@@ -254,7 +256,7 @@ def build(params: Train, data: Stacks, seed: int, device: torch.device) -> dict:
     generator = build_generator(params.generator, haar=params.haar, precision=params.precision)
     critic = build_critic(params.critic, haar=params.haar, precision=params.precision, statistics=statistics)
     generator, critic = generator.to(device), critic.to(device)
-    average = new_average(generator)
+    average = copy.deepcopy(generator).requires_grad_(False)
     adam_g = torch.optim.Adam(generator.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=1e-7, fused=True)
     adam_c = torch.optim.Adam(critic.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=5e-5, fused=True)
     return dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
@@ -280,10 +282,10 @@ def real_volumes(
     return now.fade * stacks + (1 - now.fade) * upsample(downsample(stacks)) if now.fade < 1 else stacks
 
 
-def save(state: Path, run: str, at: Progress, objects: dict, growth: dict, *, mark: bool) -> None:
+def save(state: Path, identity: str, at: Progress, objects: dict, growth: dict, *, mark: bool) -> None:
     """Save a state, to continue from and, if it is a mark, to go back to."""
     tensors = checkpoint.pack(**objects) | {f"growth.{key}": value for key, value in growth.items()}
-    checkpoint.save_state(state, tensors, asdict(at) | dict(fingerprint=run, mark=mark))
+    checkpoint.save_state(state, tensors, asdict(at) | dict(fingerprint=identity, mark=mark))
 
 
 def restore(found: tuple[dict[str, Tensor], dict], objects: dict) -> tuple[Progress, dict[str, Tensor]]:
@@ -302,34 +304,6 @@ def snapshots_due(params: Train, seen: int) -> int:
     return schedule.snapshots(params.schedule, params.snapshots.number, params.snapshots.part, seen)
 
 
-def step(adam: torch.optim.Optimizer, loss: Tensor, clip: float, ranks: Ranks | None = None) -> bool:
-    """One update with the gradient's norm clipped (Appendix B); False, and none, where the gradient is not finite.
-
-    Of several ranks the gradient is the mean, so that all of them clip, step or leave out alike.
-    """
-    adam.zero_grad(set_to_none=True)
-    loss.backward()
-    if ranks:
-        distributed.average_gradients(adam.param_groups[0]["params"], ranks)
-    norm = torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], clip)
-    if finite := bool(torch.isfinite(norm)):
-        adam.step()
-    return finite
-
-
-def new_average(generator):
-    """The running average of a generator's weights at its start."""
-    return copy.deepcopy(generator).requires_grad_(False)
-
-
-def follow(average, generator, half_life: float, updates: int) -> None:
-    """Move the running average of the weights; it starts afresh with each stage, whose new layers are random."""
-    keep = min(0.5 ** (1 / half_life), (1 + updates) / (10 + updates)) if half_life else 0.0
-    with torch.no_grad():
-        for slow, fast in zip(average.parameters(), generator.parameters(), strict=True):
-            slow.lerp_(fast, 1 - keep)
-
-
 def write_model(
     folder: Path,
     params: Train,
@@ -337,11 +311,11 @@ def write_model(
     *,
     average,
     critic,
-    curves: list,
     growth: dict,
     candidates: list[Path],
     run: str,
-    details: str | Path | None,
+    at: Progress,
+    superres: str | Path | None,
 ) -> None:
     """A model folder: weights, the JSON that says how to use them, curves, the growing strip and what was kept."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -349,17 +323,18 @@ def write_model(
     checkpoint.save_tensors(folder / "critic.safetensors", critic.state_dict())
     checkpoint.save_tensors(folder / "growth.safetensors", growth)
     with open(folder / "curves.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([CURVES, *curves])
+        csv.writer(file, lineterminator="\n").writerows([CURVES, *at.curves])
     shutil.rmtree(folder / "candidates", ignore_errors=True)
     for path in candidates:
         (folder / "candidates").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "candidates" / path.name)
     parts = ["generator", "critic"]
-    content = {"run": run, "train": json.loads(params.model_dump_json()), "data": meta, "seen": curves[-1][0]}
-    if details is not None:
-        shutil.copyfile(Path(details) / "detail.safetensors", folder / "detail.safetensors")
-        content["detail"] = json.loads((Path(details) / "config.json").read_text())["detail"]
-        parts.append("detail")
+    content = {"run": run, "train": json.loads(params.model_dump_json()), "data": meta, "seen": at.seen}
+    content |= {"updates": at.updates, "updates left out": at.left_out}
+    if superres is not None:
+        shutil.copyfile(Path(superres) / "superres.safetensors", folder / "superres.safetensors")
+        content["superres"] = json.loads((Path(superres) / "config.json").read_text())["superres"]
+        parts.append("superres")
     content["sha256"] = {name: checkpoint.digest(folder / f"{name}.safetensors") for name in parts}
     checkpoint.write_json(folder / "config.json", content)
 
@@ -371,7 +346,7 @@ def main() -> int:
     cli.add_argument("--params", type=Path, default=Path("params.yaml"))
     cli.add_argument("--stacks", type=Path, help="out/PROFILE/stacks")
     cli.add_argument("--grades", type=Path, help="out/PROFILE/grading/grades.csv")
-    cli.add_argument("--details", type=Path, help="out/PROFILE/detail")
+    cli.add_argument("--superres", type=Path, help="out/PROFILE/superres")
     cli.add_argument("--to", type=Path, help="out/PROFILE/models/MODEL")
     cli.add_argument("--state", type=Path, help="scratch/state/PROFILE/MODEL")
     cli.add_argument("--seed", type=int, help="that of params.yaml")
@@ -399,7 +374,7 @@ def main() -> int:
                 to,
                 state=args.state or Path("scratch/state") / args.profile / args.model,
                 seed=values["seed"] if args.seed is None else args.seed,
-                details=args.details or out / "detail",
+                superres=args.superres or out / "superres",
                 ranks=ranks,
             )
             if ranks.rank == 0:

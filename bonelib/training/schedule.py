@@ -15,6 +15,7 @@ class Moment(NamedTuple):
     batch: int
     rate: float  # factor on both learning rates
     into: int  # critic samples since the stage began
+    decaying: bool  # whether the rate falls towards the end
 
 
 def total(plan: Schedule) -> int:
@@ -31,9 +32,9 @@ def at(plan: Schedule, seen: int) -> Moment:
     fade = min(1.0, (into + plan.batch[stage] / 2) / plan.fade[stage]) if plan.fade[stage] else 1.0
     rate = plan.rate_decay**stage
     decay_from = ends[-1] - plan.final_decay * plan.samples[-1]
-    if seen > decay_from:
+    if decaying := seen > decay_from:
         rate *= max(0.02, (ends[-1] - seen) / (ends[-1] - decay_from))
-    return Moment(stage + 1, fade, plan.batch[stage], rate, into)
+    return Moment(stage + 1, fade, plan.batch[stage], rate, into, decaying)
 
 
 def snapshots(plan: Schedule, number: int, part: float, seen: int) -> int:

@@ -1,0 +1,103 @@
+"""Low-precision convolutions, checked against float32 when a process first meets their signature.
+
+Which bfloat16 kernels of a library are wrong depends on the processor and on the library's version: on some, a 3x3x3
+convolution of a grid one or two voxels deep returns uninitialised memory without an error. No list of exceptions can be
+right, so every signature (operation, shapes, strides, precision, device, with gradients or without) is computed in both
+precisions once, on random operands, and runs in float32 from then on where the two disagree.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TOLERANCE = 0.03  # relative error in the Euclidean norm; that of right bfloat16 kernels is about 0.003
+GARBAGE = (float("inf"), 3e4)  # freed memory is filled with these, so that a kernel that reads it is found out
+LOW = (torch.bfloat16, torch.float16)
+
+log = logging.getLogger(__name__)
+_trusted: dict[tuple, bool] = {}
+
+
+class Operation(NamedTuple):
+    """A convolution but for its operands: input (n, c, z, y, x), weight and bias. Padding is (z, y, x)."""
+
+    kind: str  # "convolution", "transposed convolution" or "product": a convolution with kernels of one voxel
+    stride: int | tuple[int, int, int] = 1
+    padding: tuple[int, int, int] = (0, 0, 0)
+    output_padding: int = 0
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.kind == "convolution":
+            return F.conv3d(x, weight, bias, self.stride, self.padding)
+        if self.kind == "transposed convolution":
+            return F.conv_transpose3d(x, weight, bias, self.stride, self.padding, self.output_padding)
+        x = F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
+        return x if bias is None else x + bias[:, None, None, None]  # no view, whose change in place would be copied
+
+
+def apply(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`operation` in the precision of `x`, or in float32 where that precision is not to be trusted; in `x`'s type."""
+    if x.dtype not in LOW or trusted(operation, x, weight, bias):
+        return operation.compute(x, weight, bias)
+    return operation.compute(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def trusted(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether low precision gives this signature's output, and its gradients where they are asked for, right."""
+    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    key = (operation, _signature(x), _signature(weight), bias is not None, gradients)
+    if key not in _trusted:
+        error = _error(operation, x, weight, bias, gradients)
+        _trusted[key] = error <= TOLERANCE
+        if not _trusted[key]:
+            log.warning(
+                f"{operation.kind} of {tuple(x.shape)} with {tuple(weight.shape)}, stride {operation.stride}, "
+                f"in {str(x.dtype).removeprefix('torch.')} on {x.device.type} is wrong (relative error {error:.2g}); "
+                "it runs in float32"
+            )
+    return _trusted[key]
+
+
+def _signature(x: Tensor) -> tuple:
+    return (tuple(x.shape), x.stride(), x.dtype, x.device.type)
+
+
+def _error(operation, x, weight, bias, gradients) -> float:
+    """The largest relative error over two kinds of garbage in freed memory, of output and gradients."""
+    rng = torch.Generator().manual_seed(0)
+
+    def like(t):
+        return torch.empty_like(t).copy_(torch.randn(t.shape, generator=rng)) if t is not None else None
+
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        operands = [like(t) for t in (x, weight, bias)]
+        exact = _outcome(operation, [None if t is None else t.float() for t in operands], gradients)
+        worst = 0.0
+        for value in GARBAGE:
+            _spoil_freed_memory([*operands, *exact], value)
+            found = _outcome(operation, operands, gradients)
+            worst = max(worst, *(_relative(a, b) for a, b in zip(found, exact, strict=True)))
+    return worst
+
+
+def _outcome(operation: Operation, operands: list, gradients: bool) -> list[Tensor]:
+    operands = [None if t is None else t.detach().requires_grad_(gradients) for t in operands]
+    y = operation.compute(*operands)
+    if not gradients:
+        return [y]
+    upstream = torch.empty_like(y).copy_(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    return [y.detach(), *torch.autograd.grad(y, [t for t in operands if t is not None], upstream)]
+
+
+def _spoil_freed_memory(tensors: list[Tensor], value: float) -> None:
+    given = [t for t in tensors if t is not None]
+    held = [torch.full((t.numel(),), value, dtype=d, device=t.device) for t in given for d in (t.dtype, LOW[0])]
+    del held
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    error = (found.float() - exact).norm() / exact.norm().clamp(min=1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")

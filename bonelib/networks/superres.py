@@ -1,0 +1,200 @@
+"""Super-resolution by four over a generator's volumes, and a generator cascaded with it. Not in the papers."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense
+from bonelib.pyramid import downsample, unhaar, upsample
+from bonelib.randomness import Part, drawn
+
+SLOPE = 0.2  # of the leaky rectifier
+NOISE = 0.25  # SD of the weights of the noise inputs at the start
+NOISE_CHANNELS = 8  # beside the given volume
+GAIN = 0.3  # of what draws the bands, at the start
+REFINE = 8  # channels on the finest grid
+HALO = 2  # voxels of the given grid that are mirrored about a volume, so that its edges are drawn as its middle is
+
+
+class Residual(nn.Module):
+    """x <- (x + noise + conv(activation(x, texture))) / sqrt(2), the activation scaled and shifted by the texture."""
+
+    def __init__(self, width: int, texture: int, dtype: torch.dtype):
+        super().__init__()
+        self.conv, self.add_noise = Conv(width, width, dtype=dtype), AddNoise()
+        self.noise_scale = nn.Parameter(NOISE * torch.randn(width))
+        self.modulation = Dense(texture, 2 * width) if texture else None
+        if texture:
+            nn.init.zeros_(self.modulation.weight)
+
+    def forward(self, x: Tensor, texture: Tensor | None, noise) -> Tensor:
+        h = x
+        if self.modulation is not None:
+            scale, shift = self.modulation(texture).to(x.dtype)[:, :, None, None, None].chunk(2, dim=1)
+            h = torch.addcmul(x + shift, x, scale)
+        h = self.conv(F.leaky_relu(h, SLOPE))
+        return (self.add_noise(h, noise(x, 1), self.noise_scale) + x) * 0.5**0.5
+
+
+class SuperResolution(nn.Module):
+    """Maps volumes (n, 1, z, y, x) in [0, 1], a texture code and noise to volumes four times as fine.
+
+    The given volume is kept as the mean of every block of 4x4x4 voxels, so that no mineral is made or lost. Channels
+    are where voxels are few: `depth` residual convolutions of `width` channels on the given grid, `fine_depth` of
+    `fine_width` on one twice as fine, where the eight Haar bands of the finest grid are drawn; behind their inverse a
+    small convolution sees all neighbours alike, with noise of its own. All is local: a network trained on windows draws
+    volumes of any size.
+
+    The texture code (n, texture), standardised, says what the trabeculae of this bone are like. `prior` draws one for a
+    given volume, as the training bones of such histograms have them.
+    """
+
+    def __init__(self, width=96, depth=4, fine_width=32, fine_depth=2, texture=5, dtype=torch.float32):
+        super().__init__()
+        self.texture, how = texture, dict(dtype=dtype)
+        self.register_buffer("scaling", torch.tensor([0.0, 1.0, 1.0]))  # mean and SD of what is given, SD of the rest
+        self.register_buffer("texture_scaling", torch.tensor([[0.0], [1.0]]).repeat(1, texture))  # mean and SD of codes
+        self.prior = TexturePrior(texture)
+        self.start = Conv(1 + NOISE_CHANNELS, width, **how)
+        self.coarse = nn.ModuleList(Residual(width, texture, **how) for _ in range(depth))
+        self.up = Conv(width, fine_width, upsample=True, **how)
+        self.fine = nn.ModuleList(Residual(fine_width, texture, **how) for _ in range(fine_depth))
+        self.bands = Conv(fine_width, 8, gain=GAIN, **how)
+        self.refine = nn.ModuleList([Conv(2, REFINE, **how), Conv(REFINE, 1, gain=GAIN, **how)])
+
+    def forward(
+        self, given: Tensor, texture: Tensor | None = None, noise: torch.Generator | None = None, seen=None
+    ) -> Tensor:
+        """`noise` draws the noise inputs; without it they are left out, and the texture is the average one unless
+        given. `seen` is what the layers look at in place of `given`, whose means are kept (for training)."""
+        mean, sd, added_sd = self.scaling
+        if texture is None:
+            texture = given.new_zeros(len(given), self.texture)
+
+        def field(like: Tensor, channels: int) -> Tensor:
+            shape = (len(like), channels, *like.shape[2:])
+            return like.new_zeros(shape) if noise is None else torch.randn(shape, generator=noise).to(like)
+
+        x = ((given if seen is None else seen) - mean) / sd
+        x = self.start(torch.cat([x, field(x, NOISE_CHANNELS)], 1).contiguous(memory_format=CHANNELS_LAST))
+        for block in self.coarse:
+            x = block(x, texture, field)
+        x = self.up(F.leaky_relu(x, SLOPE))
+        for block in self.fine:
+            x = block(x, texture, field)
+        added = unhaar(self.bands(F.leaky_relu(x, SLOPE)).float())
+        h = torch.cat([added, field(added, 1)], 1).contiguous(memory_format=CHANNELS_LAST)
+        added = added + self.refine[1](F.leaky_relu(self.refine[0](h), SLOPE)).float()
+        added = added * added_sd
+        return quadrupled(given) + added - quadrupled(quartered(added))
+
+    def whole(self, given: Tensor, texture: Tensor | None = None, noise: torch.Generator | None = None) -> Tensor:
+        """Whole volumes in [0, 1], as `forward` but with their surroundings mirrored along z, where bones go on."""
+        pad = min(HALO, given.shape[2] - 1)
+        around = torch.cat([given[:, :, 1 : pad + 1].flip(2), given, given[:, :, -pad - 1 : -1].flip(2)], 2)
+        drawn = self(around, texture, noise)
+        return drawn[:, :, 4 * pad : 4 * (pad + given.shape[2])].clamp(0, 1)
+
+
+class TexturePrior(nn.Module):
+    """Texture codes given a volume: normal about a linear map of the volume's histogram."""
+
+    BINS = 12
+
+    def __init__(self, texture: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(texture, self.BINS))
+        self.register_buffer("bias", torch.zeros(texture))
+        self.register_buffer("spread", torch.eye(texture))  # Cholesky factor of what is left
+
+    @classmethod
+    def histogram(cls, volumes: Tensor) -> Tensor:
+        """Shares (n, BINS) of the voxels of volumes in [0, 1], in triangular bins between .2 and .75."""
+        centres = torch.linspace(0.2, 0.75, cls.BINS, device=volumes.device)
+        near = (1 - (volumes.flatten(1)[:, None] - centres[:, None]).abs() / (centres[1] - centres[0])).clamp(min=0)
+        return near.mean(2) * cls.BINS
+
+    def forward(self, volumes: Tensor, draw: Tensor) -> Tensor:
+        """Codes (n, texture) for volumes (n, 1, z, y, x); `draw` (n, texture) is standard normal."""
+        return self.histogram(volumes) @ self.weight.T + self.bias + draw @ self.spread.T
+
+    def inverse(self, volumes: Tensor, codes: Tensor) -> Tensor:
+        """The draw (n, texture) that gives these codes."""
+        left = codes - self(volumes, torch.zeros_like(codes))
+        return torch.linalg.solve_triangular(self.spread, left.T, upper=False).T
+
+    def fit(self, volumes: Tensor, codes: Tensor, ridge: float = 1e-2) -> None:
+        """Set the map to the ridge regression of codes (n, texture) on the histograms of volumes (n, 1, z, y, x)."""
+        x = self.histogram(volumes)
+        mean_x, mean_y = x.mean(0), codes.mean(0)
+        a, b = (x - mean_x).double(), (codes - mean_y).double()
+        scale = a.std(0).clamp(min=1e-6)
+        gram = (a / scale).T @ (a / scale) + ridge * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+        weight = torch.linalg.solve(gram, (a / scale).T @ b) / scale[:, None]
+        left = b - a @ weight
+        covariance = left.T @ left / max(1, len(left) - 1) + 1e-4 * torch.eye(left.shape[1], dtype=a.dtype)
+        self.weight.copy_(weight.T)
+        self.bias.copy_(mean_y - mean_x @ weight.float())
+        self.spread.copy_(torch.linalg.cholesky(covariance))
+
+
+def quadrupled(x: Tensor) -> Tensor:
+    return upsample(upsample(x))
+
+
+def quartered(x: Tensor) -> Tensor:
+    return downsample(downsample(x))
+
+
+class Cascaded(nn.Module):
+    """A generator whose volumes a `SuperResolution` draws four times as fine. Answers all that a generator answers.
+
+    The texture of a bone is a part of its latent and of its styles, behind the generator's own: a draw from N(0, I)
+    that the prior turns into a texture code, given the generator's volume. Where there is a style a layer, that of the
+    last layer holds.
+    """
+
+    def __init__(self, generator: nn.Module, superres: SuperResolution):
+        super().__init__()
+        self.generator, self.superres = generator, superres
+        self.stages = generator.stages + 2
+        self.texture = superres.texture
+
+    def sample_latent(self, n: int, rng: torch.Generator | Part) -> Tensor:
+        """`n` latents from N(0, I)."""
+        own = self.generator.sample_latent(n, rng)
+        return torch.cat([own, drawn(torch.randn, n, self.texture, rng=rng).to(own)], 1)
+
+    def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
+        """As the generator's own; a truncation below 1 shrinks the texture's draw as well."""
+        own, texture = latent[:, : -self.texture], latent[:, -self.texture :]
+        return torch.cat(
+            [
+                self.generator.to_styles(own, truncation),
+                texture * (1.0 if truncation is None else min(1.0, truncation)),
+            ],
+            1,
+        )
+
+    def synthesize(
+        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | None = None
+    ) -> Tensor:
+        """Volumes (n, 1, z, y, x) in [0, 1]; the last two stages are those of the super-resolution."""
+        stage, own = self.stages if stage is None else stage, self.generator.stages
+        volumes = self.coarse(styles, min(stage, own), fade, noise)
+        if stage <= own:
+            return volumes
+        draw = styles[:, -1] if styles.dim() == 3 else styles
+        fine = self.superres.whole(volumes, self.superres.prior(volumes, draw[:, -self.texture :]), noise)
+        return fine if stage == self.stages else downsample(fine)
+
+    def coarse(self, styles: Tensor, *how, **more) -> Tensor:
+        """Volumes on the generator's own grid, by its own arguments."""
+        return self.generator.synthesize(styles[..., : -self.texture], *how, **more)
+
+    def factorized_weight(self) -> Tensor:
+        """The matrix A of eq. (11): the generator's, and that by which the texture's draw modulates, (rows, code)."""
+        own = self.generator.factorized_weight()
+        blocks = (*self.superres.coarse, *self.superres.fine)
+        modulation = torch.cat([block.modulation.weight.detach() * block.modulation.scale for block in blocks])
+        return torch.block_diag(own, modulation @ self.superres.prior.spread)

@@ -1,0 +1,206 @@
+"""Train the super-resolution network on windows of the training scans, each scan with its texture code.
+
+python -m bonelib.training.superres PROFILE [--stacks DIR] [--grades FILE] [--to DIR] [--state DIR]
+"""
+
+import argparse
+import copy
+import csv
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bonelib import InputError, networks, pyramid, randomness, training
+from bonelib.networks import build_superres
+from bonelib.networks.critic import Critic
+from bonelib.networks.superres import HALO, quadrupled, quartered
+from bonelib.params import SuperRes, check_file, fingerprint, section
+from bonelib.provenance import code_hash
+from bonelib.randomness import numpy_rng, torch_rng
+from bonelib.scans import dataset
+from bonelib.scans.dataset import Stacks, band_statistics, load_stacks, load_textures
+from bonelib.training import checkpoint, losses, run
+
+FLAT = 0.08  # SD of a given window, in the unit of the input, below which it shows hardly any bone
+TRIES = 6  # for a window with bone in it; the last one is taken as it is
+ANY = 8  # every so many windows one is taken wherever it lies, so that air and soft tissue are learned too
+STATISTICS_FROM = 64  # windows
+CLIP = 2.5  # of a texture code, in SDs
+CURVES = ("seen", "critic_loss", "distance", "slope", "generator_loss")
+# A state made by other code is not continued
+CODE = code_hash(networks, training, dataset, pyramid, randomness)
+
+
+class Source(NamedTuple):
+    """Where windows come from: training scans (numbers of volumes), and the standardised texture code of each."""
+
+    data: Stacks
+    scans: list[int]
+    codes: np.ndarray
+
+
+def train_superres(
+    params: SuperRes, data: Stacks, textures: np.ndarray, folder: str | Path, *, state: str | Path, seed: int, say=print
+) -> list[list]:
+    """Train the network and write superres.safetensors, curves.csv and config.json to `folder`; returns the curves.
+
+    It learns from real volumes averaged over blocks of 4x4x4 voxels, not from generated ones: what it learns serves
+    every generator. `textures` (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit.
+    """
+    folder, state = Path(folder), Path(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = fingerprint(params, data.meta["data_hash"], seed, CODE)
+    scans = sorted({row["volume"] for row in data.of("train")})
+    mean, sd = np.nanmean(textures[scans], 0), np.nanstd(textures[scans], 0) + 1e-6
+    codes = np.nan_to_num(((textures - mean) / sd).clip(-CLIP, CLIP)).astype(np.float32)
+    source = Source(data, scans, codes)
+
+    sample, _ = windows(params, source, 0, STATISTICS_FROM, seed)
+    statistics, given = band_statistics(sample, bands=True), quartered(sample)
+    torch.manual_seed(torch_rng(seed, "superres weights").initial_seed())
+    network = build_superres(params)
+    network.scaling.copy_(torch.stack([given.mean(), given.std(), params.added * (sample - quadrupled(given)).std()]))
+    network.texture_scaling.copy_(torch.from_numpy(np.stack([mean, sd])))
+    critic = Critic(
+        params.critic,
+        convs=2,
+        haar=True,
+        statistics=statistics.expand(len(params.critic), 2, 8),
+        condition=network.texture,
+        dtype=getattr(torch, params.precision),
+    )
+    average = copy.deepcopy(network).requires_grad_(False)
+    adam = partial(torch.optim.Adam, betas=(0.0, 0.98), eps=1e-8, fused=True)
+    adam_g, adam_c = adam(network.parameters(), lr=params.rate), adam(critic.parameters(), lr=params.critic_rate)
+    objects = dict(network=network, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
+    step = partial(_step, params, source, objects, seed)
+    at = run.run(step, objects, end=params.samples, state=state, fingerprint=identity, name="super-resolution", say=say)
+
+    fit_prior(average, source)
+    checkpoint.save_tensors(folder / "superres.safetensors", average.state_dict())
+    with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([CURVES, *at.curves])
+    content = {"run": identity, "superres": json.loads(params.model_dump_json()), "data": data.meta, "seen": at.seen}
+    content |= {"updates": at.updates, "updates left out": at.left_out}
+    checkpoint.write_json(
+        folder / "config.json", content | {"sha256": checkpoint.digest(folder / "superres.safetensors")}
+    )
+    return at.curves
+
+
+def _step(params: SuperRes, source: Source, objects: dict, seed: int, at: run.Progress) -> dict[str, float]:
+    """One update of the critic and one of the network, on the same windows."""
+    network, critic, average, adam_g, adam_c = objects.values()
+    decay = run.rate_at(at.seen / at.end, params.final_decay)
+    adam_g.param_groups[0]["lr"], adam_c.param_groups[0]["lr"] = params.rate * decay, params.critic_rate * decay
+    window, code = windows(params, source, at.seen, params.batch, seed)
+    given, draws = quartered(window), torch_rng(seed, "superres noise", at.seen)
+    # Conditioning augmentation (Ho et al. 2022): generators draw volumes that no scan would give
+    seen = given + params.corruption * torch.rand(len(given), 1, 1, 1, 1, generator=draws) * torch.randn(
+        given.shape, generator=draws
+    )
+    # The critic must find lines at the period of its own bands, too
+    shift = [int(n) for n in torch.randint(2, (3,), generator=draws)]
+    real = without_halo(window, shift)
+
+    with torch.no_grad():
+        fake = without_halo(network(given, code, draws, seen), shift)
+    both, codes = torch.cat([real, fake]), torch.cat([code, code])
+    on_real, on_fake = critic.patches(both, condition=codes).split(len(real))
+    # The penalty is on the sum over patches at unit variance, so that it does not depend on the window's size
+    slope = losses.slopes(critic.input_gradient(both, condition=codes)) * on_real.shape[1] ** 0.5
+    loss_c = losses.relativistic(on_real, on_fake) + params.penalty * slope.square().mean()
+    at.count(run.update(adam_c, loss_c, params.clip))
+
+    critic.requires_grad_(False)
+    fake = without_halo(network(given, code, draws, seen), shift)
+    with torch.no_grad():
+        on_real = critic.patches(real, condition=code)
+    loss_g = losses.relativistic(critic.patches(fake, condition=code), on_real)
+    at.count(run.update(adam_g, loss_g, params.clip))
+    critic.requires_grad_(True)
+    run.update_ema(average, network, params.ema, at.seen // params.batch)
+    at.seen += params.batch
+    distance = on_real.mean() - on_fake.mean()
+    values = (loss_c, distance, slope.mean(), loss_g)
+    return dict(zip(CURVES[1:], [value.item() for value in values], strict=True))
+
+
+def windows(params: SuperRes, source: Source, first: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Windows number `first` onwards of the training scans, (count, 1, z, y, x), and their texture codes (count, 5).
+
+    They are four times `params.window` and its halo, which are counted in voxels of the given grid; bone is preferred.
+    """
+    size, shape = [4 * (n + 2 * HALO) for n in params.window], source.data.volumes.shape[1:]
+    if any(n > have for n, have in zip(size, shape, strict=True)):
+        raise InputError(f"superres.window {params.window} needs scans of {tuple(size)} voxels; they have {shape}")
+    found, codes = [], []
+    for number in range(first, first + count):
+        rng = numpy_rng(seed, "superres window", number)
+        for _ in range(TRIES):
+            corner = [rng.integers(have - n + 1) for n, have in zip(size, shape, strict=True)]
+            box = tuple(slice(c, c + n) for c, n in zip(corner, size, strict=True))
+            scan = source.scans[rng.integers(len(source.scans))]
+            window = source.data.volumes[(scan, *box)]
+            given = window[::2, ::2, ::2].astype(np.float32)
+            if number % ANY == 0 or quartered_sd(given) > FLAT:
+                break
+        mirrored = [axis for axis in range(3) if rng.random() < 0.5]
+        found.append(torch.from_numpy(np.flip(window.astype(np.float32), mirrored).copy()))
+        codes.append(source.codes[scan])
+    return torch.stack(found)[:, None], torch.from_numpy(np.stack(codes))
+
+
+def quartered_sd(halved: np.ndarray) -> float:
+    """SD of a window (z, y, x), of every second voxel, averaged over blocks of two more."""
+    z, y, x = (n // 2 for n in halved.shape)
+    return float(halved.reshape(z, 2, y, 2, x, 2).mean((1, 3, 5)).std())
+
+
+def without_halo(fine: Tensor, shift=(0, 0, 0)) -> Tensor:
+    """The inner part of a window, moved by `shift` voxels."""
+    cut = (slice(4 * HALO + s, n - 4 * HALO + s) for n, s in zip(fine.shape[2:], shift, strict=True))
+    return fine[(slice(None), slice(None), *cut)]
+
+
+def fit_prior(network, source: Source) -> None:
+    """Fit how texture codes follow from whole stacks, on the training scans."""
+    rows = {row["volume"]: row for row in source.data.of("train")}
+    stacks = source.data.pooled([rows[scan] for scan in source.scans], 2).float()
+    network.prior.fit(stacks, torch.from_numpy(source.codes[source.scans]))
+
+
+def main() -> int:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("profile")
+    cli.add_argument("--stacks", type=Path, help="out/PROFILE/stacks")
+    cli.add_argument("--grades", type=Path, help="out/PROFILE/grading/grades.csv")
+    cli.add_argument("--to", type=Path, help="out/PROFILE/superres")
+    cli.add_argument("--state", type=Path, help="scratch/state/PROFILE/superres")
+    args = cli.parse_args()
+    out = Path("out") / args.profile
+    try:
+        values = check_file()
+        if args.profile not in values["profiles"]:
+            raise InputError(f"params.yaml: no profile {args.profile!r}; accepted are {', '.join(values['profiles'])}")
+        params = section(SuperRes, values["profiles"][args.profile]["superres"], f"profiles.{args.profile}.superres")
+        stacks = args.stacks or out / "stacks"
+        data = load_stacks(stacks, args.grades or out / "grading" / "grades.csv")
+        to = args.to or out / "superres"
+        state = args.state or Path("scratch/state") / args.profile / "superres"
+        train_superres(params, data, load_textures(stacks, data), to, state=state, seed=values["seed"])
+        print(f"the network is in {to}")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
