@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bonelib import InputError
-from bonelib.processes import die_with_parent, map_large_blocks
+from bonelib.core.parallel import die_with_parent, map_large_blocks
 
 STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
 

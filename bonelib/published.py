@@ -19,9 +19,9 @@ from pathlib import Path
 import yaml
 
 from bonelib import InputError
+from bonelib.core.files import digest
 from bonelib.latent.models import load_model
 from bonelib.params import Published, Train, section
-from bonelib.training.checkpoint import digest
 
 LARGEST = 16_000_000  # bytes of a file
 FILES = {"config.json", "curves.csv", "candidates.csv"} | {

@@ -6,9 +6,9 @@ import torch
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.evaluation import gauge
 from bonelib.latent import editing, sefa
-from bonelib.randomness import torch_rng
 from tests.oracle import GRID, INTENSITY, SPACING, TRAITS, Oracle, render
 
 NAMES = ("Tt.Ar", "Tb.BMD", "Ct.BMD", "Ct.Th")

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.latent import asking, atlas, directions, editing, effects
-from bonelib.randomness import torch_rng
 from bonelib.scans.volumes import Volume
 from tests.oracle import TRAITS, Oracle
 

@@ -6,13 +6,13 @@ import torch
 from oracle import GRID, SPACING, Oracle
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.latent import inversion
 from bonelib.latent.codes import load_codes, mean_code
 from bonelib.latent.models import Model
 from bonelib.networks import build_critic, build_generator
 from bonelib.networks.encoder import LatentDiscriminator, critic_features
 from bonelib.params import CriticNet, EncoderTraining, Generator, Refinement
-from bonelib.randomness import torch_rng
 from bonelib.scans.dataset import Stacks
 
 WIDTHS = (12, 12, 12)

@@ -5,9 +5,9 @@ import pytest
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation import corruption, ladder
 from bonelib.evaluation.contours import BONE
-from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
 
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1)

@@ -7,8 +7,8 @@ import pytest
 from scipy import linalg, ndimage
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation import metrics
-from bonelib.randomness import numpy_rng
 
 STATISTICS = (
     metrics.frechet_distance,

@@ -7,10 +7,10 @@ import torch
 from scipy.ndimage import binary_fill_holes, gaussian_filter, label, rotate
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import contours
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.thickness import local_thickness
-from bonelib.randomness import numpy_rng
 from bonelib.scans import anatomy, population, rendering
 from bonelib.scans.phantom import make_cohort, make_radius, sample_patient
 from bonelib.scans.rendering import CORTICAL, OUTSIDE, TRABECULAR, ULNA, draw_visit

@@ -116,7 +116,7 @@ def reached(files):
 FREE = {
     "bonelib/__init__.py",
     "bonelib/nb.py",
-    "bonelib/processes.py",
+    "bonelib/core/parallel.py",
     "bonelib/scans/__init__.py",
     "bonelib/latent/__init__.py",
     "bonelib/views/__init__.py",

@@ -6,10 +6,10 @@ import torch
 from scipy import ndimage
 
 from bonelib import InputError, published
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import privacy
 from bonelib.networks.critic import Critic
 from bonelib.networks.progan import ProGAN
-from bonelib.randomness import numpy_rng, torch_rng
 
 
 def bones(n, seed, grid=(4, 36, 28)):

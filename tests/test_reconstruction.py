@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation import reconstruction
 from bonelib.evaluation.reconstruction import (
     attribute_errors,
@@ -16,7 +17,6 @@ from bonelib.evaluation.reconstruction import (
     recognised,
     ssim,
 )
-from bonelib.randomness import numpy_rng
 
 BONES = numpy_rng(0, "bones").random((6, 4, 24, 20))
 

@@ -6,11 +6,11 @@ import torch
 from oracle import Oracle
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.evaluation.compartments import overlap, read
 from bonelib.evaluation.pairs import pair_mean
 from bonelib.latent import editing
 from bonelib.latent import transition as tr
-from bonelib.randomness import torch_rng
 from bonelib.scans.volumes import Volume
 
 

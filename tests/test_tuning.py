@@ -6,11 +6,11 @@ import torch
 from oracle import INTENSITY, SPACING, Oracle
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.latent import inversion, tuning
 from bonelib.latent.models import Model
 from bonelib.networks import build_critic
 from bonelib.params import CriticNet, Refinement, Tried
-from bonelib.randomness import torch_rng
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ tolerance, the tolerance is this project's judgement.
 
 import numpy as np
 
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.crops import NOISE_SD
 from bonelib.evaluation.phantom_check import MEAN_SDS, PAIR_R, SEGMENTED, SPONGY, off_curve
-from bonelib.randomness import numpy_rng
 from bonelib.scans.scanner import NATIVE_MM
 
 DRAWS = 1000  # of patients, for an interval

@@ -6,8 +6,8 @@ import numpy as np
 from scipy import stats
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
 from bonelib.evaluation.morphometry import measure
-from bonelib.processes import workers
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.preprocessing import subsample, to_density
 from bonelib.scans.tables import write_table

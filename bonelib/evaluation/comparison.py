@@ -4,12 +4,12 @@ import numpy as np
 from scipy import ndimage, stats
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import closed_slices, contours, dilated, eroded
 from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, half_interval, pair_mean, stamps
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.quality import standardised
-from bonelib.processes import workers
-from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
 
 CLOSED = "closed slices"

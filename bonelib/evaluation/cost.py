@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from bonelib.core.parallel import peak_memory, workers
+from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator
 from bonelib.networks.layers import AddNoise, Conv, ModulatedConv, PixelNorm
 from bonelib.params import CriticNet, Generator
-from bonelib.processes import peak_memory, workers
-from bonelib.randomness import torch_rng
 from bonelib.training import losses
 from bonelib.training.loop import step
 

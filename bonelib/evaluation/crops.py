@@ -11,9 +11,9 @@ import numpy as np
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import bounding_box
 from bonelib.evaluation.morphometry import measure, segment
-from bonelib.randomness import numpy_rng
 from bonelib.scans.rendering import TRABECULAR, draw_visit
 from bonelib.scans.scanner import NATIVE_MM, scan
 from bonelib.scans.volumes import Volume

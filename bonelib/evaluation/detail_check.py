@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.pyramid import haar
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.morphometry import measure
-from bonelib.processes import workers
-from bonelib.pyramid import haar
-from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
 
 SHOWN = ("Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "DA", "Conn.D", "Ct.BMD", "Ct.Th")

@@ -6,12 +6,12 @@ The realism score (Kynkaanniemi et al. 2019) of every feature family there is, n
 import numpy as np
 from scipy import ndimage
 
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.corruption import blurred, moving
 from bonelib.evaluation.metrics import realism
 from bonelib.evaluation.quality import standardised
 from bonelib.latent.models import Model
 from bonelib.latent.sampling import draw_code, sampled_code
-from bonelib.randomness import numpy_rng
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
 

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
 from bonelib import InputError
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import pretrained
-from bonelib.pyramid import downsample
-from bonelib.randomness import numpy_rng, torch_rng
 
 CHANNELS = (16, 24, 32, 32, 24)
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))  # the long axis has the fewest voxels

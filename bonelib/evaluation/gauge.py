@@ -17,9 +17,9 @@ from scipy import ndimage
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.resampling import by_patient, drawn, interval
-from bonelib.pyramid import downsample
-from bonelib.randomness import numpy_rng
 from bonelib.scans.dataset import Stacks
 
 GRID_MM = 0.9  # volumes are averaged over blocks while their voxels are finer than this

@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation import corruption, features, metrics
 from bonelib.evaluation.contours import BONE, smoothed
 from bonelib.evaluation.morphometry import loop_count
 from bonelib.evaluation.quality import scaled
 from bonelib.latent.models import calibrated
-from bonelib.processes import workers
-from bonelib.randomness import numpy_rng
 from bonelib.scans.preprocessing import to_unit
 from bonelib.scans.volumes import Volume
 from bonelib.training.grading import load_grader

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage, stats
 
 from bonelib import InputError
-from bonelib.randomness import numpy_rng
+from bonelib.core.random import numpy_rng
 
 ROWS, COLUMNS = 512, 2048  # of a block: 8 MB of distances, which a cache holds, and 32 MB of 2048-d features
 PRUNED = -1.0  # reach of a real sample that realism leaves out: less than any

@@ -10,24 +10,24 @@ import numpy as np
 from scipy import ndimage
 from scipy.special import erf
 
-from bonelib import InputError, randomness, scans
+from bonelib import InputError, core, scans
+from bonelib.core.config import fingerprint
+from bonelib.core.files import write_whole
+from bonelib.core.parallel import workers
+from bonelib.core.provenance import code_hash
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation import contours as contouring
 from bonelib.evaluation import crops, morphometry, thickness
 from bonelib.evaluation.contours import BONE, SMOOTHING_MM, bounding_box, contours, smoothed
 from bonelib.evaluation.crops import LAGS, marrow
 from bonelib.evaluation.morphometry import fabric, measure, trabecular
-from bonelib.params import fingerprint
-from bonelib.processes import workers
-from bonelib.provenance import code_hash
-from bonelib.randomness import numpy_rng
 from bonelib.scans import population
 from bonelib.scans.motion import moved
 from bonelib.scans.rendering import CORTICAL, TISSUE, TRABECULAR, ULNA, Drawn, draw_visit
 from bonelib.scans.scanner import NATIVE_MM, PSF_SIGMA_MM, scan
 from bonelib.scans.volumes import Volume
-from bonelib.training.checkpoint import write_whole
 
-CODE = code_hash(scans, contouring, crops, morphometry, thickness, randomness, sys.modules[__name__])
+CODE = code_hash(scans, contouring, crops, morphometry, thickness, core, sys.modules[__name__])
 INNER = 0.6  # share of the trabecular compartment that counts as its centre
 BORDER_MM = 0.5  # of the trabecular compartment that is left out of its structure, as the cortex shows there
 MOTION_GRADES = (1, 2, 3, 4, 5)

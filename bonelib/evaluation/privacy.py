@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import features
 from bonelib.evaluation.metrics import auc, tpr_at
 from bonelib.evaluation.quality import standardised
 from bonelib.networks import build_critic
 from bonelib.networks.critic import Critic
 from bonelib.params import Train, section
-from bonelib.pyramid import downsample
-from bonelib.randomness import numpy_rng, torch_rng
 
 FPR = 0.01
 CAUGHT = 0.9  # AUC that a planted leak must reach

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation import metrics
 from bonelib.evaluation.features import cached
 from bonelib.latent.models import draw, load_model
-from bonelib.processes import workers
-from bonelib.randomness import numpy_rng
 from bonelib.scans.tables import read_table
 
 PUBLISHED = Path(__file__).with_name("published_table1.csv")  # Table 1 of Angermann et al. 2023

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import integrate, optimize, stats
 
 from bonelib import InputError
-from bonelib.randomness import numpy_rng
+from bonelib.core.random import numpy_rng
 from bonelib.scans.tables import read_table
 
 LEVELS = 5

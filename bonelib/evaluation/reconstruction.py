@@ -4,10 +4,10 @@ import numpy as np
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
 from bonelib.evaluation.morphometry import measure
-from bonelib.processes import workers
-from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
 
 WINDOW_SD, WINDOW_REACH = 1.5, 5  # voxels of the Gaussian window of SSIM (Wang et al. 2004)

@@ -16,15 +16,15 @@ import numpy as np
 from safetensors.torch import load_file
 
 from bonelib import InputError
+from bonelib.core.files import digest, write_json
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
 from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, kernel_distance
 from bonelib.latent.models import Model, draw
 from bonelib.networks import build_generator
 from bonelib.params import Train, check_file, section
-from bonelib.randomness import numpy_rng
 from bonelib.scans.dataset import Stacks, load_stacks, set_apart
 from bonelib.scans.tables import as_markdown, read_table, write_table
-from bonelib.training.checkpoint import digest, write_json
 
 NAME = "kernel distance, random3d"
 TABLE = ("seen", "chosen", NAME, "low", "high", "real against real", "N real", "patients", "N samples")

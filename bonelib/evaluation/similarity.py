@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import halved
 from bonelib.evaluation.metrics import pair_mean, pairs_between
-from bonelib.processes import workers
-from bonelib.pyramid import downsample
-from bonelib.randomness import numpy_rng
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first: Wang et al. 2003
 SIGMA, WINDOW = 1.5, 7  # voxels: SD and length of the Gaussian window

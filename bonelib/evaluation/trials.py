@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from bonelib.core.config import fingerprint
+from bonelib.core.files import write_json
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, frechet_distance, half_interval, precision_recall
 from bonelib.latent.models import draw, load_model
-from bonelib.params import Train, Trials, changed, fingerprint, section
-from bonelib.processes import workers
-from bonelib.randomness import numpy_rng
+from bonelib.params import Train, Trials, changed, section
 from bonelib.scans.dataset import Stacks, halved
-from bonelib.training.checkpoint import write_json
 from bonelib.training.loop import CODE, train
 
 COMPONENTS = 48  # principal components of the training stacks, at most, in which samples are compared with them

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import CLOSED, read
 from bonelib.evaluation.gauge import UNITS
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.resampling import by_patient, drawn, interval
 from bonelib.latent.directions import Direction
 from bonelib.latent.editing import BATCH, TOLERANCE, Instrument, Moved, closed_loop, move, readings, shifted
-from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
 
 

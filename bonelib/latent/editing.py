@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge
 from bonelib.networks.encoder import trunk
-from bonelib.randomness import torch_rng
 
 BATCH = 64  # codes that are drawn at a time
 RANGE = (0.01, 0.99)  # quantiles of samples between which an attribute may be asked for

@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bonelib import InputError, networks, pyramid, randomness, training
+from bonelib import InputError, core, networks, training
+from bonelib.core.config import fingerprint
+from bonelib.core.provenance import code_hash
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import torch_rng
 from bonelib.latent.codes import mean_code
 from bonelib.latent.models import Model
 from bonelib.latent.models import refine as draw_details
@@ -29,10 +33,7 @@ from bonelib.networks.encoder import (
     style_layers,
     trunk,
 )
-from bonelib.params import EncoderTraining, Refinement, Train, fingerprint, section
-from bonelib.provenance import code_hash
-from bonelib.pyramid import downsample
-from bonelib.randomness import torch_rng
+from bonelib.params import EncoderTraining, Refinement, Train, section
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.scans.tables import write_table
@@ -44,7 +45,7 @@ CURVE_EVERY = 10  # updates between two points of the curves
 WATCHED = 8  # held-out volumes on which the curves are read as well
 AT_ONCE = 32  # volumes whose gradients are computed together
 CURVES = ("seen", "dist", "perc", "latent", "held_out_dist", "held_out_perc", "told_apart")
-CODE = code_hash(sys.modules[__name__], networks, training, dataset, pyramid, randomness)
+CODE = code_hash(sys.modules[__name__], networks, training, dataset, core)
 
 
 class Inverter(NamedTuple):

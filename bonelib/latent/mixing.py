@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.attributes import COARSE_MM
 from bonelib.evaluation.compartments import CLOSED, overlap, read
 from bonelib.evaluation.morphometry import measure
@@ -18,9 +21,6 @@ from bonelib.evaluation.pairs import pair_mean
 from bonelib.latent.codes import along, each_measured
 from bonelib.latent.models import Model
 from bonelib.params import Preprocess
-from bonelib.processes import workers
-from bonelib.pyramid import downsample
-from bonelib.randomness import numpy_rng
 from bonelib.scans.phantom import make_radius
 from bonelib.scans.population import LIMITS
 from bonelib.scans.preprocessing import preprocess, to_unit

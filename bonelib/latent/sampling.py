@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.evaluation.morphometry import measure
 from bonelib.latent.models import Model, calibrated, draw, load_model
-from bonelib.randomness import torch_rng
 from bonelib.scans.tables import write_table
 from bonelib.scans.volumes import write_volume
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import TRAITS, read
 from bonelib.evaluation.pairs import pair_mean
 from bonelib.latent.codes import along
 from bonelib.latent.editing import Instrument, closed_loop, readings
 from bonelib.latent.models import Model
-from bonelib.randomness import numpy_rng
 
 
 def line(first: Tensor, last: Tensor, weights) -> Tensor:

@@ -8,13 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.files import write_json
 from bonelib.evaluation import gauge
 from bonelib.evaluation.reconstruction import psnr
 from bonelib.latent.inversion import Inverter, draw_codes, encode, further_measures, refine
 from bonelib.latent.models import Model
 from bonelib.networks.encoder import trunk
 from bonelib.params import Refinement, Tried, section
-from bonelib.training.checkpoint import write_json
 
 FILE = "refinement.json"
 

@@ -6,8 +6,8 @@ Laplacian pyramids of adversarial networks: Denton et al. 2015. Not in the paper
 import torch
 from torch import Tensor, nn
 
+from bonelib.core.pyramid import downsample, upsample
 from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, PixelNorm, silu
-from bonelib.pyramid import downsample, upsample
 
 NOISE = 0.25  # SD of the weights of the noise inputs at the start
 FINER = 3  # convolutions on the finer grid, the first of which leads to it

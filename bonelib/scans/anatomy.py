@@ -13,7 +13,7 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import cKDTree
 
-from bonelib.randomness import numpy_rng
+from bonelib.core.random import numpy_rng
 from bonelib.scans.fields import Lattice, sample, smooth_noise
 
 HEIGHT_MM = 10.197  # 168 slices of 60.7 um, one standard stack

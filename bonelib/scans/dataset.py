@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.pyramid import downsample, haar
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.params import Augment
-from bonelib.pyramid import downsample, haar
-from bonelib.randomness import numpy_rng, torch_rng
 from bonelib.scans.tables import read_table
 
 EXCLUDED_GRADES = (4, 5)  # motion so strong that a network would learn it (section 3.3)

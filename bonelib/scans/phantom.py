@@ -7,8 +7,8 @@ from concurrent.futures import as_completed
 from pathlib import Path
 
 from bonelib import InputError
-from bonelib.processes import workers
-from bonelib.randomness import numpy_rng
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
 from bonelib.scans import population
 from bonelib.scans.motion import moved
 from bonelib.scans.population import sample_patient

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from bonelib import InputError
-from bonelib.randomness import numpy_rng
+from bonelib.core.random import numpy_rng
 
 COPULA = ("Tt.Ar", "Ct.Th", "Tb.BMD", "Tb.Th", "Ct.BMD", "Ct.Po", "Tb.N")
 

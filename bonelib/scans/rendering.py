@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bonelib import InputError
-from bonelib.randomness import numpy_rng
+from bonelib.core.random import numpy_rng
 from bonelib.scans import anatomy, population, trabeculae
 from bonelib.scans.fields import Lattice, sample, smooth_noise, upsample
 from bonelib.scans.scanner import NATIVE_MM, PSF_SIGMA_MM

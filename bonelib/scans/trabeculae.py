@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from bonelib.randomness import numpy_rng
+from bonelib.core.random import numpy_rng
 from bonelib.scans.fields import Lattice, sample, smooth_noise
 
 STRETCH = (1.75, 1.17, 0.85)  # cell size along z, by default, and along the two in-plane axes

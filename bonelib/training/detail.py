@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bonelib import InputError, networks, pyramid, randomness, training
+from bonelib import InputError, core, networks, training
+from bonelib.core.config import fingerprint
+from bonelib.core.provenance import code_hash
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks import build_detail
 from bonelib.networks.critic import Critic
-from bonelib.params import DetailLevels, fingerprint
-from bonelib.provenance import code_hash
-from bonelib.pyramid import downsample
-from bonelib.randomness import numpy_rng, torch_rng
+from bonelib.params import DetailLevels
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, band_statistics, halved
 from bonelib.training import checkpoint, losses
@@ -29,7 +30,7 @@ STATISTICS_FROM = 64  # windows
 CURVE_EVERY = 5
 CURVES = ("level", "seen", "critic_loss", "distance", "slope", "generator_loss")
 # A state made by other code is not continued
-CODE = code_hash(networks, training, dataset, pyramid, randomness)
+CODE = code_hash(networks, training, dataset, core)
 
 
 def train_details(

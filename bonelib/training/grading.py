@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bonelib import InputError, randomness
+from bonelib import InputError, core
+from bonelib.core.config import fingerprint
+from bonelib.core.provenance import code_hash
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks import layers, resnet
 from bonelib.networks.resnet import ResNet
-from bonelib.params import Grading, fingerprint
-from bonelib.provenance import code_hash
-from bonelib.randomness import numpy_rng, torch_rng
+from bonelib.params import Grading
 from bonelib.scans import dataset
 from bonelib.scans.dataset import EXCLUDED_GRADES, Stacks, augmented
 from bonelib.scans.tables import write_table
@@ -31,7 +32,7 @@ WARM_UP = 0.15  # share of the updates over which the rate rises; then it falls 
 CLIP = 2.0
 SAY_EVERY_S = 10.0
 # Networks of other code are not kept
-CODE = code_hash(layers, resnet, dataset, randomness, sys.modules[__name__])
+CODE = code_hash(layers, resnet, dataset, core, sys.modules[__name__])
 COLUMNS = ("scan", "patient", "grade", "given", "predicted", "origin")
 
 

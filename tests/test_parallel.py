@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonelib.processes import THREAD_SETTINGS, workers
+from bonelib.core.parallel import THREAD_SETTINGS, workers
 
 OWNER = """
 import os, time
-from bonelib.processes import workers
+from bonelib.core.parallel import workers
 with workers(1) as pool:
     print(pool.submit(os.getpid).result(), pool.submit(os.getppid).result(), flush=True)
     pool.submit(time.sleep, 60).result()

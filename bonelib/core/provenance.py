@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bonelib.params import fingerprint
+from bonelib.core.config import fingerprint
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "dvc")
 
