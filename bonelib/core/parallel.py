@@ -3,21 +3,35 @@
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_all_start_methods, get_context, parent_process
+from pathlib import Path
 
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 PRELOADED = ("torch", "scipy.ndimage", "scipy.stats", "nibabel")  # no code of our own, which may change under a kernel
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, also by `kill -9` (Linux; elsewhere nothing)."""
+    """End this process when its parent ends, also by `kill -9` (Linux; elsewhere nothing).
+
+    Where the parent is a shell that runs this command, as under DVC, the process ends with the shell's parent as well.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+        name, _, above = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")
+        if name.endswith("sh"):
+            threading.Thread(target=_end_after, args=(int(above.split()[1]),), daemon=True).start()
+
+
+def _end_after(process: int) -> None:
+    with contextlib.suppress(OSError):
+        select.select([os.pidfd_open(process)], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def peak_memory() -> float:
@@ -81,3 +95,10 @@ def map_large_blocks() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another system has another way
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # -3 = M_MMAP_THRESHOLD
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory: giving back and fetching again what a feature map takes costs more than its use."""
+    with contextlib.suppress(OSError, AttributeError):
+        for setting, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(setting, value)

@@ -84,6 +84,15 @@ def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
     return table
 
 
+def select(trained: str | Path, folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
+    """Copy a trained model to `folder` and `choose` there among its snapshots; the table, empty where none are kept."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(trained, folder)
+    if (Path(folder) / "candidates").is_dir():
+        choose(folder, data, seed=seed)
+    return measured(folder)
+
+
 def measured(folder: str | Path) -> list[dict]:
     """The table that `choose` left in a model folder, as it returned it; empty where nothing was chosen."""
     path = Path(folder) / "candidates.csv"
