@@ -619,7 +619,7 @@ def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
     source = section(Cohort, values["cohort"], "cohort").source
     if not Path(source).exists():
         raise InputError(
-            f"{path}: cohort.source: {source} does not exist; give a folder of scans or bonelib/scans/phantom.py"
+            f"{path}: cohort.source: {source} does not exist; give a folder of scans or bonelib/scans/phantom/cohort.py"
         )
     for name, profile in values["profiles"].items():
         for key, content in profile.items():

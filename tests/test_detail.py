@@ -8,13 +8,13 @@ import torch
 
 from bonelib import InputError
 from bonelib.core.pyramid import downsample
-from bonelib.evaluation import detail_check
 from bonelib.latent.models import draw, growth_strip, load_details, load_model, refine
 from bonelib.networks.detail import Detail, Refined
 from bonelib.networks.progan import ProGAN
 from bonelib.params import DetailLevels, Train, section
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.scans.volumes import Volume
+from bonelib.studies import superres_check as detail_check
 from bonelib.training import detail as fine
 from bonelib.training.loop import train
 

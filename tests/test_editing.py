@@ -7,8 +7,9 @@ from scipy import ndimage
 
 from bonelib import InputError
 from bonelib.core.random import torch_rng
-from bonelib.evaluation import gauge
-from bonelib.latent import editing, sefa
+from bonelib.evaluation import differentiable as gauge
+from bonelib.latent import attribute_model as editing
+from bonelib.latent import sefa
 from tests.oracle import GRID, INTENSITY, SPACING, TRAITS, Oracle, render
 
 NAMES = ("Tt.Ar", "Tb.BMD", "Ct.BMD", "Ct.Th")

@@ -258,7 +258,7 @@ def test_the_pipeline_gives_held_out_bones_their_codes(pipeline):
 
 @pytest.mark.pipeline
 def test_the_pipeline_asks_for_bones_that_can_be_measured_and_no_others(pipeline):
-    from bonelib.latent.editing import load_instrument
+    from bonelib.latent.attribute_model import load_instrument
     from bonelib.latent.models import load_model
 
     model = load_model(pipeline / "out/tiny/models/progan")
@@ -321,7 +321,7 @@ def test_a_bad_scan_ends_with_2_and_leaves_the_earlier_outputs(pipeline, tmp_pat
     params = pipeline / "params.yaml"
     before = params.read_text()
     try:
-        params.write_text(before.replace("source: bonelib/scans/phantom.py", f"source: {scans}"))
+        params.write_text(before.replace("source: bonelib/scans/phantom/cohort.py", f"source: {scans}"))
         done = repro(pipeline)
     finally:
         params.write_text(before)

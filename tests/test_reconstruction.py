@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation import reconstruction
-from bonelib.evaluation.reconstruction import (
+from bonelib.studies import reconstruction
+from bonelib.studies.reconstruction import (
     attribute_errors,
     compare,
     mean_interval,

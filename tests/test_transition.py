@@ -9,7 +9,7 @@ from bonelib import InputError
 from bonelib.core.random import torch_rng
 from bonelib.evaluation.compartments import overlap, read
 from bonelib.evaluation.pairs import pair_mean
-from bonelib.latent import editing
+from bonelib.latent import attribute_model as editing
 from bonelib.latent import transition as tr
 from bonelib.scans.volumes import Volume
 

@@ -7,7 +7,8 @@ from oracle import INTENSITY, SPACING, Oracle
 
 from bonelib import InputError
 from bonelib.core.random import torch_rng
-from bonelib.latent import inversion, tuning
+from bonelib.latent import inversion
+from bonelib.latent import refinement as tuning
 from bonelib.latent.models import Model
 from bonelib.networks import build_critic
 from bonelib.params import CriticNet, Refinement, Tried

@@ -1,8 +1,9 @@
-"""Structural similarity of volumes on several scales, and how various a set of volumes is by it."""
+"""Similarity of volumes voxel by voxel (PSNR, SSIM, MS-SSIM), and the diversity of a set by MS-SSIM."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from bonelib import InputError
@@ -15,7 +16,34 @@ from bonelib.evaluation.metrics import pair_mean, pairs_between
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first: Wang et al. 2003
 SIGMA, WINDOW = 1.5, 7  # voxels: SD and length of the Gaussian window
 C1, C2 = 0.01**2, 0.03**2  # for intensities from 0 to 1
+WINDOW_SD, WINDOW_REACH = 1.5, 5  # voxels of the Gaussian window of SSIM (Wang et al. 2004)
+STABLE = (0.01**2, 0.03**2)  # of SSIM, at a range of 1
 PAIRS_AT_ONCE = 8
+
+
+def psnr(real: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of volumes (n, z, y, x) in [0, 1], at a peak of 1: (n,)."""
+    return -10 * np.log10(np.square(real - drawn, dtype=np.float64).mean((1, 2, 3)))
+
+
+def ssim(real: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Structural similarity of volumes (n, z, y, x) in [0, 1], mean over all voxels: (n,).
+
+    Wang et al. 2004 with a Gaussian window of SD 1.5 voxels in all three directions; the volume is mirrored beyond its
+    faces.
+    """
+    return np.array([_ssim(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(real, drawn, strict=True)])
+
+
+def _ssim(a, b):
+    def local(values):
+        return ndimage.gaussian_filter(values, WINDOW_SD, radius=WINDOW_REACH, mode="reflect")
+
+    mean_a, mean_b, (c1, c2) = local(a), local(b), STABLE
+    var_a, var_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
+    both = local(a * b) - mean_a * mean_b
+    above = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    return (above / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
 
 
 def ms_ssim(a, b) -> np.ndarray:

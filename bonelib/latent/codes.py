@@ -13,7 +13,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import torch_rng
-from bonelib.evaluation.attributes import COARSE_MM
+from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.latent.models import Model, calibrated
 from bonelib.networks.encoder import trunk
 from bonelib.scans.dataset import Stacks

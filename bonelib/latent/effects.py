@@ -12,10 +12,10 @@ from scipy import stats
 from torch import Tensor
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.gauge import UNITS
+from bonelib.evaluation.differentiable import UNITS
 from bonelib.evaluation.resampling import by_patient, drawn, interval
+from bonelib.latent.attribute_model import Instrument, jacobian, readings, shifted
 from bonelib.latent.directions import Direction
-from bonelib.latent.editing import Instrument, jacobian, readings, shifted
 
 EVEN = 0.1  # deviation from a straight line, as a share of the response, that still counts as linear
 

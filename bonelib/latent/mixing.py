@@ -14,7 +14,7 @@ from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.attributes import COARSE_MM
+from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.compartments import CLOSED, overlap, read
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.pairs import pair_mean
@@ -22,9 +22,9 @@ from bonelib.latent.codes import along, each_measured
 from bonelib.latent.models import Model
 from bonelib.params import Preprocess
 from bonelib.scans.phantom import make_radius
-from bonelib.scans.population import LIMITS
+from bonelib.scans.phantom.population import LIMITS
+from bonelib.scans.phantom.scanner import scan
 from bonelib.scans.preprocessing import preprocess, to_unit
-from bonelib.scans.scanner import scan
 from bonelib.scans.volumes import Volume, mirrored
 
 UNSEEN = 100_000  # twins are patients of the phantom's from this number on, whom no cohort holds

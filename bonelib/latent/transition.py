@@ -15,8 +15,8 @@ from bonelib import InputError
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import TRAITS, read
 from bonelib.evaluation.pairs import pair_mean
+from bonelib.latent.attribute_model import Instrument, closed_loop, readings
 from bonelib.latent.codes import along
-from bonelib.latent.editing import Instrument, closed_loop, readings
 from bonelib.latent.models import Model
 
 

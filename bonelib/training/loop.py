@@ -406,7 +406,7 @@ def main() -> int:
             if ranks.rank == 0:
                 print(f"the model is in {to}")
                 if how.snapshots:
-                    command = f"python -m bonelib.evaluation.selection {to} --stacks {stacks} --grades {grades}"
+                    command = f"python -m bonelib.studies.selection {to} --stacks {stacks} --grades {grades}"
                     print(f"the best of its snapshots is chosen by {command}")
     except InputError as error:
         print(f"{who}{error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from bonelib.scans.population import FEMALE_K, MALE_PER_YEAR, PLATEAU_AGE, WITHIN_SEX, YOUNG_MEAN_AGE
+from bonelib.scans.phantom.population import FEMALE_K, MALE_PER_YEAR, PLATEAU_AGE, WITHIN_SEX, YOUNG_MEAN_AGE
 
 # Mean and SD of the young, as measured in scans: the traits that are drawn and those that follow from them.
 REFERENCE = MappingProxyType(

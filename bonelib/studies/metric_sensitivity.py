@@ -11,13 +11,14 @@ from scipy import stats
 
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation import corruption, features, metrics
+from bonelib.evaluation import features, metrics
 from bonelib.evaluation.contours import BONE, smoothed
+from bonelib.evaluation.features import scaled
 from bonelib.evaluation.morphometry import loop_count
-from bonelib.evaluation.quality import scaled
 from bonelib.latent.models import calibrated
 from bonelib.scans.preprocessing import to_unit
 from bonelib.scans.volumes import Volume
+from bonelib.studies import corruption
 from bonelib.training.grading import load_grader
 
 SEEN, NOISE = 0.9, 2.0  # Spearman correlation, and rise in standard deviations between real sets, of what is seen

@@ -1,43 +1,16 @@
 """How like a bone its reconstruction is: in voxels, in features, in what is measured, and in whose bone it is."""
 
 import numpy as np
-from scipy import ndimage
 
 from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
 from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.similarity import psnr, ssim
 from bonelib.scans.volumes import Volume
 
-WINDOW_SD, WINDOW_REACH = 1.5, 5  # voxels of the Gaussian window of SSIM (Wang et al. 2004)
-STABLE = (0.01**2, 0.03**2)  # of SSIM, at a range of 1
 SHOWN = ("Tt.Ar", "Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
-
-
-def psnr(real: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of volumes (n, z, y, x) in [0, 1], at a peak of 1: (n,)."""
-    return -10 * np.log10(np.square(real - drawn, dtype=np.float64).mean((1, 2, 3)))
-
-
-def ssim(real: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Structural similarity of volumes (n, z, y, x) in [0, 1], mean over all voxels: (n,).
-
-    Wang et al. 2004 with a Gaussian window of SD 1.5 voxels in all three directions; the volume is mirrored beyond its
-    faces.
-    """
-    return np.array([_ssim(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(real, drawn, strict=True)])
-
-
-def _ssim(a, b):
-    def local(values):
-        return ndimage.gaussian_filter(values, WINDOW_SD, radius=WINDOW_REACH, mode="reflect")
-
-    mean_a, mean_b, (c1, c2) = local(a), local(b), STABLE
-    var_a, var_b = local(a * a) - mean_a**2, local(b * b) - mean_b**2
-    both = local(a * b) - mean_a * mean_b
-    above = (2 * mean_a * mean_b + c1) * (2 * both + c2)
-    return (above / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
 
 
 def random3d_distance(real: np.ndarray, drawn: np.ndarray) -> np.ndarray:

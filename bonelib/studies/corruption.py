@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from bonelib import InputError
 from bonelib.evaluation.contours import BONE, contours, eroded
-from bonelib.scans.motion import GRADES, draw_events, spectral_residual
+from bonelib.scans.phantom.motion import GRADES, draw_events, spectral_residual
 from bonelib.scans.volumes import Volume
 
 BLUR_MM = 0.3  # SD of the strongest blur

@@ -14,8 +14,8 @@ from bonelib import InputError
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import bounding_box
 from bonelib.evaluation.morphometry import measure, segment
-from bonelib.scans.rendering import TRABECULAR, draw_visit
-from bonelib.scans.scanner import NATIVE_MM, scan
+from bonelib.scans.phantom.rendering import TRABECULAR, draw_visit
+from bonelib.scans.phantom.scanner import NATIVE_MM, scan
 from bonelib.scans.volumes import Volume
 
 QUIET_VOXELS = 5  # from the nearest segmented bone, where marrow and its noise are read

@@ -13,7 +13,7 @@ import torch
 from scipy.spatial import cKDTree
 
 from bonelib.core.random import numpy_rng
-from bonelib.scans.fields import Lattice, sample, smooth_noise
+from bonelib.scans.phantom.random_fields import Lattice, sample, smooth_noise
 
 STRETCH = (1.75, 1.17, 0.85)  # cell size along z, by default, and along the two in-plane axes
 JITTER = 0.425  # of the cell edge, either way; less shows the seed lattice as rows of dots

@@ -17,15 +17,16 @@ from bonelib.core.parallel import workers
 from bonelib.core.provenance import code_hash
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation import contours as contouring
-from bonelib.evaluation import crops, morphometry, thickness
+from bonelib.evaluation import morphometry, thickness
 from bonelib.evaluation.contours import BONE, SMOOTHING_MM, bounding_box, contours, smoothed
-from bonelib.evaluation.crops import LAGS, marrow
 from bonelib.evaluation.morphometry import fabric, measure, trabecular
-from bonelib.scans import population
-from bonelib.scans.motion import moved
-from bonelib.scans.rendering import CORTICAL, TISSUE, TRABECULAR, ULNA, Drawn, draw_visit
-from bonelib.scans.scanner import NATIVE_MM, PSF_SIGMA_MM, scan
+from bonelib.scans.phantom import population
+from bonelib.scans.phantom.motion import moved
+from bonelib.scans.phantom.rendering import CORTICAL, TISSUE, TRABECULAR, ULNA, Drawn, draw_visit
+from bonelib.scans.phantom.scanner import NATIVE_MM, PSF_SIGMA_MM, scan
 from bonelib.scans.volumes import Volume
+from bonelib.studies import noise_texture as crops
+from bonelib.studies.noise_texture import LAGS, marrow
 
 CODE = code_hash(scans, contouring, crops, morphometry, thickness, core, sys.modules[__name__])
 INNER = 0.6  # share of the trabecular compartment that counts as its centre

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bonelib import InputError
 from bonelib.core.random import torch_rng
-from bonelib.evaluation.gauge import ATTRIBUTES, UNITS, Gauge
+from bonelib.evaluation.differentiable import ATTRIBUTES, UNITS, Gauge
 from bonelib.networks.encoder import trunk
 
 BATCH = 64  # codes that are drawn at a time

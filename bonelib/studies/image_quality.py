@@ -12,40 +12,14 @@ from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation import metrics
-from bonelib.evaluation.features import cached
-from bonelib.latent.models import draw, load_model
+from bonelib.evaluation.features import cached, scaled
+from bonelib.latent.sampling import setting
 from bonelib.scans.tables import read_table
 
 PUBLISHED = Path(__file__).with_name("published_table1.csv")  # Table 1 of Angermann et al. 2023
-CHANCES = "motion grades"  # the grader's probabilities, the classes of an inception score
-AS_THEY_ARE = ("inception", "medicalnet", "vgs", CHANCES)  # of networks, whose distances are published unscaled
-FLAT = 0.01  # of the largest SD of a family; features that vary less are divided by no less, as they are mostly zero
 COLUMNS = {"inception": "FID_inc", "medicalnet": "FID_res", "vgs": "FID_vgs"}  # others are FD_ and their name
 ELLIPSE_SD = 2.0
 GRID = 160  # points a side on which ellipses are compared
-
-
-def setting(model: str, truncation: float | None) -> str:
-    """The name of a setting; without truncation, that of the model."""
-    return model if truncation is None else f"{model} {truncation:g}"
-
-
-def of_kind(values: dict, model: str):
-    """The entry of `values` for a model, or for its kind, what stands before the first "-" of its name, or None."""
-    return values.get(model, values.get(model.split("-")[0]))
-
-
-def draw_settings(
-    folders: dict[str, str], wanted: dict[tuple[str, float | None], int], seed: int
-) -> dict[str, np.ndarray]:
-    """The first samples of `seed` of every setting: {setting: volumes (n, z, y, x)}, float16 as real stacks are.
-
-    `folders` holds each model's, `wanted` is {(model, truncation): n}. Settings are drawn side by side.
-    """
-    with workers() as pool:
-        by_size = sorted(wanted.items(), key=lambda item: -item[1])  # the longest first
-        jobs = {key: pool.submit(_drawn, str(folders[key[0]]), n, seed, key[1]) for key, n in by_size}
-        return {setting(*key): jobs[key].result() for key in wanted}
 
 
 def over_patients(patients: list[str], n: int, seed: int) -> np.ndarray:
@@ -55,17 +29,6 @@ def over_patients(patients: list[str], n: int, seed: int) -> np.ndarray:
     for i in order:
         turn[i] = before[patients[i]] = before.get(patients[i], 0) + 1
     return np.array(sorted(order, key=turn.get)[:n])
-
-
-def _drawn(folder, n, seed, truncation):
-    return draw(load_model(folder), n, seed, truncation).astype(np.float16)
-
-
-def standardised(reference: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """Features of every set (n, d), brought to mean 0 and SD 1 of `reference`, so that no feature rules by its unit."""
-    mean, sd = reference.mean(axis=0), reference.std(axis=0)
-    scale = np.maximum(sd, max(FLAT * sd.max(), 1e-9))
-    return [(features - mean) / scale for features in (reference, *others)]
 
 
 def extracted(
@@ -80,14 +43,6 @@ def extracted(
 
 def _features(extractors, values, cache):
     return {name: cached(name, extract, values, cache) for name, extract in extractors.items()}
-
-
-def scaled(name: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The sets (n, d) of a family with "real" at mean 0 and SD 1, or as they are where they are published so."""
-    if name in AS_THEY_ARE:
-        return found
-    others = {key: values for key, values in found.items() if key != "real"}
-    return dict(zip(["real", *others], standardised(found["real"], *others.values()), strict=True))
 
 
 def scores(real: np.ndarray, fake: np.ndarray, patients, seed: int = 0) -> dict[str, float]:
@@ -270,12 +225,3 @@ def picture_of(sets: dict[str, np.ndarray], title: str) -> dict:
     dots = {name: (points[:, 0], points[:, 1]) for name, points in shown.items()}
     lines = {f"_{name}": ellipse(points).T for name, points in shown.items()}  # a legend leaves such names out
     return dict(title=title, x="first axis", y="second axis", sets=dots, lines=lines)
-
-
-def flat(rows: list[dict], *names: str) -> dict[str, float]:
-    """Rows as one flat dictionary: the columns `names` are joined by dots and name the other ones."""
-    out = {}
-    for row in rows:
-        key = ".".join(str(row[name]) for name in names)
-        out |= {f"{key}.{column}": value for column, value in row.items() if column not in names}
-    return out

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bonelib import InputError
 from bonelib.core.files import write_json
-from bonelib.evaluation import gauge
-from bonelib.evaluation.reconstruction import psnr
+from bonelib.evaluation import differentiable as gauge
+from bonelib.evaluation.similarity import psnr
 from bonelib.latent.inversion import Inverter, draw_codes, encode, further_measures, refine
 from bonelib.latent.models import Model
 from bonelib.networks.encoder import trunk

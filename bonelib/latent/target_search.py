@@ -12,11 +12,11 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import CLOSED, read
-from bonelib.evaluation.gauge import UNITS
+from bonelib.evaluation.differentiable import UNITS
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.resampling import by_patient, drawn, interval
+from bonelib.latent.attribute_model import BATCH, TOLERANCE, Instrument, Moved, closed_loop, move, readings, shifted
 from bonelib.latent.directions import Direction
-from bonelib.latent.editing import BATCH, TOLERANCE, Instrument, Moved, closed_loop, move, readings, shifted
 from bonelib.scans.volumes import Volume
 
 

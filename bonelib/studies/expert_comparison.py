@@ -7,13 +7,13 @@ import numpy as np
 from scipy import ndimage
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.corruption import blurred, moving
+from bonelib.evaluation.features import standardised
 from bonelib.evaluation.metrics import realism
-from bonelib.evaluation.quality import standardised
 from bonelib.latent.models import Model
 from bonelib.latent.sampling import draw_code, sampled_code
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
+from bonelib.studies.corruption import blurred, moving
 
 LEVELS = 3  # of every fault, beside none
 LOST_SHARE = 0.25  # of the width, at most

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import cKDTree
 
 from bonelib.core.random import numpy_rng
-from bonelib.scans.fields import Lattice, sample, smooth_noise
+from bonelib.scans.phantom.random_fields import Lattice, sample, smooth_noise
 
 HEIGHT_MM = 10.197  # 168 slices of 60.7 um, one standard stack
 BOX = ((-1.0, -18.0, -13.5), (11.2, 27.0, 13.5))  # mm; holds the largest bone, and the ulna as far as it is seen

@@ -1,6 +1,6 @@
 """Which of a training's snapshots is kept: the one whose samples are nearest to bones of patients set apart.
 
-python -m bonelib.evaluation.selection MODEL_FOLDER --stacks DIR --grades FILE [--seed N]
+python -m bonelib.studies.selection MODEL_FOLDER --stacks DIR --grades FILE [--seed N]
 
 measures the candidates that a training left in its model folder, and keeps the best. The pipeline does so by itself.
 """

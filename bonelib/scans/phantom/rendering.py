@@ -11,11 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import bonelib.scans.phantom.anatomy as anatomy
+import bonelib.scans.phantom.population as population
+import bonelib.scans.phantom.trabeculae as trabeculae
 from bonelib import InputError
 from bonelib.core.random import numpy_rng
-from bonelib.scans import anatomy, population, trabeculae
-from bonelib.scans.fields import Lattice, sample, smooth_noise, upsample
-from bonelib.scans.scanner import NATIVE_MM, PSF_SIGMA_MM
+from bonelib.scans.phantom.random_fields import Lattice, sample, smooth_noise, upsample
+from bonelib.scans.phantom.scanner import NATIVE_MM, PSF_SIGMA_MM
 from bonelib.scans.volumes import Volume
 
 TISSUE = 1100.0  # mg HA/cm3, fully mineralised trabecular bone

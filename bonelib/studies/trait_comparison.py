@@ -7,9 +7,9 @@ from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import closed_slices, contours, dilated, eroded
+from bonelib.evaluation.features import standardised
 from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, half_interval, pair_mean, stamps
 from bonelib.evaluation.morphometry import measure
-from bonelib.evaluation.quality import standardised
 from bonelib.scans.volumes import Volume
 
 CLOSED = "closed slices"

@@ -16,8 +16,8 @@ from scipy import stats
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import features
+from bonelib.evaluation.features import standardised
 from bonelib.evaluation.metrics import auc, tpr_at
-from bonelib.evaluation.quality import standardised
 from bonelib.networks import build_critic
 from bonelib.networks.critic import Critic
 from bonelib.params import Train, section
@@ -26,7 +26,7 @@ FPR = 0.01
 CAUGHT = 0.9  # AUC that a planted leak must reach
 LEVEL = 0.95
 SHIFT = 3  # voxels in plane over which two bones are registered
-PHANTOM = "bonelib/scans/phantom.py"  # as `cohort.source`: such a cohort holds no person
+PHANTOM = "bonelib/scans/phantom/cohort.py"  # as `cohort.source`: such a cohort holds no person
 
 
 def by_patient(scores: np.ndarray, patients) -> np.ndarray:

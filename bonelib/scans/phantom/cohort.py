@@ -6,18 +6,15 @@ import time
 from concurrent.futures import as_completed
 from pathlib import Path
 
+import bonelib.scans.phantom.population as population
 from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
-from bonelib.scans import population
-from bonelib.scans.motion import moved
-from bonelib.scans.population import sample_patient
-from bonelib.scans.rendering import check_voxel, draw_visit
-from bonelib.scans.scanner import NATIVE_MM, scan
+from bonelib.scans.phantom.motion import moved
+from bonelib.scans.phantom.rendering import check_voxel, draw_visit
+from bonelib.scans.phantom.scanner import NATIVE_MM, scan
 from bonelib.scans.tables import write_table
 from bonelib.scans.volumes import Volume, mirrored, write_volume
-
-__all__ = ["make_cohort", "make_radius", "sample_patient"]
 
 STILL = (1.0, 0.0, 0.0, 0.0, 0.0)  # shares of the visual grades 1-5 where nothing moves
 PROGRESS_S = 10.0

@@ -8,9 +8,9 @@ tolerance, the tolerance is this project's judgement.
 import numpy as np
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.crops import NOISE_SD
-from bonelib.evaluation.phantom_check import MEAN_SDS, PAIR_R, SEGMENTED, SPONGY, off_curve
-from bonelib.scans.scanner import NATIVE_MM
+from bonelib.scans.phantom.scanner import NATIVE_MM
+from bonelib.studies.noise_texture import NOISE_SD
+from bonelib.studies.phantom_validation import MEAN_SDS, PAIR_R, SEGMENTED, SPONGY, off_curve
 
 DRAWS = 1000  # of patients, for an interval
 LEAST = 3  # patients; of fewer nothing is said
