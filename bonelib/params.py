@@ -452,25 +452,11 @@ class Inversion(Section):
     draws: Count = 200
 
 
-class Planted(Section):
-    """What simulated raters are made of (`raters.simulated`): correlations of what they perceive, and of the score."""
-
-    rho: Annotated[float, Field(gt=-1, lt=1)]
-    agreement: Share
-    repeatability: Share
-
-    @model_validator(mode="after")
-    def _order(self):
-        if self.agreement > self.repeatability:
-            raise ValueError(f"agreement {self.agreement} must not exceed repeatability {self.repeatability}")
-        return self
-
-
 class Experts(Section):
     """The rating form: `samples` of a model, `controls` real ones, of a patient each, and `repeats` of all these.
 
-    `reference` real stacks are what the realism score compares with, bones of `degraded` patients calibrate it;
-    `studies` are simulated with what is `planted`; `draws` are those of the intervals.
+    `reference` real stacks are what the realism score compares with, bones of `degraded` patients calibrate it; `draws`
+    are those of the intervals.
     """
 
     samples: Count
@@ -478,8 +464,6 @@ class Experts(Section):
     repeats: Annotated[int, Field(ge=0)]
     reference: Annotated[int, Field(ge=5)]
     degraded: Annotated[int, Field(ge=4)]
-    planted: Planted
-    studies: Count
     draws: Count = 1000
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.resampling import by_patient, drawn, interval
+from bonelib.evaluation.statistics import patient_interval
 from bonelib.scans.dataset import Stacks
 
 GRID_MM = 0.9  # volumes are averaged over blocks while their voxels are finer than this
@@ -290,15 +290,18 @@ def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: 
     """
     x, y = read[:, : len(FITTED)].double().numpy(), np.asarray(measured, float)
     kept = np.isfinite(x).all(1) & np.isfinite(y).all(1)
-    places, rng = by_patient(np.asarray(patients)[kept]), numpy_rng(seed, "agreement")
-    x, y = x[kept], y[kept]
-    some, rows = [drawn(places, rng) for _ in range(draws)], []
+    x, y, rows = x[kept], y[kept], []
+
+    def statistics(i):
+        return [[_correlation(a, b), (a - b).mean()] for a, b in zip(x[i].T, y[i].T, strict=True)]
+
+    found = patient_interval(statistics, np.asarray(patients)[kept], rng=numpy_rng(seed, "agreement"), draws=draws)
     for k, name in enumerate(FITTED):
-        found = {"attribute": name, "unit": UNITS[name], "N": len(x), "patients": len(places)}
-        for key, statistic in (("r", _correlation), ("bias", lambda a, b: float((a - b).mean()))):
-            low, high = interval([statistic(x[i, k], y[i, k]) for i in some])
-            found |= {key: statistic(x[:, k], y[:, k]), f"{key} low": float(low), f"{key} high": float(high)}
-        rows.append(found | {"SD of error": float((x[:, k] - y[:, k]).std()), "SD": float(y[:, k].std())})
+        row = {"attribute": name, "unit": UNITS[name], "N": found.N, "patients": found.patients}
+        for j, key in enumerate(("r", "bias")):
+            ends = {f"{key} low": float(found.low[k, j]), f"{key} high": float(found.high[k, j])}
+            row |= {key: float(found.value[k][j])} | ends
+        rows.append(row | {"SD of error": float((x[:, k] - y[:, k]).std()), "SD": float(y[:, k].std())})
     return rows
 
 

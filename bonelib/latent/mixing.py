@@ -17,7 +17,7 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.compartments import CLOSED, overlap, read
 from bonelib.evaluation.morphometry import measure
-from bonelib.evaluation.pairs import pair_mean
+from bonelib.evaluation.statistics import pair_mean
 from bonelib.latent.codes import along, each_measured
 from bonelib.latent.models import Model
 from bonelib.params import Preprocess
@@ -135,7 +135,7 @@ def carried(changes: dict[str, np.ndarray], names: list[tuple[str, str]], *, see
         for k in range(values.shape[1] - 1):
             rng = numpy_rng(seed, "carried", trait, k)
             share = pair_mean(known[:, k], names, over=known[:, -1], rng=rng, draws=draws)
-            rows.append({"attribute": trait, "style": k + 1} | share)
+            rows.append({"attribute": trait, "style": k + 1} | share._asdict())
     return rows
 
 

@@ -14,7 +14,7 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import CLOSED, read
 from bonelib.evaluation.differentiable import UNITS
 from bonelib.evaluation.morphometry import measure
-from bonelib.evaluation.resampling import by_patient, drawn, interval
+from bonelib.evaluation.statistics import patient_interval
 from bonelib.latent.attribute_model import BATCH, TOLERANCE, Instrument, Moved, closed_loop, move, readings, shifted
 from bonelib.latent.directions import Direction
 from bonelib.scans.volumes import Volume
@@ -78,7 +78,6 @@ def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float
     """Of rows of `asked`: shares met within 2 % and medians of side effects, with intervals by patient."""
     if not rows:
         return {"N": 0}
-    places = by_patient([row["patient"] for row in rows])
     keys = ("closed error", "open error", "closed side", "open side", "met")
     table = np.array([[float(row[key]) for key in keys] for row in rows])
 
@@ -99,11 +98,11 @@ def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float
     names = ("closed loop within 2 %", "and all others held within 2 %", "open loop within 2 %")
     names += ("closed side effect", "open side effect", "side effect, closed over open")
     rng = numpy_rng(seed, "asked summary")
-    some = np.stack([found(table[drawn(places, rng)]) for _ in range(draws)])
-    low, high = interval(some)
-    values = {"N": len(rows), "patients": len(places)}
+    patients = [row["patient"] for row in rows]
+    value, low, high, *_, n = patient_interval(lambda i: found(table[i]), patients, rng=rng, draws=draws)
+    values = {"N": len(rows), "patients": n}
     for i, name in enumerate(names):
-        values |= {name: float(found(table)[i]), f"{name}, low": float(low[i]), f"{name}, high": float(high[i])}
+        values |= {name: float(value[i]), f"{name}, low": float(low[i]), f"{name}, high": float(high[i])}
     return values
 
 

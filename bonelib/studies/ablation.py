@@ -12,7 +12,8 @@ from bonelib.core.config import fingerprint
 from bonelib.core.files import write_json
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, frechet_distance, half_interval, precision_recall
+from bonelib.evaluation.metrics import frechet_distance, precision_recall
+from bonelib.evaluation.statistics import half_interval
 from bonelib.latent.models import draw, load_model
 from bonelib.params import Train, Trials, changed, section
 from bonelib.scans.dataset import Stacks, halved
@@ -109,15 +110,16 @@ def against(real: np.ndarray, fake: np.ndarray, patients: list[str], level: floa
     a, b = (((v.reshape(len(v), -1) - mean) @ components.T) / scale for v in (real, fake.astype(np.float32)))
     ring, of_real = closed_rings(fake, level), closed_rings(real, level)
     rng = numpy_rng(seed, "rings")
-    low, high = half_interval(lambda rows: ring[rows].mean(), range(len(ring)), rng=rng, draws=draws)
+    _, low, high, *_ = half_interval(lambda rows: ring[rows].mean(), range(len(ring)), rng=rng, draws=draws)
     rng = numpy_rng(seed, "interval", "trials")
-    enough = len(set(patients)) >= PATIENTS
-    ends = bootstrap_interval(frechet_distance, a, b, patients, rng=rng, draws=draws) if enough else (None, None)
+    distance, *ends = half_interval(
+        lambda i, j: frechet_distance(a[i], b[j]), patients, range(len(b)), rng=rng, draws=draws
+    )[:3]
     precision, recall = precision_recall(a, b)
     return {
         "N": len(fake), "closed rings": float(ring.mean()), "low": low, "high": high,
         "closed rings, real": float(of_real.mean()), "N real": len(real),
-        "Frechet distance": float(frechet_distance(a, b)), "FD low": ends[0], "FD high": ends[1],
+        "Frechet distance": distance, "FD low": ends[0], "FD high": ends[1],
         "precision": precision, "recall": recall,
         "residual": _residual(fake, components, mean), "residual, real": _residual(real, components, mean),
         "relative SD": float(fake.astype(np.float32).std(0).mean() / real.std(0).mean()),

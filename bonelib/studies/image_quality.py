@@ -13,6 +13,7 @@ from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation import metrics
 from bonelib.evaluation.features import cached, scaled
+from bonelib.evaluation.statistics import half_interval
 from bonelib.latent.sampling import setting
 from bonelib.scans.tables import read_table
 
@@ -79,17 +80,14 @@ def table(features: dict[str, dict[str, np.ndarray]], patients: list[str], *, se
                 continue
 
             def values(i, j, real=real, fake=fake, names=names):
-                i, j = i[:, 0].astype(int), j[:, 0].astype(int)
                 return list(scores(real[i], fake[j], names[i], seed).values())
 
-            point = scores(real, fake, names, seed)
-            numbers = np.arange(len(real))[:, None], np.arange(len(fake))[:, None]
             rng = numpy_rng(seed, "interval", family)  # the same halves for every setting
-            ends = metrics.bootstrap_interval(values, *numbers, names, rng=rng, draws=draws)
+            found = half_interval(values, names, range(len(fake)), rng=rng, draws=draws)
             counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other), d=real.shape[1])
-            for metric, low, high in zip(point, *ends, strict=True):
-                found = dict(value=point[metric], low=float(low), high=float(high), real_against_real=reference[metric])
-                rows.append(dict(setting=name, features=family, metric=metric) | found | counts)
+            for metric, value, low, high in zip(reference, *found[:3], strict=True):
+                row = dict(setting=name, features=family, metric=metric, value=value, low=float(low), high=float(high))
+                rows.append(row | dict(real_against_real=reference[metric]) | counts)
     return rows
 
 
@@ -130,9 +128,9 @@ def parity(chances: dict[str, np.ndarray], groups: dict, similar: dict[str, dict
     for name, p in chances.items():
         rng, own = numpy_rng(seed, "inception score interval"), groups.get(name)
         own = np.arange(len(p)) if own is None else own
-        ends = metrics.half_interval(lambda i, p=p: metrics.inception_score(p[i]), own, rng=rng, draws=draws)
-        found = dict(value=metrics.inception_score(p), low=ends[0], high=ends[1], real_against_real=other)
-        rows.append(dict(setting=name, metric="inception score") | found | dict(n=len(p), pairs=None, d=p.shape[1]))
+        found = half_interval(lambda i, p=p: metrics.inception_score(p[i]), own, rng=rng, draws=draws)
+        row = dict(setting=name, metric="inception score", value=found.value, low=found.low, high=found.high)
+        rows.append(row | dict(real_against_real=other, n=len(p), pairs=None, d=p.shape[1]))
     other = similar["other real"]["value"]
     for name, one in similar.items():
         found = {key: one[key] for key in ("value", "low", "high")} | dict(real_against_real=other)
@@ -155,21 +153,19 @@ def truncation_law(
         for wide, narrow in pairs:
 
             def change(i, j, real=sets["real"], both=(sets[wide], sets[narrow])):
-                i, j = i[:, 0].astype(int), j[:, 0].astype(int)  # codes are the same, so that their pairs are kept
-                first, last = (metrics.manifold(real[i], fake[j]) for fake in both)
+                first, last = (metrics.manifold(real[i], fake[j]) for fake in both)  # of the same codes
                 return [last[key] - first[key] for key in ("precision", "recall")]
 
-            numbers = np.arange(len(sets["real"]))[:, None], np.arange(len(sets[wide]))[:, None]
             part = max(6, len(sets["other real"]) // 2)  # as few as neighbours can be counted among
             halves = sets["other real"][:part], sets["other real"][-part:]
             first, last = (metrics.manifold(sets["real"], half) for half in halves)
             rng = numpy_rng(seed, "truncation interval", family)
-            ends = metrics.bootstrap_interval(change, *numbers, names, rng=rng, draws=draws)
+            found = half_interval(change, names, range(len(sets[wide])), rng=rng, draws=draws)
             signs = {"precision": 1, "recall": -1}
-            for (metric, sign), value, low, high in zip(signs.items(), change(*numbers), *ends, strict=True):
+            for (metric, sign), value, low, high in zip(signs.items(), *found[:3], strict=True):
                 what = dict(settings=f"{wide} to {narrow}", features=family, metric=metric, change=value)
                 ends = dict(low=float(low), high=float(high), real_against_real=last[metric] - first[metric])
-                counts = dict(n_real=len(numbers[0]), n_fake=len(numbers[1]), d=sets["real"].shape[1])
+                counts = dict(n_real=len(names), n_fake=len(sets[wide]), d=sets["real"].shape[1])
                 rows.append(what | ends | dict(as_published=bool(value * sign > 0)) | counts)
     return rows
 
@@ -213,8 +209,12 @@ def overlaps(sets: dict[str, np.ndarray], patients, *, seed: int, draws: int) ->
     for name, points in sets.items():
         if name not in ("real", "other real"):
             rng = numpy_rng(seed, "overlap interval")
-            low, high = metrics.bootstrap_interval(ellipse_overlap, sets["real"], points, names, rng=rng, draws=draws)
-            row = dict(setting=name, value=ellipse_overlap(sets["real"], points), low=low, high=high)
+
+            def overlap(i, j, real=sets["real"], points=points):
+                return ellipse_overlap(real[i], points[j])
+
+            found = half_interval(overlap, names, range(len(points)), rng=rng, draws=draws)
+            row = dict(setting=name, value=found.value, low=found.low, high=found.high)
             rows.append(row | dict(real_against_real=reference, n_real=len(names), n_fake=len(points), d=2))
     return rows
 

@@ -14,7 +14,7 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation import features, metrics
 from bonelib.evaluation.contours import BONE, smoothed
 from bonelib.evaluation.features import scaled
-from bonelib.evaluation.morphometry import loop_count
+from bonelib.evaluation.morphometry import connectivity as loops
 from bonelib.latent.models import calibrated
 from bonelib.scans.preprocessing import to_unit
 from bonelib.scans.volumes import Volume
@@ -82,7 +82,7 @@ def _distances(a, b):
 
 def connectivity(volume: Volume, interior: np.ndarray) -> float:
     """Loops of the largest piece of bone in a mask, per mm3 of it: the connectivity density."""
-    return loop_count((smoothed(volume) > BONE) & interior) / float(interior.sum() * np.prod(volume.spacing))
+    return loops((smoothed(volume) > BONE) & interior) / float(interior.sum() * np.prod(volume.spacing))
 
 
 def spoiled(values: np.ndarray, data: dict, number: int, strengths: tuple, grading_dir, seed: int) -> list[dict]:

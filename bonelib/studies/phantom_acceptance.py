@@ -8,11 +8,11 @@ tolerance, the tolerance is this project's judgement.
 import numpy as np
 
 from bonelib.core.random import numpy_rng
+from bonelib.evaluation.statistics import patient_interval
 from bonelib.scans.phantom.scanner import NATIVE_MM
 from bonelib.studies.noise_texture import NOISE_SD
 from bonelib.studies.phantom_validation import MEAN_SDS, PAIR_R, SEGMENTED, SPONGY, off_curve
 
-DRAWS = 1000  # of patients, for an interval
 LEAST = 3  # patients; of fewer nothing is said
 OLD = 60.0  # years, from which on women stand for those of 70
 BAD_AGE = 65.0  # years, from which on motion is commoner
@@ -77,9 +77,9 @@ def line(row: int, quantity: str, values, least=-np.inf, most=np.inf, *, of=np.m
         return _line(row, quantity, len(names), "", "", "", least, most)
     ends = ("", "")
     if of not in (min, max):
-        rng, members = numpy_rng(0, "acceptance", quantity), [np.flatnonzero(patients == name) for name in names]
-        draws = [np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))]) for _ in range(DRAWS)]
-        ends = (float(end) for end in np.quantile([of(values[draw]) for draw in draws], (0.025, 0.975)))
+        rng = numpy_rng(0, "acceptance", quantity)
+        found = patient_interval(lambda rows: of(values[rows]), patients, rng=rng)
+        ends = float(found.low), float(found.high)
     return _line(row, quantity, len(names), float(of(values)), *ends, least, most)
 
 

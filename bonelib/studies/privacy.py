@@ -17,7 +17,7 @@ from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import features
 from bonelib.evaluation.features import standardised
-from bonelib.evaluation.metrics import auc, tpr_at
+from bonelib.evaluation.statistics import auc, patient_interval, tpr_at
 from bonelib.networks import build_critic
 from bonelib.networks.critic import Critic
 from bonelib.params import Train, section
@@ -45,13 +45,15 @@ def attack(members: np.ndarray, others: np.ndarray, *, seed: int, draws: int, le
     others. The highest of few others is a matter of luck that resampling them underrates: the interval of the TPR then
     lies too high, and `by chance` is what counts.
     """
-    rng, values = numpy_rng(seed, "attack interval"), []
-    for _ in range(draws):
-        m, o = (s[rng.integers(len(s), size=len(s))] for s in (members, others))
-        values.append((auc(m, o), tpr_at(m, o, FPR)))
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    found = {"AUC": auc(members, others), "AUC low": float(low[0]), "AUC high": float(high[0])}
-    found |= {"TPR": tpr_at(members, others, FPR), "TPR low": float(low[1]), "TPR high": float(high[1])}
+
+    def rates(i, j):
+        return auc(members[i], others[j]), tpr_at(members[i], others[j], FPR)
+
+    groups = range(len(members)), range(len(others))
+    ends = patient_interval(rates, *groups, rng=numpy_rng(seed, "attack interval"), draws=draws, level=level)
+    found = {}
+    for name, value, low, high in zip(("AUC", "TPR"), *ends[:3], strict=True):
+        found |= {name: value, f"{name} low": float(low), f"{name} high": float(high)}
     return found | {"by chance": chance(members, others)} | dict(n_members=len(members), n_others=len(others))
 
 

@@ -1,18 +1,20 @@
 """Expert ratings: a blinded key, agreement of raters, and scores that are held against them (section 4.5, Figure 8).
 
-A rating is 1 (best) to 5. Statistics work along the last axes of their arrays, so that all draws of a bootstrap are
-one call.
+A rating is 1 (best) to 5.
 """
 
 import html
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scipy import integrate, optimize, stats
+from scipy import optimize, stats
+from sklearn.metrics import cohen_kappa_score
 
 from bonelib import InputError
 from bonelib.core.random import numpy_rng
+from bonelib.evaluation.statistics import patient_draws, quantiles
 from bonelib.scans.tables import read_table
 
 LEVELS = 5
@@ -93,58 +95,46 @@ def matrices(ratings: list[dict], items: int) -> tuple[list[str], np.ndarray, np
     return raters, scores[0], scores[1]
 
 
-def weighted_kappa(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cohen's kappa with quadratic weights of ratings (..., n) and (..., n): Cohen 1968. NaN where nothing varies.
-
-    1 - E(a - b)^2 over samples / E(a - b)^2 over all pairs of ratings.
-    """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    chance = a.var(-1) + b.var(-1) + (a.mean(-1) - b.mean(-1)) ** 2
-    return 1 - _ratio(np.mean((a - b) ** 2, -1), chance)
+def weighted_kappa(a: np.ndarray, b: np.ndarray) -> float:
+    """Cohen's kappa with quadratic weights of ratings (n,) and (n,): Cohen 1968. NaN where nothing varies."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scikit-learn, that nothing varies
+        return float(cohen_kappa_score(a.astype(int), b.astype(int), weights="quadratic"))
 
 
-def icc(scores: np.ndarray) -> np.ndarray:
-    """ICC(2,1), absolute agreement of single ratings by random raters, of scores (..., raters, n).
+def icc(scores: np.ndarray) -> float:
+    """ICC(2,1), absolute agreement of single ratings by random raters, of scores (raters, n).
 
     (MSR - MSE) / (MSR + (k - 1) MSE + k (MSC - MSE) / n): Shrout and Fleiss 1979. NaN where nothing varies.
     """
-    scores = np.asarray(scores, float)
-    k, n = scores.shape[-2:]
-    mean = scores.mean((-2, -1), keepdims=True)
-    sample, rater = scores.mean(-2, keepdims=True), scores.mean(-1, keepdims=True)
-    msr = k * ((sample - mean) ** 2).sum((-2, -1)) / (n - 1)
-    msc = n * ((rater - mean) ** 2).sum((-2, -1)) / (k - 1)
-    mse = ((scores - sample - rater + mean) ** 2).sum((-2, -1)) / ((n - 1) * (k - 1))
-    return _ratio(msr - mse, msr + (k - 1) * mse + k * (msc - mse) / n)
+    k, n = scores.shape
+    mean, sample, rater = scores.mean(), scores.mean(0, keepdims=True), scores.mean(1, keepdims=True)
+    msr = k * ((sample - mean) ** 2).sum() / (n - 1)
+    msc = n * ((rater - mean) ** 2).sum() / (k - 1)
+    mse = ((scores - sample - rater + mean) ** 2).sum() / ((n - 1) * (k - 1))
+    below = msr + (k - 1) * mse + k * (msc - mse) / n
+    return float((msr - mse) / below) if below > 1e-12 else np.nan
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rank correlation of (..., n) and (..., n), ties at their mean rank. NaN where nothing varies."""
-    a, b = (stats.rankdata(x, axis=-1) for x in (a, b))
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    return _ratio((a * b).sum(-1), np.sqrt((a**2).sum(-1) * (b**2).sum(-1)))
-
-
-def _ratio(above, below):
-    return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=np.asarray(below) > 1e-12)
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of (n,) and (n,), ties at their mean rank. NaN where nothing varies."""
+    return float(stats.spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else np.nan
 
 
 def estimate(statistic: Callable, *values: np.ndarray, rng: np.random.Generator, draws: int = 1000) -> dict:
     """`statistic` of `values` (..., n) with its 95 % interval: value, low, high, N.
 
-    The bootstrap resamples the last axis, on which samples are independent: of real bones one a patient. Its
-    quantiles are taken of the draws in which the statistic exists.
+    The bootstrap resamples the last axis, on which samples are independent: of real bones one a patient. No interval
+    for fewer than four samples, or where the statistic exists in fewer than half of the draws.
     """
     n = values[0].shape[-1]
     value = float(statistic(*values)) if n > 1 else np.nan
     if not np.isfinite(value):
         return dict(value=None, low=None, high=None, N=n)
-    drawn = rng.integers(n, size=(draws, n))
-    resampled = statistic(*(np.moveaxis(v[..., drawn], -2, 0) for v in values))
-    known = resampled[np.isfinite(resampled)]
-    if n < LEAST or len(known) < draws / 2:
+    some = patient_draws(lambda i: statistic(*(v[..., i] for v in values)), range(n), rng=rng, draws=draws)
+    if n < LEAST or np.isfinite(some).sum() < draws / 2:
         return dict(value=value, low=None, high=None, N=n)
-    low, high = np.quantile(known, [0.025, 0.975])
+    low, high = quantiles(some)
     return dict(value=value, low=float(low), high=float(high), N=n)
 
 
@@ -178,118 +168,18 @@ def study(
     return rows
 
 
-# A study of raters who are simulated, whose agreement and correlation are planted and therefore known
-
-
-def simulated(rng: np.random.Generator, n: int, repeats: int, *, rho: float, agreement: float, repeatability: float):
-    """Two simulated raters and a score: (first (2, n), again (2, n), score (n,)).
-
-    Every sample has a visible badness from N(0, 1), with which the score correlates by -`rho`. What a rater perceives
-    correlates with it so that two raters correlate by `agreement`, and with what the same rater perceives on another
-    day by `repeatability`. It is cut into five ratings, a fifth of all samples each. All but the first `repeats`
-    samples are NaN in `again`.
-    """
-    badness, taste, noise = rng.standard_normal(n), rng.standard_normal((2, n)), rng.standard_normal((2, 2, n))
-    score = -rho * badness + np.sqrt(1 - rho**2) * rng.standard_normal(n)
-    kept = np.sqrt(agreement) * badness + np.sqrt(repeatability - agreement) * taste
-    first, again = 1.0 + np.searchsorted(_cuts(), kept + np.sqrt(1 - repeatability) * noise)
-    again[:, repeats:] = np.nan
-    return first, again, score
-
-
-def planted(*, rho: float, agreement: float, repeatability: float) -> dict[str, float]:
-    """What `study` estimates of `simulated` raters, in the limit of many samples; by integrals, not by simulation.
-
-    With equal marginals ICC(2,1) and quadratic kappa are both the correlation of the ratings (Fleiss and Cohen 1973).
-    """
-    between, within = _rating_correlation(agreement), _rating_correlation(repeatability)
-    return {
-        "weighted kappa between raters": between,
-        "ICC(2,1) between raters": between,
-        "weighted kappa of repeats": within,
-        "Spearman, realism simulated": _rank_correlation(-rho * np.sqrt(agreement)),
-    }
-
-
-def recovery(studies: int, n: int, repeats: int, *, seed: int, draws: int, **how: float) -> list[dict]:
-    """Many `simulated` studies, analysed by `study`: does it find what was `planted`?
-
-    Rows: quantity, planted, mean of the estimates, share of the 95 % intervals that hold the planted value, the number
-    of studies with an estimate, and N, the samples of a study's estimate. Of the raters the first one's rows count, so
-    that every study gives one value.
-    """
-    truth, found = planted(**how), {}
-    for i in range(studies):
-        first, again, score = simulated(numpy_rng(seed, "simulated raters", i), n, repeats, **how)
-        rows = study(["1", "2"], first, again, {"simulated": score}, seed=seed + i, draws=draws)
-        for row in rows:
-            if row["of"] != "2" and row["low"] is not None:
-                found.setdefault(row["quantity"], []).append(row)
-    return [
-        {
-            "quantity": name,
-            "planted": truth[name],
-            "mean estimate": float(np.mean([row["value"] for row in rows])),
-            "intervals that hold it": float(np.mean([row["low"] <= truth[name] <= row["high"] for row in rows])),
-            "studies": len(rows),
-            "N": rows[0]["N"],
-        }
-        for name, rows in found.items()
-    ]
-
-
-def _cuts():
-    return stats.norm.ppf(np.arange(1, LEVELS) / LEVELS)
-
-
-def _integral(at):
-    """Of `at`(y) over the standard normal density of y, between the cuts."""
-    edges = [-8, *_cuts(), 8]
-    parts = [
-        integrate.quad(lambda y: stats.norm.pdf(y) * at(y), *ends)[0] for ends in zip(edges, edges[1:], strict=False)
-    ]
-    return np.array(parts)
-
-
-def _rating_correlation(r):
-    """Of two ratings cut from normal variables that correlate by `r`."""
-    if r >= 1:
-        return 1.0
-    cuts, slope, spread = _cuts(), r, np.sqrt(1 - r**2)
-    # The expected rating given the other variable, then its mean over each interval of that one
-    given = _integral(lambda y: 1 + stats.norm.sf(cuts, slope * y, spread).sum())
-    levels = np.arange(1, LEVELS + 1)
-    return float((levels @ given - levels.mean() ** 2) / levels.var())
-
-
-def _rank_correlation(r):
-    """Spearman's, with mean ranks, of a normal variable and a rating cut from one that correlates by `r` with it."""
-    given = _integral(lambda y: stats.norm.cdf(r * y / np.sqrt(2 - r**2)))  # E(rank of x | y)
-    ranks = (np.arange(LEVELS) + 0.5) / LEVELS
-    return float((ranks @ given - 0.25) / np.sqrt(ranks.var() / 12))
-
-
-# Real samples of known degradation calibrate a score
-
-
 def calibration(scores: np.ndarray, *, seed: int, draws: int) -> list[dict]:
     """How a score falls along the levels of a degradation: `scores` (patients, levels), level 0 untouched.
 
     Rows: level, mean score with its 95 % interval over patients, N, and in the first row `spearman`, between score and
     level within a patient, averaged over patients, with its interval.
     """
-    levels = np.arange(scores.shape[1])
-
-    def follows(values):  # (..., levels, patients)
-        by_patient = np.moveaxis(values, -2, -1)
-        return spearman(by_patient, np.broadcast_to(levels, by_patient.shape)).mean(-1)
-
-    rng = numpy_rng(seed, "calibration")
+    rng, levels = numpy_rng(seed, "calibration"), np.arange(scores.shape[1])
     rows = []
     for level in levels:
-        found = estimate(lambda x: x.mean(-1), scores[:, level], rng=rng, draws=draws)
-        rows.append({"level": int(level)} | found)
-    found = estimate(follows, scores.T, rng=rng, draws=draws)
+        rows.append({"level": int(level)} | estimate(np.mean, scores[:, level], rng=rng, draws=draws))
+    follows = np.array([spearman(of_patient, levels) for of_patient in scores])
+    found = estimate(np.mean, follows, rng=rng, draws=draws)
     rows[0] |= {"spearman": found["value"], "spearman low": found["low"], "spearman high": found["high"]}
     return rows
 

@@ -8,6 +8,7 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.similarity import psnr, ssim
+from bonelib.evaluation.statistics import patient_mean
 from bonelib.scans.volumes import Volume
 
 SHOWN = ("Tt.Ar", "Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
@@ -33,18 +34,6 @@ def recognised(real: np.ndarray, drawn: np.ndarray, patients: list[str], *, own:
         np.fill_diagonal(squared, np.inf)
     patients = np.asarray(patients)
     return (patients[squared.argmin(1)] == patients).astype(float)
-
-
-def mean_interval(values, patients: list[str], *, rng: np.random.Generator, draws: int) -> tuple[float, float, float]:
-    """The mean over patients of their means, and its 95 % interval with patients resampled. NaN is left out."""
-    values, names = np.asarray(values, float), np.asarray(patients)
-    known = np.isfinite(values)
-    by_patient = np.array([values[(names == name) & known].mean() for name in np.unique(names[known])])
-    if not len(by_patient):
-        return (np.nan,) * 3
-    picks = rng.integers(len(by_patient), size=(draws, len(by_patient)))
-    low, high = np.quantile(by_patient[picks].mean(1), [0.025, 0.975])
-    return float(by_patient.mean()), float(low), float(high)
 
 
 def compare(
@@ -73,7 +62,7 @@ def compare(
         }
         for name, values in found.items():
             rng = numpy_rng(seed, "reconstruction", name)  # the same patients for every method
-            value, low, high = mean_interval(values, patients, rng=rng, draws=draws)
+            value, low, high, *_ = patient_mean(values, patients, rng=rng, draws=draws)
             counts = dict(N=len(values), patients=len(set(patients)))
             rows.append(dict(method=method, measure=name, value=value, low=low, high=high) | counts)
     return rows
@@ -96,7 +85,7 @@ def attribute_errors(
             true, seen = (np.array([t.get(name, np.nan) for t in found[g]]) for g in ("real", method))
             error, rng = seen - true, numpy_rng(seed, "attribute error", name)
             known = np.isfinite(error)
-            size, low, high = mean_interval(np.abs(error), patients, rng=rng, draws=draws)
+            size, low, high, *_ = patient_mean(np.abs(error), patients, rng=rng, draws=draws)
             row = {
                 "method": method,
                 "attribute": name,

@@ -19,7 +19,8 @@ from bonelib import InputError
 from bonelib.core.files import digest, write_json
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
-from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, kernel_distance
+from bonelib.evaluation.metrics import kernel_distance
+from bonelib.evaluation.statistics import half_interval
 from bonelib.latent.models import Model, draw
 from bonelib.networks import build_generator
 from bonelib.params import Train, check_file, section
@@ -66,12 +67,15 @@ def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
     mean, sd = sets[1].mean(axis=0), sets[1].std(axis=0) + 1e-9  # so that no feature rules by its unit
     a, c, *found = [(features - mean) / sd for features in sets]
     patients = [row["patient"] for row in rows]
-    enough = len(set(patients)) >= PATIENTS
     table = []
     for seen, b in zip(drawn, found, strict=True):
         rng = numpy_rng(seed, "interval", "candidates")
-        ends = bootstrap_interval(kernel_distance, a, b, patients, rng=rng, draws=how.draws) if enough else (None,) * 2
-        values = (seen, False, kernel_distance(a, b), *ends, kernel_distance(a, c), len(a), len(set(patients)), len(b))
+
+        def distance(i, j, b=b):
+            return kernel_distance(a[i], b[j])
+
+        ends = half_interval(distance, patients, range(len(b)), rng=rng, draws=how.draws)[:3]
+        values = (seen, False, *ends, kernel_distance(a, c), len(a), len(set(patients)), len(b))
         table.append(dict(zip(TABLE, values, strict=True)))
     best = min(table, key=lambda row: row[NAME])
     best["chosen"] = True

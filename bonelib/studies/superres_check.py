@@ -8,6 +8,7 @@ from bonelib.core.parallel import workers
 from bonelib.core.pyramid import haar
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.statistics import patient_interval
 from bonelib.scans.volumes import Volume
 
 SHOWN = ("Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "DA", "Conn.D", "Ct.BMD", "Ct.Th")
@@ -31,14 +32,16 @@ def traits(real: list[Volume], others: dict[str, list[Volume]], *, seed: int, dr
         row = {"trait": trait, "N": len(kept), "real": values["real"].mean()}
         for name in others:
             rng = numpy_rng(seed, "detail interval", trait, name)
-            picks = rng.integers(len(kept), size=(draws, len(kept)))
-            relative = [_relative(values[name][p], values["real"][p]) for p in picks]
-            low, high = np.quantile(relative, [0.025, 0.975])
+
+            def relative(rows, theirs=values[name], real=values["real"]):
+                return _relative(theirs[rows], real[rows])
+
+            change = patient_interval(relative, range(len(kept)), rng=rng, draws=draws)
             row |= {
                 name: values[name].mean(),
-                f"{name}, difference %": _relative(values[name], values["real"]),
-                f"{name}, low": low,
-                f"{name}, high": high,
+                f"{name}, difference %": change.value,
+                f"{name}, low": change.low,
+                f"{name}, high": change.high,
                 f"{name}, r": float(np.corrcoef(values[name], values["real"])[0, 1]) if len(kept) > 2 else None,
             }
         rows.append(row)

@@ -8,8 +8,9 @@ from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import closed_slices, contours, dilated, eroded
 from bonelib.evaluation.features import standardised
-from bonelib.evaluation.metrics import PATIENTS, bootstrap_interval, half_interval, pair_mean, stamps
+from bonelib.evaluation.metrics import fixed_pattern_correlation
 from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.statistics import FEWEST, half_interval, pair_mean
 from bonelib.scans.volumes import Volume
 
 CLOSED = "closed slices"
@@ -72,8 +73,9 @@ def summary(
 ) -> dict[str, dict[str, float | int | None]]:
     """What the ruler says of a group: {quantity: value, low, high, n}, the interval by halves of `groups` (patients).
 
-    Shares with contours and of closed slices, stamp, mean and SD of the traits. The stamp (`metrics.stamps`, of
-    different patients) is None where no two interiors share voxels, and so are traits that nothing has.
+    Shares with contours and of closed slices, stamp, mean and SD of the traits. The stamp
+    (`metrics.fixed_pattern_correlation`, of different patients) is None where no two interiors share voxels, and
+    so are traits that nothing has.
     """
     groups = np.asarray(groups)
     here = np.array([result is not None for result in found])
@@ -82,8 +84,11 @@ def summary(
     inside, owners, rng = [result["interior"] for result in found if result], groups[here], numpy_rng(seed, "stamps")
     first, second, pairs = np.zeros(0, int), np.zeros(0, int), np.zeros(0)
     if len(values) > 1:
-        first, second, pairs = stamps(np.stack(values), np.stack(inside), groups=owners, sigma=1.5, seed=seed)
-    out["stamp"] = pair_mean(first, second, pairs, owners, rng=rng, draws=draws)
+        first, second, pairs = fixed_pattern_correlation(
+            np.stack(values), np.stack(inside), groups=owners, sigma=1.5, seed=seed
+        )
+    alike = pair_mean(pairs, np.stack([owners[first], owners[second]], 1), rng=rng, draws=draws)
+    out["stamp"] = dict(value=alike.value, low=alike.low, high=alike.high, n=len(owners))
     for key in (CLOSED, *TRAITS):
         traits = np.array([np.nan if result is None else result["traits"][key] for result in found], float)
         out[key] = _of(traits, groups, np.mean, seed, draws)
@@ -95,8 +100,10 @@ def _of(values, groups, statistic, seed, draws):
     """A statistic of the finite values, its interval and N."""
     kept = np.isfinite(values)
     values, groups, rng = values[kept], groups[kept], numpy_rng(seed, "summary interval")
-    low, high = half_interval(lambda rows: float(statistic(values[rows])), groups, rng=rng, draws=draws)
-    return dict(value=float(statistic(values)) if len(values) else None, low=low, high=high, n=len(values))
+    if not len(values):
+        return dict(value=None, low=None, high=None, n=0)
+    found = half_interval(lambda rows: float(statistic(values[rows])), groups, rng=rng, draws=draws)
+    return dict(value=found.value, low=found.low, high=found.high, n=len(values))
 
 
 def side_by_side(findings: dict[str, dict]) -> list[dict]:
@@ -155,16 +162,20 @@ def trait_distances(groups: dict[str, list[dict | None]], patients: list[str], *
     sets = {name: matrix(found) for name, found in groups.items()}
     (real, kept), rows = sets["real"], []
     names, enough = np.asarray(patients)[kept], {k: v for k, (v, _) in sets.items() if len(v) >= 4}
-    if "real" not in enough or "other real" not in enough or len(set(names)) < PATIENTS:
+    if "real" not in enough or "other real" not in enough or len(set(names)) < FEWEST:
         return []
     reference = _distances(real, enough["other real"])
     for group, values in enough.items():
         if group in ("real", "other real"):
             continue
         rng = numpy_rng(seed, "trait interval")
-        low, high = bootstrap_interval(_distances, real, values, names, rng=rng, draws=draws)
+
+        def distances(i, j, values=values):
+            return _distances(real[i], values[j])
+
+        found = half_interval(distances, names, range(len(values)), rng=rng, draws=draws)
         for i, trait in enumerate((*TRAITS, "correlations")):
-            ends = dict(value=_distances(real, values)[i], low=float(low[i]), high=float(high[i]))
+            ends = dict(value=found.value[i], low=float(found.low[i]), high=float(found.high[i]))
             row = dict(setting=group, trait=trait) | ends | dict(real_against_real=reference[i])
             rows.append(row | dict(n_real=len(real), n_fake=len(values), n_other=len(enough["other real"]), d=1))
     return rows
@@ -194,12 +205,16 @@ def spectral_distances(
         for group, (values, _) in sets.items():
             for line, power in zip(curves, values.mean(axis=0) if len(values) else [np.nan] * BINS, strict=True):
                 line[f"{region}, {group}"] = float(power)
-            small = min(len(values), len(sets["other real"][0])) < 4 or len(set(names)) < PATIENTS
+            small = min(len(values), len(sets["other real"][0])) < 4 or len(set(names)) < FEWEST
             if small or group in ("real", "other real"):
                 continue
             rng = numpy_rng(seed, "spectrum interval", region)
-            low, high = bootstrap_interval(_gap, real, values, names, rng=rng, draws=draws)
-            found = dict(value=_gap(real, values), low=low, high=high)
+
+            def gap(i, j, real=real, values=values):
+                return _gap(real[i], values[j])
+
+            found = half_interval(gap, names, range(len(values)), rng=rng, draws=draws)
+            found = dict(value=found.value, low=found.low, high=found.high)
             found |= dict(real_against_real=_gap(real, sets["other real"][0]))
             counts = dict(n_real=len(real), n_fake=len(values), n_other=len(sets["other real"][0]), d=BINS)
             rows.append(dict(setting=group, region=region) | found | counts)
