@@ -1,6 +1,7 @@
 """The house rules of environment, notebooks and stages, and the whole pipeline at its smallest size."""
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -180,6 +181,30 @@ def copy_of_the_repository(folder):
     return folder
 
 
+def set_value(params, path, value):
+    """Set `a__b__c` of params.yaml; anchors are written out, so that nothing else follows it."""
+    values = yaml.safe_load(params.read_text())
+    *parents, last = path.split("__")
+    part = values = json.loads(json.dumps(values))
+    for key in parents:
+        part = part[key]
+    part[last] = value
+    params.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+@contextlib.contextmanager
+def edited(folder, **values):
+    """The folder with other values in its params.yaml, for as long as the block lasts."""
+    params = folder / "params.yaml"
+    before = params.read_text()
+    try:
+        for path, value in values.items():
+            set_value(params, path, value)
+        yield
+    finally:
+        params.write_text(before)
+
+
 def environment(folder):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # /bin/sh stays between DVC and a stage, as bash does not, and DVC takes it where $SHELL is not set
@@ -300,17 +325,12 @@ def test_a_changed_key_runs_only_what_depends_on_it(pipeline):
         )
         return set(re.findall(r"Running stage '(\S+)'", done.stdout))
 
-    params = pipeline / "params.yaml"
-    before = params.read_text()
-    try:
-        params.write_text(before.replace("      samples: 12\n", "      samples: 13\n"))
+    with edited(pipeline, profiles__tiny__quality__samples=13):
         assert would_run() == {"image_quality"}
-        params.write_text(before.replace("latent: 32", "latent: 16", 1))
-        assert would_run() == {"train@progan", "select@progan", "trials"}  # what follows is decided by what comes out
-        params.write_text(before.replace("samples: [180000, 360000", "samples: [190000, 360000"))
+    with edited(pipeline, profiles__tiny__train__progan__generator__latent=16):
+        assert would_run() == {"train@progan", "select@progan"}  # what follows is decided by what comes out
+    with edited(pipeline, profiles__paper__train__progan__schedule__samples=[9, 9, 9, 9, 9]):
         assert would_run() == set()
-    finally:
-        params.write_text(before)
 
 
 @pytest.mark.pipeline
@@ -318,13 +338,8 @@ def test_a_bad_scan_ends_with_2_and_leaves_the_earlier_outputs(pipeline, tmp_pat
     scans = tmp_path / "scans"
     scans.mkdir()
     (scans / "sub-a_ses-1.nii.gz").write_bytes(b"not a scan")
-    params = pipeline / "params.yaml"
-    before = params.read_text()
-    try:
-        params.write_text(before.replace("source: bonelib/scans/phantom/cohort.py", f"source: {scans}"))
+    with edited(pipeline, cohort__source=str(scans)):
         done = repro(pipeline)
-    finally:
-        params.write_text(before)
     assert done.returncode == 2
     assert (
         f"{scans / 'sub-a_ses-1.nii.gz'}: not a readable NIfTI file" in done.stderr and "Traceback" not in done.stderr
@@ -386,7 +401,7 @@ def exists(pid):
 def test_a_killed_run_leaves_no_process_and_goes_on(pipeline):
     params = pipeline / "params.yaml"
     before = params.read_text()
-    params.write_text(before.replace("samples: [96, 96]", "samples: [200000, 96]", 1))
+    set_value(params, "profiles__tiny__train__progan__schedule__samples", [200000, 96])
     try:
         run = subprocess.Popen(
             [sys.executable, "-m", "bonelib.repro"],

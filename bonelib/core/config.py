@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,8 +23,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def section(kind: type[Section], values: dict[str, Any], name: str) -> Any:
-    """`values` checked as the section `kind`; `name` stands before the key in an error.
+def section(kind: type[Section], values: dict[str, Any], name: str, file: str = "params.yaml") -> Any:
+    """`values` checked as the section `kind`; `file` and `name` stand before the key in an error.
 
     Raises `InputError` naming the key, what was found and what is accepted (the nearest known key, if unknown).
     """
@@ -32,19 +32,29 @@ def section(kind: type[Section], values: dict[str, Any], name: str) -> Any:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join([name, *(str(part) for part in first["loc"])])
+        # A part with a blank says which class of a union was meant, and is no key
+        loc = [str(part) for part in first["loc"] if not str(part).startswith(" ")]
+        key = ".".join([name, *loc] if name else loc)
         if first["type"] == "extra_forbidden":
-            known = _known_keys(kind, first["loc"][:-1])
-            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0)
-            raise InputError(f"params.yaml: unknown key {key}; did you mean {near[0]!r}?") from None
-        raise InputError(f"params.yaml: {key}: {first['msg']} (found {first['input']!r:.80})") from None
+            near = difflib.get_close_matches(loc[-1], _known_keys(kind, loc[:-1]), 1, 0)
+            raise InputError(f"{file}: unknown key {key}; did you mean {near[0]!r}?") from None
+        says = first["msg"].removeprefix("Value error, ")
+        found = f" (found {first['input']!r:.80})" if loc else ""
+        raise InputError(f"{file}: {f'{key}: ' if key else ''}{says}{found}") from None
 
 
-def _known_keys(kind: type[Section], path: tuple) -> list[str]:
-    for part in path:
-        kind = kind.model_fields[part].annotation
-        kind = next((k for k in getattr(kind, "__args__", ()) if isinstance(k, type)), kind)
-    return list(kind.model_fields)
+def _known_keys(kind: type[Section], path: list[str]) -> list[str]:
+    kinds = [kind]
+    for part in path:  # a part that is no field is a key of a dictionary of sections
+        inner = [s for k in kinds if part in k.model_fields for s in _sections(k.model_fields[part].annotation)]
+        kinds = inner or kinds
+    return [key for k in kinds for key in k.model_fields]
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _sections(inner)]
 
 
 def fingerprint(*parts: Any) -> str:
