@@ -1,10 +1,10 @@
-"""Run one notebook as one stage: `python -m bonelib.nb STAGE SOURCE TARGET [-p NAME VALUE]...`
+"""Run one notebook as one stage: `python -m bonelib.nb STAGE NOTEBOOK OUT`
 
-The notebook sees the parameters that dvc.yaml declares for the stage and no others, so that a forgotten declaration
-fails loudly instead of leaving a stale result.
+The notebook reads and writes below the folder OUT, and sees the parameters that dvc.yaml declares for the stage and no
+others, so that a forgotten declaration fails loudly instead of leaving a stale result. A stage NAME@MODEL has results
+of its own for each model.
 """
 
-import argparse
 import logging
 import os
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bonelib import InputError
-from bonelib.processes import die_with_parent, map_large_blocks
+from bonelib.core.parallel import die_with_parent, map_large_blocks
 
 STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
 
@@ -27,6 +27,24 @@ def stage_params(stage: str) -> dict[str, Any]:
     for profile in values.pop("profiles", {}).values():
         values |= profile
     return values
+
+
+def state_dir(stage: str, out: str) -> str:
+    """Where a stage keeps what a killed run goes on from."""
+    return f"scratch/state/{Path(out).name}/{stage.replace('@', '/')}"
+
+
+def places(stage: str, source: str, out: str) -> dict[str, str]:
+    """What a notebook is told of where it reads and writes: `out` and `to` (the same), figures, metrics and state."""
+    name, model = Path(source).stem, stage.partition("@")[2]
+    label = f"{name}_{model}" if model else name
+    return {
+        "out": out,
+        "to": out,
+        "figure_dir": f"{out}/figures/{name}/{model}".rstrip("/"),
+        "metrics_file": f"{out}/metrics/{label}.json",
+        "state_dir": state_dir(stage, out),
+    } | ({"model": model} if model else {})
 
 
 def root() -> Path:
@@ -66,24 +84,22 @@ def main() -> int:
     # Freed memory is kept (glibc): to give back and fetch again what a feature map takes costs more than to fill it.
     for name, value in (("MALLOC_MMAP_MAX_", 0), ("MALLOC_TRIM_THRESHOLD_", 1 << 33)):
         os.environ.setdefault(name, str(value))
-    cli = argparse.ArgumentParser(description=__doc__)
-    for name in ("stage", "source", "target"):
-        cli.add_argument(name)
-    cli.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    args = cli.parse_args()
-    os.environ[STAGE] = args.target  # nobody is there to move a slider, and links start from here
+    stage, source, out = sys.argv[1:]
+    given = places(stage, source, out)
+    target = f"{out}/notebooks/{Path(given['metrics_file']).stem}.ipynb"
+    os.environ[STAGE] = target  # batch run: no interactive widgets, and links start from here
 
     warnings.filterwarnings("ignore")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of defaults that span lines, and of dictionaries
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    Path(args.target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            args.source,
-            args.target,
-            parameters=stage_params(args.stage) | dict(args.p),
+            source,
+            target,
+            parameters=stage_params(stage) | given,
             cwd=".",
             log_output=False,
             stdout_file=sys.stdout,
@@ -97,10 +113,8 @@ def main() -> int:
         if error.ename == "InputError":
             print(error.evalue, file=sys.stderr)
             return 2
-        print(
-            f"{args.source} failed with {error.ename}: {error.evalue}; the failing cell is marked in {args.target}",
-            file=sys.stderr,
-        )
+        says = f"{source} failed with {error.ename}: {error.evalue}; the failing cell is marked in {target}"
+        print(says, file=sys.stderr)
         return 1
     return 0
 

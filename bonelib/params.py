@@ -1,29 +1,14 @@
 """The sections of params.yaml, typed and frozen; an unknown key is refused with the nearest known one."""
 
-import difflib
-import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from bonelib import InputError
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Voxel = Annotated[float, Field(ge=0.03, le=0.5)]
-Shape = tuple[Count, Count, Count]
-
-
-class Section(BaseModel):
-    """A section of params.yaml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from bonelib.core.config import Count, NotNegative, Positive, Section, Shape, Share, Voxel, section
 
 
 class Calibration(Section):
@@ -76,12 +61,12 @@ class Preprocess(Section):
     """From scans to slice stacks (section 3.1). Shapes are (z, y, x) in voxels of the cohort's grid."""
 
     shape: Shape
-    subsample: Count
-    dct_clip: Positive
-    stack_slices: Count
-    stacks_per_scan: Count
-    held_out: Annotated[float, Field(gt=0, lt=1)]
-    intensity: tuple[float, float]
+    subsample: Count = 1
+    dct_clip: Positive = 1000.0
+    stack_slices: Count = 32
+    stacks_per_scan: Count = 4
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    intensity: tuple[float, float] = (-500.0, 1500.0)
 
     @model_validator(mode="after")
     def _fits(self):
@@ -281,10 +266,10 @@ class Grading(Section):
     blocks: tuple[Count, ...] = (2, 2, 2, 2)
     halvings: Annotated[int, Field(ge=0)] = 0
     folds: Annotated[int, Field(ge=2)] = 5
-    depth: Count
-    samples: Count
-    batch: Count
-    rate: Positive
+    depth: Count = 32
+    samples: Count = 30_000
+    batch: Count = 8
+    rate: Positive = 1e-3
     decay: Annotated[float, Field(ge=0)] = 0.05
     mirror: bool = True
     augment: Augment | None = None
@@ -298,6 +283,9 @@ class Grading(Section):
         return self
 
 
+TRUNCATION = {"progan": 1.8, "stylegan": 0.8}  # Table 1: bound of the normal distribution; share of the way to w
+
+
 class Quality(Section):
     """How image quality is measured: `samples` of each model and setting, of which the first `measured` by the ruler.
 
@@ -307,13 +295,13 @@ class Quality(Section):
     compared by MS-SSIM; `inception` and `medicalnet` are files of weights, looked for in the usual cache if null.
     """
 
-    samples: Annotated[int, Field(ge=8)]
-    measured: Annotated[int, Field(ge=2)] = 24
-    untruncated: dict[str, Positive] = {}
-    truncation: dict[str, Positive] = {}
-    sweep: dict[str, tuple[Positive, ...]] = {}
-    draws: Annotated[int, Field(ge=2)] = 200
-    pairs: Count = 60
+    samples: Annotated[int, Field(ge=8)] = 1000
+    measured: Annotated[int, Field(ge=2)] = 200
+    untruncated: dict[str, Positive] = {"progan": 5.0, "stylegan": 1.0}
+    truncation: dict[str, Positive] = TRUNCATION
+    sweep: dict[str, tuple[Positive, ...]] = {"progan": (2.6, 1.8, 1.0, 0.2), "stylegan": (1.0, 0.7, 0.4, 0.1)}
+    draws: Annotated[int, Field(ge=2)] = 1000
+    pairs: Count = 1000
     inception: str | None = None
     medicalnet: str | None = None
 
@@ -331,19 +319,19 @@ class Transition(Section):
     """
 
     weights: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    low: Share = 0.33
-    pairs: Count
+    low: Share = 0.25
+    pairs: Count = 200
     tolerance: Annotated[float, Field(ge=0)] = 0.1
     closed: Share = 0.5
     scans: Count = 60
     ring: Share = 0.8
-    samples: Annotated[int, Field(ge=20)]
-    truncation: dict[str, Positive] = {}
-    frames: Annotated[int, Field(ge=3)] = 12
-    points: Annotated[int, Field(ge=3)] = 33
-    geodesics: Count
-    geodesic_points: Annotated[int, Field(ge=3)] = 13
-    steps: Count = 40
+    samples: Annotated[int, Field(ge=20)] = 2000
+    truncation: dict[str, Positive] = TRUNCATION
+    frames: Annotated[int, Field(ge=3)] = 48
+    points: Annotated[int, Field(ge=3)] = 65
+    geodesics: Count = 16
+    geodesic_points: Annotated[int, Field(ge=3)] = 17
+    steps: Count = 100
     draws: Count = 1000
 
     @field_validator("weights")
@@ -365,10 +353,10 @@ class Mixing(Section):
 
     crossings: tuple[Count, ...] = (3, 7, 12)
     of: Count = 15
-    extreme: Share = 0.33
-    pairs: Count
-    swaps: Count
-    twins: Annotated[int, Field(ge=2)]
+    extreme: Share = 0.25
+    pairs: Count = 100
+    swaps: Count = 100
+    twins: Annotated[int, Field(ge=2)] = 50
     mineral: Positive = 0.8
     draws: Count = 1000
 
@@ -384,21 +372,21 @@ class Editing(Section):
     for `epochs`; curvature is taken at `points`, over `tangents` directions. `draws` are those of the intervals.
     """
 
-    scans: Count
+    scans: Count = 400
     closed: Share = 0.8
-    samples: Annotated[int, Field(ge=20)]
-    truncation: dict[str, Positive] = {}
-    codes: Annotated[int, Field(ge=4)]
+    samples: Annotated[int, Field(ge=20)] = 2000
+    truncation: dict[str, Positive] = TRUNCATION
+    codes: Annotated[int, Field(ge=4)] = 100
     step: Positive = 1.0
     alpha: Positive = 4.0
     alphas: tuple[Positive, ...] = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
-    targets: Count
+    targets: Count = 200
     impossible: Count = 20
-    verified: Count
+    verified: Count = 100
     shut: Share = 0.5
-    tries: Count
-    epochs: Count
-    points: Count
+    tries: Count = 40
+    epochs: Count = 150
+    points: Count = 1000
     tangents: Count = 512
     draws: Count = 1000
 
@@ -419,8 +407,8 @@ class EncoderTraining(Section):
     norm: Literal["none", "instance"] = "none"
     pairs: Literal["real", "sampled"] = "real"
     truncation: Positive | None = None
-    samples: Count
-    batch: Count
+    samples: Count = 180_000
+    batch: Count = 3
     optimiser: Literal["adam", "radam"] = "adam"
     rate: Positive = 3e-3
     betas: tuple[Share, Share] = (0.5, 0.9)
@@ -469,40 +457,24 @@ class Inversion(Section):
     refine: Refinement = Refinement()
     tried: Tried | None = None
     held_out_stacks: Count | None = None
-    train_stacks: Annotated[int, Field(ge=0)] = 0
-    measured: Annotated[int, Field(ge=0)] = 0
-    draws: Count = 200
-
-
-class Planted(Section):
-    """What simulated raters are made of (`raters.simulated`): correlations of what they perceive, and of the score."""
-
-    rho: Annotated[float, Field(gt=-1, lt=1)]
-    agreement: Share
-    repeatability: Share
-
-    @model_validator(mode="after")
-    def _order(self):
-        if self.agreement > self.repeatability:
-            raise ValueError(f"agreement {self.agreement} must not exceed repeatability {self.repeatability}")
-        return self
+    train_stacks: Annotated[int, Field(ge=0)] = 1000
+    measured: Annotated[int, Field(ge=0)] = 10
+    draws: Count = 1000
 
 
 class Experts(Section):
     """The rating form: `samples` of a model, `controls` real ones, of a patient each, and `repeats` of all these.
 
-    `reference` real stacks are what the realism score compares with, bones of `degraded` patients calibrate it;
-    `studies` are simulated with what is `planted`; `draws` are those of the intervals.
+    `reference` real stacks are what the realism score compares with, bones of `degraded` patients calibrate it; `draws`
+    are those of the intervals.
     """
 
-    samples: Count
-    controls: Annotated[int, Field(ge=0)]
-    repeats: Annotated[int, Field(ge=0)]
-    reference: Annotated[int, Field(ge=5)]
-    degraded: Annotated[int, Field(ge=4)]
-    planted: Planted
-    studies: Count
-    draws: Count = 1000
+    samples: Count = 64
+    controls: Annotated[int, Field(ge=0)] = 16
+    repeats: Annotated[int, Field(ge=0)] = 16
+    reference: Annotated[int, Field(ge=5)] = 400
+    degraded: Annotated[int, Field(ge=4)] = 32
+    draws: Count = 400
 
 
 class Ladder(Section):
@@ -511,10 +483,10 @@ class Ladder(Section):
     `draws` sets of real stacks say how much a metric varies by itself.
     """
 
-    volumes: Annotated[int, Field(ge=8)]
-    reference: Annotated[int, Field(ge=8)]
-    pool: Annotated[int, Field(ge=8)]
-    draws: Annotated[int, Field(ge=2)] = 20
+    volumes: Annotated[int, Field(ge=8)] = 200
+    reference: Annotated[int, Field(ge=8)] = 400
+    pool: Annotated[int, Field(ge=8)] = 400
+    draws: Annotated[int, Field(ge=2)] = 100
     strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -526,26 +498,29 @@ class Privacy(Section):
     `rate`. `tolerated` is the share of members that may be recognised at 1 % false alarms.
     """
 
-    samples: Annotated[int, Field(ge=4)]
-    members: Annotated[int, Field(ge=4)]
+    samples: Annotated[int, Field(ge=4)] = 1000
+    members: Annotated[int, Field(ge=4)] = 80
     planted: Annotated[int, Field(ge=2)] = 20
-    stacks: Count = 2
+    stacks: Count = 8
     copy_noise: NotNegative = 0.005
     overtraining: Count = 600
     halvings: Annotated[int, Field(ge=0)] = 2
-    steps: Count = 30
+    steps: Count = 300
     rate: Positive = 0.05
     tolerated: Annotated[float, Field(gt=0, lt=1)] = 0.05
     draws: Annotated[int, Field(ge=2)] = 1000
 
 
+TIMED = (128, 128, 128, 64, 32, 16)  # widths of Tables A.2 and A.3
+
+
 class Cost(Section):
     """What is timed: the savings one by one at `stage`, plain and all of them at `stages`; in turns, `rounds` times."""
 
-    generators: dict[str, Generator]
-    critic: CriticNet
-    stage: Count
-    stages: tuple[Count, ...]
+    generators: dict[str, Generator] = {kind: Generator(kind=kind, widths=TIMED) for kind in ("progan", "stylegan")}
+    critic: CriticNet = CriticNet(widths=TIMED)
+    stage: Count = 3
+    stages: tuple[Count, ...] = (1, 2, 3, 4)
     batch: Count = 1
     n_critic: Count = 5
     rounds: Count = 3
@@ -594,60 +569,70 @@ class PhantomCheck(Section):
         return self
 
 
-class Grid(Section):
-    """The voxel size that all scans of a profile must have, in mm."""
+def _which(values: Any) -> str:
+    return (
+        " published" if "published" in (values if isinstance(values, dict) else values.model_fields_set) else " train"
+    )
+
+
+TrainOrPublished = Annotated[
+    Annotated[Train, Tag(" train")] | Annotated[Published, Tag(" published")], Discriminator(_which)
+]
+
+
+class Profile(Section):
+    """All sections of a profile; `voxel_mm` is the voxel size that all scans must have."""
 
     voxel_mm: Voxel
+    phantom: Phantom
+    phantom_check: PhantomCheck
+    preprocess: Preprocess
+    grading: Grading
+    superres: SuperRes
+    train: dict[str, TrainOrPublished]
+    quality: Quality
+    ladder: Ladder
+    privacy: Privacy
+    transition: Transition
+    mixing: Mixing
+    editing: Editing
+    inversion: dict[str, Inversion]
+    cost: Cost
+    trials: Trials
+    experts: Experts
+
+    @model_validator(mode="after")
+    def _depths_agree(self):
+        for name, how in self.train.items():
+            if isinstance(how, Train):
+                reached = 2 ** (len(how.schedule.samples) + 2 * bool(self.superres.samples))
+                if reached != self.preprocess.stack_slices:
+                    says = f"end at {reached} slices, but preprocess.stack_slices is {self.preprocess.stack_slices}"
+                    raise ValueError(f"train.{name}: its stages and the super-resolution {says}")
+        return self
 
 
-PROFILE = {
-    "phantom": Phantom,
-    "preprocess": Preprocess,
-    "grading": Grading,
-    "superres": SuperRes,
-    "train": dict[str, Train],
-    "quality": Quality,
-    "ladder": Ladder,
-    "privacy": Privacy,
-    "transition": Transition,
-    "mixing": Mixing,
-    "editing": Editing,
-    "inversion": dict[str, Inversion],
-    "cost": Cost,
-    "trials": Trials,
-    "experts": Experts,
-    "phantom_check": PhantomCheck,
-}
+class File(Section):
+    """The whole of params.yaml."""
 
+    seed: int
+    profile: str
+    cohort: Cohort
+    models: list[str]
+    profiles: dict[str, Profile]
 
-def section(kind: type[Section], values: dict[str, Any], name: str) -> Any:
-    """`values` checked as the section `kind`; `name` stands before the key in an error.
-
-    Raises `InputError` naming the key, what was found and what is accepted (the nearest known key, if unknown).
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([name, *(str(part) for part in first["loc"])])
-        if first["type"] == "extra_forbidden":
-            known = _known_keys(kind, first["loc"][:-1])
-            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0)
-            raise InputError(f"params.yaml: unknown key {key}; did you mean {near[0]!r}?") from None
-        raise InputError(f"params.yaml: {key}: {first['msg']} (found {first['input']!r:.80})") from None
-
-
-def _known_keys(kind: type[Section], path: tuple) -> list[str]:
-    for part in path:
-        kind = kind.model_fields[part].annotation
-        kind = next((k for k in getattr(kind, "__args__", ()) if isinstance(k, type)), kind)
-    return list(kind.model_fields)
-
-
-def fingerprint(*parts: Any) -> str:
-    """A short hash of plain values and sections: equal if and only if they are equal."""
-    plain = [part.model_dump(mode="json") if isinstance(part, Section) else part for part in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    @model_validator(mode="after")
+    def _choices_exist(self):
+        if self.profile not in self.profiles:
+            raise ValueError(f"profile {self.profile!r} does not exist; accepted are {', '.join(self.profiles)}")
+        known = self.profiles[self.profile].train
+        if missing := [model for model in self.models if model not in known]:
+            has = f"has no {missing[0]!r} in its section train; accepted are {', '.join(known) or 'none yet'}"
+            raise ValueError(f"models: profile {self.profile!r} {has}")
+        if not Path(self.cohort.source).exists():
+            says = f"{self.cohort.source} does not exist; give a folder of scans or bonelib/scans/phantom/cohort.py"
+            raise ValueError(f"cohort.source: {says}")
+        return self
 
 
 def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
@@ -656,52 +641,7 @@ def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    for key in values:
-        if key not in (known := ["seed", "profile", "cohort", "models", "profiles"]):
-            near = difflib.get_close_matches(key, known, 1, 0)
-            raise InputError(f"{path}: unknown key {key}; did you mean {near[0]!r}?")
-    if values["profile"] not in values["profiles"]:
-        raise InputError(
-            f"{path}: profile {values['profile']!r} does not exist; accepted are {', '.join(values['profiles'])}"
-        )
-    known = values["profiles"][values["profile"]].get("train", {})
-    if missing := [model for model in values["models"] if model not in known]:
-        has = f"has no {missing[0]!r} in its section train; accepted are {', '.join(known) or 'none yet'}"
-        raise InputError(f"{path}: models: profile {values['profile']!r} {has}")
-    source = section(Cohort, values["cohort"], "cohort").source
-    if not Path(source).exists():
-        raise InputError(
-            f"{path}: cohort.source: {source} does not exist; give a folder of scans or bonelib/scans/phantom.py"
-        )
-    for name, profile in values["profiles"].items():
-        for key, content in profile.items():
-            where = f"profiles.{name}.{key}"
-            if key == "voxel_mm":
-                section(Grid, {key: content}, f"profiles.{name}")
-                continue
-            if key not in PROFILE:
-                raise InputError(
-                    f"{path}: unknown key {where}; did you mean {difflib.get_close_matches(key, PROFILE, 1, 0)[0]!r}?"
-                )
-            if key == "inversion":
-                for model, values_of_model in content.items():
-                    section(Inversion, values_of_model, f"{where}.{model}")
-                continue
-            if key != "train":
-                section(PROFILE[key], content, where)
-                continue
-            for model, values_of_model in content.items():
-                if "published" in values_of_model:
-                    section(Published, values_of_model, f"{where}.{model}")
-                    continue
-                how = section(Train, values_of_model, f"{where}.{model}")
-                levels = 2 if (profile.get("superres") or {}).get("samples") else 0
-                slices = profile["preprocess"]["stack_slices"]
-                reached = 2 ** (len(how.schedule.samples) + levels)
-                if slices != reached:
-                    ends = f"its stages and the super-resolution end at {reached} slices"
-                    says = f"{ends}, but preprocess.stack_slices is {slices}"
-                    raise InputError(f"{path}: {where}.{model}: {says}")
+    section(File, values, "", str(path))
     return values
 
 

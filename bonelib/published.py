@@ -19,13 +19,13 @@ from pathlib import Path
 import yaml
 
 from bonelib import InputError
+from bonelib.core.files import digest
 from bonelib.latent.models import load_model
 from bonelib.params import Published, Train, section
-from bonelib.training.checkpoint import digest
 
 LARGEST = 16_000_000  # bytes of a file
 FILES = {"config.json", "curves.csv", "candidates.csv"} | {
-    f"{name}.safetensors" for name in ("generator", "critic", "detail", "growth")
+    f"{name}.safetensors" for name in ("generator", "critic", "superres", "growth")
 }
 REMOTE = "published"  # in .dvc/config
 STORE = Path("dvc-store/files/md5")

@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from bonelib import InputError
+from bonelib.core.parallel import THREAD_SETTINGS, die_with_parent
 from bonelib.params import check_file
-from bonelib.processes import THREAD_SETTINGS, die_with_parent
 
 REPRO = ("dvc", "--wait-for-lock", "repro")
 

@@ -11,12 +11,11 @@ import time
 
 import numpy as np
 
+from bonelib.core.parallel import peak_memory
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation import metrics
 from bonelib.evaluation.morphometry import measure
-from bonelib.processes import peak_memory
-from bonelib.randomness import numpy_rng
-from bonelib.scans import scanner
-from bonelib.scans.phantom import make_radius
+from bonelib.scans.phantom import make_radius, scanner
 from bonelib.scans.preprocessing import subsample
 from bonelib.scans.volumes import regrid
 

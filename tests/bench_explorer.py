@@ -26,7 +26,7 @@ from bonelib.evaluation.features import random3d
 from bonelib.latent.models import Model, load_model
 from bonelib.networks import build_generator
 from bonelib.params import Generator
-from bonelib.processes import map_large_blocks
+from bonelib.core.parallel import map_large_blocks
 from bonelib.views import explorer, scenes
 map_large_blocks()  # as `nb.root` has it in every notebook
 Path("kernel.pid").write_text(str(os.getpid()))

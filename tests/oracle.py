@@ -7,8 +7,8 @@ and, for W+, the style layer that carries each of them. `surfaces` are decision 
 import torch
 from torch import Tensor, nn
 
-from bonelib.pyramid import downsample
-from bonelib.randomness import drawn, torch_rng
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import drawn, torch_rng
 
 GRID, SPACING = (4, 36, 28), 0.9712  # voxels (z, y, x) and mm, as the laptop profile's generators draw
 INTENSITY = (-500.0, 1500.0)  # mg HA/cm3 at 0 and at 1

@@ -160,7 +160,7 @@ def by_hand(folder, executed, source, smaller):
     ran, notebook = (nbformat.read(folder / path, 4) for path in (executed, source))
     given = next(c for c in ran.cells if "injected-parameters" in c.metadata.get("tags", []))
     own = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    lines = [line for line in given.source.splitlines() if not line.startswith(("out_dir", "figure_dir", "metrics_"))]
+    lines = [line for line in given.source.splitlines() if not line.startswith(("to ", "figure_dir", "metrics_"))]
     own.source += "\n" + "\n".join([*lines, smaller])
     path = f"notebooks/hand_{source.name}"
     nbformat.write(notebook, folder / path)

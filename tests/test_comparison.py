@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from bonelib.evaluation import comparison
 from bonelib.scans.volumes import Volume
+from bonelib.studies import trait_comparison as comparison
 
 
 def summary(volumes, seed):

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bonelib.evaluation import cost
 from bonelib.params import CriticNet, Generator
+from bonelib.studies import cost
 from bonelib.training import losses
 
 CRITIC = CriticNet(widths=[8, 8, 8], convs=2)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.latent import directions as ds
-from bonelib.randomness import torch_rng
 from tests.oracle import Oracle, surface
 
 

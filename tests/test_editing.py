@@ -6,9 +6,10 @@ import torch
 from scipy import ndimage
 
 from bonelib import InputError
-from bonelib.evaluation import gauge
-from bonelib.latent import editing, sefa
-from bonelib.randomness import torch_rng
+from bonelib.core.random import torch_rng
+from bonelib.evaluation import differentiable as gauge
+from bonelib.latent import attribute_model as editing
+from bonelib.latent import sefa
 from tests.oracle import GRID, INTENSITY, SPACING, TRAITS, Oracle, render
 
 NAMES = ("Tt.Ar", "Tb.BMD", "Ct.BMD", "Ct.Th")

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from bonelib import InputError
-from bonelib.latent import asking, atlas, directions, editing, effects
-from bonelib.randomness import torch_rng
+from bonelib.core.random import torch_rng
+from bonelib.latent import atlas, directions, effects
+from bonelib.latent import attribute_model as editing
+from bonelib.latent import target_search as asking
 from bonelib.scans.volumes import Volume
 from tests.oracle import TRAITS, Oracle
 

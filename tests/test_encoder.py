@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator
 from bonelib.networks.encoder import (
     Encoder,
@@ -15,7 +16,6 @@ from bonelib.networks.encoder import (
 )
 from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.params import CriticNet, Generator
-from bonelib.randomness import torch_rng
 
 SMALL = {
     "progan": Generator(kind="progan", widths=(8, 6, 4), latent=16, padding="replicate", base_convs=1),

@@ -6,9 +6,9 @@ import torch
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation import features, metrics
 from bonelib.networks import resnet
-from bonelib.randomness import numpy_rng
 
 FAMILIES = (features.random3d, features.spectrum)
 GRID = (8, 40, 32)

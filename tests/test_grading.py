@@ -11,8 +11,9 @@ from bonelib.networks.resnet import PlainConv, ResNet
 from bonelib.params import Grading
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.tables import read_table
+from bonelib.studies.motion_grading import confusion, noise_level, noise_scores, scores
 from bonelib.training import grading
-from bonelib.training.grading import above, confusion, load_grader, patient_folds, scans_of, scores, train_grader
+from bonelib.training.grading import above, load_grader, patient_folds, scans_of, train_grader
 
 SMALL = Grading(widths=(8, 8), blocks=(1, 1), folds=2, depth=4, samples=600, batch=10, rate=8e-3, draws=50)
 
@@ -203,12 +204,12 @@ def test_measures_by_hand():
 
 def test_noise_is_measured_beside_motion():
     data = stripes()
-    levels = [grading.noise_level(v) for v in data.volumes[:5]]
+    levels = [noise_level(v) for v in data.volumes[:5]]
     assert levels == pytest.approx([0.01] * 5, rel=0.15)
     rows = [dict(given=g, predicted=g + e, patient=f"p{g}{e}") for g in (1, 4) for e in (0.1, 0.2, 0.3)]
-    found = grading.noise_scores(rows, np.array([1, 2, 3, 7, 8, 9.0]), 1, 20)
+    found = noise_scores(rows, np.array([1, 2, 3, 7, 8, 9.0]), 1, 20)
     assert found[0]["value"] == pytest.approx(1) and found[0]["n_scans"] == 6
-    assert grading.noise_scores(rows[:2], np.ones(2), 1, 9) == []
+    assert noise_scores(rows[:2], np.ones(2), 1, 9) == []
 
 
 def test_the_config_can_be_read_without_the_code(trained):

@@ -6,6 +6,7 @@ import torch
 from oracle import GRID, SPACING, Oracle
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.latent import inversion
 from bonelib.latent.codes import load_codes, mean_code
 from bonelib.latent.models import Model
@@ -13,7 +14,6 @@ from bonelib.networks import build_critic, build_generator
 from bonelib.networks.encoder import LatentDiscriminator, critic_features
 from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.params import CriticNet, EncoderTraining, Generator, Refinement
-from bonelib.randomness import torch_rng
 from bonelib.scans.dataset import Stacks
 from bonelib.training import run
 

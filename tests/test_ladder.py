@@ -5,10 +5,11 @@ import pytest
 from scipy import ndimage
 
 from bonelib import InputError
-from bonelib.evaluation import corruption, ladder
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import BONE
-from bonelib.randomness import numpy_rng
 from bonelib.scans.volumes import Volume
+from bonelib.studies import corruption
+from bonelib.studies import metric_sensitivity as ladder
 
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1)
 

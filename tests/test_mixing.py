@@ -6,9 +6,9 @@ import torch
 from oracle import INTENSITY, TRAITS, Oracle
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.latent import mixing as mx
 from bonelib.params import Preprocess
-from bonelib.randomness import torch_rng
 
 
 @pytest.fixture(scope="module")

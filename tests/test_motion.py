@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bonelib import InputError
-from bonelib.randomness import numpy_rng
-from bonelib.scans.motion import GRADES, Event, coarser, draw_events, motion_measure, moved, spectral_residual
+from bonelib.core.random import numpy_rng
+from bonelib.scans.phantom.motion import GRADES, Event, coarser, draw_events, motion_measure, moved, spectral_residual
 from bonelib.scans.volumes import Volume
 
 MM = 0.1214
@@ -156,8 +156,8 @@ def test_motion_of_a_trajectory_grows_with_its_size():
 def test_memory_stays_near_that_of_the_volumes():
     code = """
 import numpy as np, resource, torch
-from bonelib.randomness import numpy_rng
-from bonelib.scans.motion import moved
+from bonelib.core.random import numpy_rng
+from bonelib.scans.phantom.motion import moved
 from bonelib.scans.volumes import Volume
 v = Volume(np.random.default_rng(1).random((168, 288, 224), np.float32), (.0607,) * 3)
 moved(Volume(v.voxels[:20].copy(), v.spacing), numpy_rng(1, "m"), 5)

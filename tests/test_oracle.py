@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import GRID, INTENSITY, SPACING, TRAITS, Oracle, surface
 
-from bonelib.randomness import torch_rng
+from bonelib.core.random import torch_rng
 
 
 def test_the_volumes_hold_the_attributes():

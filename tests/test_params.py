@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from bonelib import InputError
-from bonelib.params import Train, check_file, fingerprint, section
+from bonelib.core.config import fingerprint
+from bonelib.params import Train, check_file, section
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,14 +7,14 @@ import torch
 from scipy.ndimage import binary_fill_holes, gaussian_filter, label, rotate
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import contours
 from bonelib.evaluation.morphometry import measure
 from bonelib.evaluation.thickness import local_thickness
-from bonelib.randomness import numpy_rng
-from bonelib.scans import anatomy, population, rendering
-from bonelib.scans.phantom import make_cohort, make_radius, sample_patient
-from bonelib.scans.rendering import CORTICAL, OUTSIDE, TRABECULAR, ULNA, draw_visit
-from bonelib.scans.scanner import NATIVE_MM, noise_sd_on_grid, scan
+from bonelib.scans.phantom import anatomy, make_cohort, make_radius, population, rendering
+from bonelib.scans.phantom.population import sample_patient
+from bonelib.scans.phantom.rendering import CORTICAL, OUTSIDE, TRABECULAR, ULNA, draw_visit
+from bonelib.scans.phantom.scanner import NATIVE_MM, noise_sd_on_grid, scan
 from bonelib.scans.volumes import Volume, mirrored, read_volume
 
 COARSE, LAPTOP, FINE = 0.2428, 0.1214, 0.09  # mm

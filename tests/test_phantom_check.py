@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from bonelib import InputError
-from bonelib.evaluation import acceptance, crops
-from bonelib.evaluation import phantom_check as check
-from bonelib.evaluation import phantom_survey as phantoms
-from bonelib.evaluation.attributes import by_patient
-from bonelib.scans.scanner import NATIVE_MM, noise_kernel
+from bonelib.evaluation.cohort_morphometry import by_patient
+from bonelib.scans.phantom.scanner import NATIVE_MM, noise_kernel
 from bonelib.scans.volumes import Volume, read_volume
+from bonelib.studies import noise_texture as crops
+from bonelib.studies import phantom_acceptance as acceptance
+from bonelib.studies import phantom_survey as phantoms
+from bonelib.studies import phantom_validation as check
 from bonelib.views import figures
 
 TRUTH = ("truth_by_finer", "found_by_own", "found_by_finer", "volume_by_finer")

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.evaluation import features, pretrained
-from bonelib.randomness import torch_rng
 
 STEM = {"1a_3x3": (32, 3, 3, 3), "2a_3x3": (32, 32, 3, 3), "2b_3x3": (64, 32, 3, 3), "3b_1x1": (80, 64, 1, 1)}
 STEM["4a_3x3"] = (192, 80, 3, 3)

@@ -6,10 +6,10 @@ import torch
 from scipy import ndimage
 
 from bonelib import InputError, published
-from bonelib.evaluation import privacy
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks.critic import Critic
 from bonelib.networks.progan import ProGAN
-from bonelib.randomness import numpy_rng, torch_rng
+from bonelib.studies import privacy
 
 
 def bones(n, seed, grid=(4, 36, 28)):
@@ -134,8 +134,8 @@ def test_the_verdict_needs_its_controls_no_leak_and_enough_others(gap, planted, 
 
 def test_phantoms_pass_the_gate_and_the_page_says_whose_data_it_is():
     rows = audited(8, 6)
-    assert privacy.holds_nobody("bonelib/scans/phantom.py", "d1", "d1")
-    assert not privacy.holds_nobody("bonelib/scans/phantom.py", "d1", "d2")  # trained on something else
+    assert privacy.holds_nobody("bonelib/scans/phantom/cohort.py", "d1", "d1")
+    assert not privacy.holds_nobody("bonelib/scans/phantom/cohort.py", "d1", "d2")  # trained on something else
     assert not privacy.holds_nobody("data/mine", "d1", "d1")
     assert "holds no person" in published.require_release(numbers(rows, True), "m", {"generator": "a"})
     text = privacy.page(rows, "m", 48, tolerated=0.05, nobody=True)

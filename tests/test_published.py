@@ -46,7 +46,7 @@ def audit(folder, **values):
 def repository(tmp_path_factory):
     """A repository in which a tiny model is published, and the hash that its publication gave."""
     place = tmp_path_factory.mktemp("published")
-    for name in (".dvc/config", ".gitignore", "params.yaml", "bonelib/scans/phantom.py"):
+    for name in (".dvc/config", ".gitignore", "params.yaml", "bonelib/scans/phantom/cohort.py"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, place / name)
     write_model(place / "model")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from bonelib import InputError
-from bonelib.evaluation import quality as iq
-from bonelib.evaluation.features import families
+from bonelib.evaluation.features import families, scaled, standardised
+from bonelib.latent import sampling
 from bonelib.scans.tables import as_markdown, read_table
+from bonelib.studies import image_quality as iq
 
 
 def textures(n, seed, smooth=False):
@@ -29,7 +30,7 @@ PATIENTS = [f"p{i // 2}" for i in range(24)]
 
 @pytest.fixture(scope="module")
 def features(sets):
-    return {name: iq.scaled(name, {k: extract(v) for k, v in sets.items()}) for name, extract in families().items()}
+    return {name: scaled(name, {k: extract(v) for k, v in sets.items()}) for name, extract in families().items()}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def test_a_perfect_generator_scores_as_real_bones_do(rows):
 
 def test_features_of_networks_stay_in_their_unit(sets):
     means = {name: 7 + v.mean(axis=(2, 3)).astype(float) for name, v in sets.items()}
-    assert iq.scaled("vgs", means)["real"].mean() > 7
-    found = iq.scaled("random3d", means)
+    assert scaled("vgs", means)["real"].mean() > 7
+    found = scaled("random3d", means)
     assert abs(found["real"].mean()) < 1e-6 and list(found) == list(sets)
     np.testing.assert_allclose(found["real"].std(axis=0), 1)
 
@@ -62,7 +63,7 @@ def test_features_of_networks_stay_in_their_unit(sets):
 def test_workers_extract_what_one_process_does(sets, features, tmp_path):
     few = {name: volumes[:12] for name, volumes in sets.items()}
     found = iq.extracted({"spectrum": families()["spectrum"]}, few, tmp_path)
-    wanted = iq.scaled("spectrum", {name: families()["spectrum"](volumes) for name, volumes in few.items()})
+    wanted = scaled("spectrum", {name: families()["spectrum"](volumes) for name, volumes in few.items()})
     assert list(found) == ["spectrum"] and list(found["spectrum"]) == list(few)
     for name in few:
         np.testing.assert_allclose(found["spectrum"][name], wanted[name], rtol=1e-3, atol=1e-3)  # threads round apart
@@ -73,7 +74,7 @@ def test_a_feature_that_is_flat_among_the_real_ones_does_not_rule():
     rng = np.random.default_rng(3)
     real, fake = rng.standard_normal((40, 6)), rng.standard_normal((40, 6))
     real[:, 0], fake[:, 0] = 0, 0.1  # a rectifier that no real bone opens
-    a, b = iq.standardised(real, fake)
+    a, b = standardised(real, fake)
     assert abs(b[:, 0]).max() < 15 and a[:, 0].std() == 0
     np.testing.assert_allclose(a[:, 1:].std(axis=0), 1)
 
@@ -153,9 +154,8 @@ def test_as_many_patients_as_there_are_come_before_a_second_sample_of_one():
 
 
 def test_settings_of_a_kind_and_flat_names():
-    assert iq.setting("progan", 5.0) == "progan 5" and iq.setting("stylegan", 0.8) == "stylegan 0.8"
-    assert iq.of_kind({"progan": 5}, "progan-c12") == 5 and iq.of_kind({"progan": 5}, "stylegan") is None
-    assert iq.flat([dict(a="x", b="y", value=1, n=2)], "a", "b") == {"x.y.value": 1, "x.y.n": 2}
+    assert sampling.setting("progan", 5.0) == "progan 5" and sampling.setting("stylegan", 0.8) == "stylegan 0.8"
+    assert sampling.of_kind({"progan": 5}, "progan-c12") == 5 and sampling.of_kind({"progan": 5}, "stylegan") is None
 
 
 def test_markdown_has_a_line_a_row():

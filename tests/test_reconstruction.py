@@ -6,17 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bonelib.evaluation import reconstruction
-from bonelib.evaluation.reconstruction import (
+from bonelib.core.random import numpy_rng
+from bonelib.evaluation.similarity import psnr, ssim
+from bonelib.studies import reconstruction
+from bonelib.studies.reconstruction import (
     attribute_errors,
     compare,
-    mean_interval,
-    psnr,
     random3d_distance,
     recognised,
-    ssim,
 )
-from bonelib.randomness import numpy_rng
 
 BONES = numpy_rng(0, "bones").random((6, 4, 24, 20))
 
@@ -48,14 +46,6 @@ def test_a_patient_is_recognised_by_the_bone_or_by_another_of_the_same():
     assert recognised(bones, bones + 0.001, patients).tolist() == [1] * 6
     assert recognised(bones, bones + 0.001, patients, own=False).tolist() == [1, 1, 1, 1, 0, 0]
     assert recognised(bones, np.roll(bones, 2, axis=0), patients).sum() == 0
-
-
-def test_intervals_are_by_patient():
-    patients = ["a"] * 8 + ["b", "c"]
-    values = [0.0] * 8 + [3.0, np.nan]
-    value, low, high = mean_interval(values, patients, rng=numpy_rng(0, "x"), draws=400)
-    assert (value, low, high) == (1.5, 0.0, 3.0)  # two patients are known, however many bones one of them has
-    assert np.isnan(mean_interval([np.nan], ["a"], rng=numpy_rng(0, "x"), draws=4)).all()
 
 
 def test_the_better_reconstruction_has_the_better_row():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def test_stages_of_one_model_need_none_of_another():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     groups = repro.by_model(stages, ["a", "b"])
-    assert groups[0][:2] == ["train@a", "inversion@a"] and [t.replace("@a", "@b") for t in groups[0]] == groups[1]
+    assert groups[0][:2] == ["train@a", "select@a"] and [t.replace("@a", "@b") for t in groups[0]] == groups[1]
     assert repro.by_model({"one": {"cmd": "true"}, "two": {"matrix": {"size": [1]}}}, ["a"]) == [[]]
 
 

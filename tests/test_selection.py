@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from bonelib import InputError
-from bonelib.evaluation import selection
 from bonelib.networks import build_critic, build_generator
 from bonelib.params import Train, section
 from bonelib.scans.dataset import Stacks, set_apart
+from bonelib.studies import selection
 from bonelib.training import checkpoint, loop
 
 HOW = dict(

@@ -3,8 +3,8 @@ import pytest
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.similarity import diversity, ms_ssim
-from bonelib.randomness import numpy_rng
 
 
 def textures(n, seed=0, grid=(8, 20, 16)):

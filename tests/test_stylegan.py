@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from bonelib import InputError
+from bonelib.core.pyramid import upsample
 from bonelib.latent.models import draw, load_model
 from bonelib.networks.layers import Dense, ModulatedConv
 from bonelib.networks.stylegan import StyleGAN
 from bonelib.params import Generator, Train, section
-from bonelib.pyramid import upsample
 from bonelib.scans.dataset import Stacks
 from bonelib.training import checkpoint, loop
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from bonelib import InputError
-from bonelib.evaluation import superres_check
 from bonelib.latent.models import draw, enlarge, growth_strip, load_model, load_superres
 from bonelib.networks.progan import ProGAN
 from bonelib.networks.superres import Cascaded, SuperResolution, TexturePrior, quartered
 from bonelib.params import SuperRes, Train, section
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.scans.volumes import Volume
+from bonelib.studies import superres_check
 from bonelib.training import run, superres
 from bonelib.training.loop import train
 

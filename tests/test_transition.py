@@ -6,11 +6,10 @@ import torch
 from oracle import Oracle
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.evaluation.compartments import overlap, read
-from bonelib.evaluation.pairs import pair_mean
-from bonelib.latent import editing
+from bonelib.latent import attribute_model as editing
 from bonelib.latent import transition as tr
-from bonelib.randomness import torch_rng
 from bonelib.scans.volumes import Volume
 
 
@@ -146,19 +145,6 @@ def test_a_reading_tells_area_densities_and_whether_the_cortex_is_closed():
     nothing = read(Volume(np.zeros((8, 80, 60), np.float32), (0.3, 0.3, 0.3), "mgHA"))
     assert not nothing.outline.any() and all(np.isnan(value) for value in nothing.traits.values())
     assert np.isnan(overlap(found.outline, nothing.outline))
-
-
-def test_intervals_of_pairs_follow_the_patients():
-    rng = np.random.default_rng(1)
-    level = rng.normal(0, 1, 12)  # of a patient, so that pairs who share one are alike
-    pairs = [(i, j) for i in range(12) for j in range(i)]
-    values = [level[i] + level[j] for i, j in pairs]
-    found = pair_mean(values, pairs, rng=np.random.default_rng(2), draws=2000)
-    assert found["value"] == pytest.approx(np.mean(values)) and (found["N"], found["patients"]) == (66, 12)
-    known = 2 * level.std(ddof=1) / 12**0.5  # of the mean of a sum of two, over twelve patients
-    assert (found["high"] - found["low"]) / (2 * 1.96) == pytest.approx(known, rel=0.15)
-    assert pair_mean([2.0, 4.0], pairs[:2], over=[1.0, 3.0], rng=rng, draws=9)["value"] == 1.5
-    assert pair_mean([np.nan], pairs[:1], rng=rng, draws=9)["value"] is None
 
 
 @pytest.mark.parametrize("layers", [False, True])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from bonelib import InputError
-from bonelib.evaluation import trials
 from bonelib.params import Trials, changed, section
 from bonelib.scans.dataset import Stacks
+from bonelib.studies import ablation as trials
 
 BASE = dict(
     generator=dict(kind="progan", widths=[4, 4], latent=8, base_convs=1),

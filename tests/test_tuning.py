@@ -6,11 +6,12 @@ import torch
 from oracle import INTENSITY, SPACING, Oracle
 
 from bonelib import InputError
-from bonelib.latent import inversion, tuning
+from bonelib.core.random import torch_rng
+from bonelib.latent import inversion
+from bonelib.latent import refinement as tuning
 from bonelib.latent.models import Model
 from bonelib.networks import build_critic
 from bonelib.params import CriticNet, Refinement, Tried
-from bonelib.randomness import torch_rng
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
 from bonelib import InputError
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import pretrained
-from bonelib.pyramid import downsample
-from bonelib.randomness import numpy_rng, torch_rng
 
 CHANNELS = (16, 24, 32, 32, 24)
 STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))  # the long axis has the fewest voxels
@@ -27,6 +27,9 @@ SLOPE = 0.2
 VOXELS_AT_ONCE = 1 << 22
 SPECTRUM_BINS = 16
 SLICES = 2  # axial slices of each volume that the Inception network sees (section 3.3 of Angermann et al. 2023)
+CHANCES = "motion grades"  # the grader's probabilities, the classes of an inception score
+UNSCALED = ("inception", "medicalnet", "vgs", CHANCES)  # of networks, whose distances are published unscaled
+FLAT = 0.01  # of the largest SD of a family; features that vary less are divided by no less, as they are mostly zero
 POWER_FLOOR = 1e-12  # below the rounding of single precision, so that an empty volume has a finite logarithm
 
 
@@ -72,6 +75,21 @@ def cached(name: str, extract: Callable, volumes: np.ndarray, folder: str | Path
     save_file({"features": found}, part)
     os.replace(part, file)
     return found
+
+
+def standardised(reference: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+    """Features of every set (n, d), brought to mean 0 and SD 1 of `reference`, so that no feature rules by its unit."""
+    mean, sd = reference.mean(axis=0), reference.std(axis=0)
+    scale = np.maximum(sd, max(FLAT * sd.max(), 1e-9))
+    return [(features - mean) / scale for features in (reference, *others)]
+
+
+def scaled(name: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The sets (n, d) of a family with "real" at mean 0 and SD 1, or as they are where they are published so."""
+    if name in UNSCALED:
+        return found
+    others = {key: values for key, values in found.items() if key != "real"}
+    return dict(zip(["real", *others], standardised(found["real"], *others.values()), strict=True))
 
 
 def inception(volumes, weights: dict, seed: int = 0, slices: int = SLICES) -> np.ndarray:

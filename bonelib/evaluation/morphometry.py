@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from scipy import fft, ndimage
+from skimage.measure import euler_number
 
 from bonelib import InputError
 from bonelib.evaluation.contours import (
@@ -36,7 +37,7 @@ __all__ = [
     "closed_slices",
     "contours",
     "fabric",
-    "loop_count",
+    "connectivity",
     "measure",
     "segment",
     "trabecular",
@@ -133,19 +134,13 @@ def fabric(volume: Volume, mask: np.ndarray | None = None) -> tuple[np.ndarray, 
     return _fabric(smoothed(volume), BONE, np.ones(volume.shape, bool) if mask is None else mask, volume.spacing)
 
 
-def loop_count(bone: np.ndarray) -> float:
-    """Number of loops of the largest piece of a mask (z, y, x): 1 - Euler number, after its cavities are filled."""
+def connectivity(bone: np.ndarray) -> float:
+    """Number of loops of the largest piece of a mask (z, y, x): 1 + cavities - Euler number (Odgaard and Gundersen)."""
     if not bone.any():
         return np.nan
     part = np.pad(largest(bone, CORNERS), 1)
     _, outsides = ndimage.label(~part)
-    euler = -int(part.sum())  # vertices - edges + faces - cubes
-    for axes in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
-        touched = part
-        for axis in axes:
-            touched = touched | np.roll(touched, 1, axis)
-        euler += (-1) ** (len(axes) + 1) * int(touched.sum())
-    return float(1 + (outsides - 1) - euler)
+    return float(outsides - euler_number(part, connectivity=3))
 
 
 def _known(segmentation):
@@ -191,13 +186,13 @@ def _trabecular(volume, density, mask, segmentation, pool, anisotropy=True):
     separation = pool.submit(local_thickness, mask & ~bone, spacing, level=-level, stride=stride)
     fabric = pool.submit(_fabric, values, threshold, mask, spacing) if anisotropy else None
     found["BV/TV"] = float(bone.sum() / mask.sum())
-    connectivity = loop_count(bone) / (float(mask.sum()) * float(np.prod(spacing)))
+    density_of_loops = connectivity(bone) / (float(mask.sum()) * float(np.prod(spacing)))
     thickness, between = sizes.result()
     found |= {"Tb.Th": _mean_size(thickness), "Tb.Sp": _mean_size(separation.result()), "Tb.N": 1 / _mean_size(between)}
     if fabric is not None:
         lengths, _ = fabric.result()
         found["DA"] = float(lengths[0] / lengths[2])
-    return found | {"Conn.D": connectivity}
+    return found | {"Conn.D": density_of_loops}
 
 
 def _cortical(volume, density, cortex):

@@ -6,9 +6,9 @@ import numpy as np
 from scipy import ndimage, stats
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
 from bonelib.evaluation.contours import contours
 from bonelib.evaluation.morphometry import trabecular
-from bonelib.processes import workers
 from bonelib.scans.dataset import TEXTURE, Stacks
 from bonelib.scans.preprocessing import subsample, to_density
 from bonelib.scans.tables import write_table

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bonelib.latent.editing import Instrument, readings
+from bonelib.latent.attribute_model import Instrument, readings
 
 
 def conditions(rows: list[dict], people: dict[str, dict], density) -> dict[str, np.ndarray]:

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bonelib import InputError
-from bonelib.evaluation.attributes import COARSE_MM
+from bonelib.core.parallel import workers
+from bonelib.core.random import torch_rng
+from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.latent.models import Model, calibrated
 from bonelib.networks.encoder import trunk
-from bonelib.processes import workers
-from bonelib.randomness import torch_rng
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.preprocessing import subsample
 from bonelib.scans.tables import read_table

@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from bonelib import InputError
-from bonelib.randomness import numpy_rng, torch_rng
+from bonelib.core.random import numpy_rng, torch_rng
 
 PENALTIES = tuple(10.0**p for p in range(-4, 3))  # of the ridge, in shares of the codes' mean variance
 FOLDS = 5

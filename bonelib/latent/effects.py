@@ -11,11 +11,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from bonelib.evaluation.gauge import UNITS
-from bonelib.evaluation.resampling import by_patient, drawn, interval
+from bonelib.core.random import numpy_rng
+from bonelib.evaluation.differentiable import UNITS
+from bonelib.evaluation.statistics import patient_draws, patient_interval, quantiles
+from bonelib.latent.attribute_model import Instrument, jacobian, readings, shifted
 from bonelib.latent.directions import Direction
-from bonelib.latent.editing import Instrument, jacobian, readings, shifted
-from bonelib.randomness import numpy_rng
 
 EVEN = 0.1  # deviation from a straight line, as a share of the response, that still counts as linear
 
@@ -53,14 +53,17 @@ def effect_matrix(
     Rows: direction, attribute, N codes, effect in the attribute's unit with its interval, the same in shares of the
     calibrated range, and cross-talk, the direction's largest share on another attribute over that on this one.
     """
-    rows, places = [], by_patient(groups)
+    rows = []
     for name, vector in vectors.items():
         change = (
             readings(tool.read, shifted(codes, step * vector)) - readings(tool.read, shifted(codes, -step * vector))
         ) / (2 * step)
         change = change.double().numpy()
-        mean, some = _mean(change), _resampled(change, places, numpy_rng(seed, "effects", name), draws)
-        low, high = interval(some)
+
+        def means(rows, change=change):
+            return _mean(change[rows])
+
+        mean, low, high, *_ = patient_interval(means, groups, rng=numpy_rng(seed, "effects", name), draws=draws)
         shares = np.abs(mean) / tool.span.numpy()
         for k, attribute in enumerate(tool.names):
             others = np.delete(shares, k).max()
@@ -140,21 +143,17 @@ def by_rank(
     _, slopes = jacobian(tool.read, codes)
     kept = slopes.isfinite().all(-1).all(-1)
     squares = ((slopes[kept] / tool.span[:, None]) @ vectors.T).square().double().numpy()  # (codes, k, directions)
-    rank, places = (
-        np.arange(1, len(vectors) + 1),
-        by_patient([g for g, k in zip(groups, kept.tolist(), strict=True) if k]),
-    )
+    rank, groups = np.arange(1, len(vectors) + 1), [g for g, k in zip(groups, kept.tolist(), strict=True) if k]
 
-    def found(mean):
-        effect = np.sqrt(mean)
+    def found(codes):
+        effect = np.sqrt(_mean(squares[codes]))
         part = effect / effect.sum(0)
         return np.array([[stats.spearmanr(rank, row).statistic for row in table] for table in (effect, part)]).T
 
-    some = _resampled(squares, places, numpy_rng(seed, "ranks"), draws, found)
-    mean, rows = _mean(squares), []
-    value = found(mean)
+    some = patient_draws(found, groups, rng=numpy_rng(seed, "ranks"), draws=draws)
+    value, rows = found(np.arange(len(squares))), []
     # Fewer different codes blur the ranks of every draw: deviations from the draws' own mean are laid about the value
-    low, high = value + interval(some) - some.mean(0)
+    low, high = value + quantiles(some) - some.mean(0)
     for k, attribute in enumerate(tool.names):
         row = dict(attribute=attribute, N=len(squares), directions=len(rank))
         for j, key in enumerate(("effect", "part of all effects")):
@@ -164,7 +163,7 @@ def by_rank(
                 f"{key}, high": float(high[k, j]),
             }
         rows.append(row)
-    return np.sqrt(mean).T, rows
+    return np.sqrt(_mean(squares)).T, rows
 
 
 def sliders(
@@ -179,10 +178,6 @@ def sliders(
         half = float(tool.span[tool.index(name)]) / 2
         found[f"{name}, {UNITS.get(name, '')}"] = (direction.vector / direction.slope, -half, half)
     return found | {label: (vector, -most, most) for label, vector in others.items()}
-
-
-def _resampled(values, places, rng, draws, statistic=lambda mean: mean):
-    return np.stack([statistic(_mean(values[drawn(places, rng)])) for _ in range(draws)])
 
 
 def _mean(values):

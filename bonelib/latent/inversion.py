@@ -19,7 +19,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bonelib import InputError, networks, pyramid, randomness, training
+from bonelib import InputError, core, networks, training
+from bonelib.core.config import fingerprint
+from bonelib.core.provenance import code_hash
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import torch_rng
 from bonelib.latent.codes import mean_code
 from bonelib.latent.models import Model, enlarge
 from bonelib.networks.encoder import (
@@ -31,10 +35,7 @@ from bonelib.networks.encoder import (
     texture_length,
     trunk,
 )
-from bonelib.params import EncoderTraining, Refinement, Train, fingerprint, section
-from bonelib.provenance import code_hash
-from bonelib.pyramid import downsample
-from bonelib.randomness import torch_rng
+from bonelib.params import EncoderTraining, Refinement, Train, section
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.scans.tables import write_table
@@ -44,7 +45,7 @@ from bonelib.training.run import SAVE_EVERY_S, SAY_EVERY_S
 WATCHED = 8  # held-out volumes on which the curves are read as well
 AT_ONCE = 32  # volumes whose gradients are computed together
 CURVES = ("seen", "dist", "perc", "latent", "held_out_dist", "held_out_perc", "told_apart")
-CODE = code_hash(sys.modules[__name__], networks, training, dataset, pyramid, randomness)
+CODE = code_hash(sys.modules[__name__], networks, training, dataset, core)
 
 
 class Inverter(NamedTuple):

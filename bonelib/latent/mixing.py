@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from bonelib import InputError
-from bonelib.evaluation.attributes import COARSE_MM
+from bonelib.core.parallel import workers
+from bonelib.core.pyramid import downsample
+from bonelib.core.random import numpy_rng
+from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.compartments import CLOSED, overlap, read
 from bonelib.evaluation.morphometry import measure
-from bonelib.evaluation.pairs import pair_mean
+from bonelib.evaluation.statistics import pair_mean
 from bonelib.latent.codes import along, each_measured
 from bonelib.latent.models import Model
 from bonelib.params import Preprocess
-from bonelib.processes import workers
-from bonelib.pyramid import downsample
-from bonelib.randomness import numpy_rng
 from bonelib.scans.phantom import make_radius
-from bonelib.scans.population import LIMITS
+from bonelib.scans.phantom.population import LIMITS
+from bonelib.scans.phantom.scanner import scan
 from bonelib.scans.preprocessing import preprocess, to_unit
-from bonelib.scans.scanner import scan
 from bonelib.scans.volumes import Volume, mirrored
 
 UNSEEN = 100_000  # twins are patients of the phantom's from this number on, whom no cohort holds
@@ -135,7 +135,7 @@ def carried(changes: dict[str, np.ndarray], names: list[tuple[str, str]], *, see
         for k in range(values.shape[1] - 1):
             rng = numpy_rng(seed, "carried", trait, k)
             share = pair_mean(known[:, k], names, over=known[:, -1], rng=rng, draws=draws)
-            rows.append({"attribute": trait, "style": k + 1} | share)
+            rows.append({"attribute": trait, "style": k + 1} | share._asdict())
     return rows
 
 

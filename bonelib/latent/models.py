@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bonelib import InputError
+from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator, build_superres
 from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.params import SuperRes, Train, section
-from bonelib.randomness import torch_rng
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
 

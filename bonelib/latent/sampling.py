@@ -17,11 +17,39 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.random import torch_rng
 from bonelib.evaluation.morphometry import measure
 from bonelib.latent.models import Model, calibrated, draw, load_model
-from bonelib.randomness import torch_rng
 from bonelib.scans.tables import write_table
 from bonelib.scans.volumes import write_volume
+
+
+def setting(model: str, truncation: float | None) -> str:
+    """The name of a setting; without truncation, that of the model."""
+    return model if truncation is None else f"{model} {truncation:g}"
+
+
+def of_kind(values: dict, model: str):
+    """The entry of `values` for a model, or for its kind, what stands before the first "-" of its name, or None."""
+    return values.get(model, values.get(model.split("-")[0]))
+
+
+def draw_settings(
+    folders: dict[str, str], wanted: dict[tuple[str, float | None], int], seed: int
+) -> dict[str, np.ndarray]:
+    """The first samples of `seed` of every setting: {setting: volumes (n, z, y, x)}, float16 as real stacks are.
+
+    `folders` holds each model's, `wanted` is {(model, truncation): n}. Settings are drawn side by side.
+    """
+    with workers() as pool:
+        by_size = sorted(wanted.items(), key=lambda item: -item[1])  # the longest first
+        jobs = {key: pool.submit(_drawn, str(folders[key[0]]), n, seed, key[1]) for key, n in by_size}
+        return {setting(*key): jobs[key].result() for key in wanted}
+
+
+def _drawn(folder, n, seed, truncation):
+    return draw(load_model(folder), n, seed, truncation).astype(np.float16)
 
 
 def sampled_code(model: Model, seed: int, truncation: float | None = None) -> Tensor:

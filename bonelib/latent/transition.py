@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import TRAITS, read
-from bonelib.evaluation.pairs import pair_mean
+from bonelib.evaluation.statistics import pair_mean
+from bonelib.latent.attribute_model import Instrument, closed_loop, readings
 from bonelib.latent.codes import along
-from bonelib.latent.editing import Instrument, closed_loop, readings
 from bonelib.latent.models import Model
-from bonelib.randomness import numpy_rng
 
 
 def line(first: Tensor, last: Tensor, weights) -> Tensor:
@@ -181,7 +181,7 @@ def staying(
         table = {"share of all paths": kept} | {k: np.where(kept, v, np.nan) for k, v in numbers.items()}
         for name, column in table.items():
             found = pair_mean(column, patients, rng=numpy_rng(seed, "staying", kind, name), draws=draws)
-            rows.append({"paths": kind, "": name} | found)
+            rows.append({"paths": kind, "": name} | found._asdict())
     return rows
 
 
@@ -211,5 +211,5 @@ def summary(rows: list[dict], by: str, *, seed: int, draws: int) -> list[dict]:
         for measure in measures:
             rng = numpy_rng(seed, "summary", name, measure)
             found = pair_mean([row[measure] for row in group], patients, rng=rng, draws=draws)
-            table.append({by: name, "measure": measure} | found)
+            table.append({by: name, "measure": measure} | found._asdict())
     return table

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bonelib.core.pyramid import downsample, haar, unhaar, upsample
 from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
-from bonelib.pyramid import downsample, haar, unhaar, upsample
 
 SLOPE = 0.2  # of the leaky rectifier
 

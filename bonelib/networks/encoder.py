@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bonelib.core.pyramid import haar
 from bonelib.networks import BASE
 from bonelib.networks.critic import Critic
 from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
 from bonelib.params import Generator
-from bonelib.pyramid import haar
 
 SLOPE = 0.2  # of the leaky rectifier
 GAIN = 2**0.5  # of a layer, since its rectifier halves the power

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from bonelib.core.pyramid import unhaar, upsample
+from bonelib.core.random import Part, drawn
 from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense, PixelNorm, silu
-from bonelib.pyramid import unhaar, upsample
-from bonelib.randomness import Part, drawn
 
 
 class ProGAN(nn.Module):

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonelib import InputError
+from bonelib.core.pyramid import unhaar, upsample
+from bonelib.core.random import Part, drawn, torch_rng
 from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense, ModulatedConv
-from bonelib.pyramid import unhaar, upsample
-from bonelib.randomness import Part, drawn, torch_rng
 
 MAPPING = 6  # dense layers from z to w: m1 ... m5 and w
 PER_STAGE = 3  # styles, one for each convolution: c_1 before the upsampling, c_3 and c_5 behind it

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bonelib.core.pyramid import downsample, unhaar, upsample
+from bonelib.core.random import Part, drawn
 from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense
-from bonelib.pyramid import downsample, unhaar, upsample
-from bonelib.randomness import Part, drawn
 
 SLOPE = 0.2  # of the leaky rectifier
 NOISE = 0.25  # SD of the weights of the noise inputs at the start

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from bonelib import InputError
+from bonelib.core.parallel import die_with_parent
 from bonelib.params import Cohort, Phantom, section
-from bonelib.processes import die_with_parent
 from bonelib.scans.formats import ENDINGS
 from bonelib.scans.tables import read_table, write_table
 from bonelib.scans.volumes import (

@@ -10,9 +10,9 @@ import numpy as np
 from scipy.fft import dctn, idctn
 
 from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
 from bonelib.params import Preprocess
-from bonelib.processes import workers
-from bonelib.randomness import numpy_rng
 from bonelib.scans.tables import read_table, write_table
 from bonelib.scans.volumes import Volume, read_volume, regrid
 

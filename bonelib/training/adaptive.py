@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bonelib.core.random import torch_rng
 from bonelib.params import Adaptive
-from bonelib.randomness import torch_rng
 
 LIMIT = 0.8  # of the probability; above it changes leak into what is drawn
 SHIFT = 1 / 8  # of height and width

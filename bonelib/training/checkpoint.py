@@ -1,9 +1,7 @@
 """Training state that continues bit for bit, and models as safetensors with a JSON beside them."""
 
 import fcntl
-import hashlib
 import json
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -15,35 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.files import digest, write_json, write_whole
 
 KEEP = 2  # states kept, so that a damaged newest one costs no more than an interval
-
-
-def write_whole(path: Path, write) -> None:
-    """Let `write(part)` make a file that appears at `path` whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    write(part)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file; tensors are copied to plain contiguous memory first."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     write_whole(path, lambda part: save_file(plain, part))
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bonelib import InputError, randomness
+from bonelib import InputError, core
+from bonelib.core.config import fingerprint
+from bonelib.core.provenance import code_hash
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks import layers, numerics, resnet
 from bonelib.networks.resnet import ResNet
-from bonelib.params import Grading, fingerprint
-from bonelib.provenance import code_hash
-from bonelib.randomness import numpy_rng, torch_rng
+from bonelib.params import Grading
 from bonelib.scans import dataset
-from bonelib.scans.dataset import EXCLUDED_GRADES, Stacks, augmented
+from bonelib.scans.dataset import Stacks, augmented
 from bonelib.scans.tables import write_table
 from bonelib.training import checkpoint, run
 
@@ -30,7 +31,7 @@ JITTER = (0.05, 0.01)  # contrast and brightness, half the range, in the unit of
 WARM_UP = 0.15  # share of the updates over which the rate rises; then it falls as a cosine
 CLIP = 2.0
 # Networks of other code are not kept
-CODE = code_hash(layers, numerics, resnet, dataset, randomness, run, sys.modules[__name__])
+CODE = code_hash(layers, numerics, resnet, dataset, core, run, sys.modules[__name__])
 COLUMNS = ("scan", "patient", "grade", "given", "predicted", "origin")
 
 
@@ -223,101 +224,3 @@ def _written(folder: Path, rows: list[dict]) -> list[dict]:
     rows = [{key: row[key] for key in COLUMNS} for row in rows]
     checkpoint.write_whole(folder / "grades.csv", lambda part: write_table(part, rows))
     return rows
-
-
-def confusion(rows: list[dict]) -> list[dict]:
-    """Counts of scans by given grade (rows) and predicted grade (columns), of those that have both."""
-    given, predicted = _pairs(rows)[:2]
-    return [
-        {"given": g, **{f"predicted {p}": int(((given == g) & (predicted == p)).sum()) for p in GRADES}} for g in GRADES
-    ]
-
-
-def scores(rows: list[dict], seed: int, draws: int) -> list[dict]:
-    """How well the predicted grades meet the given ones, out of fold: one row a measure.
-
-    Rows: measure, value, the 95 % interval low and high with whole patients resampled, chance (the best that one
-    grade for all scans reaches; 1/k for the balanced accuracy of k grades, 0 for kappa), n scans, n patients.
-    """
-    given, predicted, patients = _pairs(rows)
-    if not len(given):
-        return []
-    table = []
-    for name, measure in MEASURES.items():
-        chance = np.nanmax([measure(given, np.full_like(given, g)) for g in GRADES])
-        table.append(_scored(name, measure, given, predicted, patients, float(chance), seed, draws))
-    return table
-
-
-def _scored(name: str, measure, a: np.ndarray, b: np.ndarray, patients, chance: float, seed: int, draws: int) -> dict:
-    names, index = np.unique(patients, return_inverse=True)
-    members = [np.flatnonzero(index == i) for i in range(len(names))]
-    rng = numpy_rng(seed, "grading interval")
-    picks = [np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))]) for _ in range(draws)]
-    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold one grade alone
-        drawn = np.array([measure(a[p], b[p]) for p in picks])
-        found = dict(value=measure(a, b), chance=chance)
-    drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (np.nan, np.nan)
-    found = {key: float(v) if np.isfinite(v) else None for key, v in (found | dict(low=low, high=high)).items()}
-    ordered = {key: found[key] for key in ("value", "low", "high", "chance")}
-    return {"measure": name, **ordered, "n_scans": len(a), "n_patients": len(names)}
-
-
-def noise_level(volume: np.ndarray, block: int = 8) -> float:
-    """SD of the noise of a volume (z, y, x), in its unit, from the change between slices in soft tissue.
-
-    Blocks of 8 x 8 voxels, of whose SDs the lowest fifth is soft tissue; streaks hardly change between slices.
-    Among phantoms of .24 mm it follows the true noise with r = .98 at every motion grade.
-    """
-    change = np.diff(np.asarray(volume, np.float32), axis=0)
-    z, y, x = change.shape[0], change.shape[1] // block, change.shape[2] // block
-    blocks = change[:, : y * block, : x * block].reshape(z, y, block, x, block)
-    return float(np.quantile(blocks.std(axis=(2, 4)), 0.2) / np.sqrt(2))
-
-
-def noise_scores(rows: list[dict], noise: np.ndarray, seed: int, draws: int) -> list[dict]:
-    """Correlation of the expected grade with the noise among scans of the same given grade, as a row of `scores`.
-
-    It is near 0 if the grader reads motion and not noise. `noise` has one value for each row with both grades.
-    """
-    given, _, patients = _pairs(rows)
-    if len(given) < 3:
-        return []
-    expected = np.array([float(r["predicted"]) for r in rows if r["given"] != "" and r["predicted"] != ""])
-    within = [v - np.array([v[given == g].mean() for g in given]) for v in (expected, np.asarray(noise, float))]
-
-    def correlation(a: np.ndarray, b: np.ndarray) -> float:
-        return float(np.corrcoef(a, b)[0, 1])
-
-    return [_scored("expected grade against noise", correlation, *within, patients, 0.0, seed, draws)]
-
-
-def _pairs(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    both = [r for r in rows if r["given"] != "" and r["predicted"] != ""]
-    given = np.array([int(r["given"]) for r in both], int)
-    predicted = np.rint([float(r["predicted"]) for r in both]).astype(int).clip(GRADES[0], GRADES[-1])
-    return given, predicted, np.array([r["patient"] for r in both])
-
-
-def _balanced(given: np.ndarray, predicted: np.ndarray) -> float:
-    return float(np.mean([(predicted[given == g] == g).mean() for g in np.unique(given)]))
-
-
-def _kappa(given: np.ndarray, predicted: np.ndarray) -> float:
-    """Cohen's kappa with quadratic weights; not a number where there is nothing to agree on."""
-    chance = np.mean((given[:, None] - predicted[None, :]) ** 2)
-    return float(1 - np.mean((given - predicted) ** 2) / chance) if chance > 0 else float("nan")
-
-
-def _excluded(grades: np.ndarray) -> np.ndarray:
-    return np.isin(grades, EXCLUDED_GRADES)
-
-
-MEASURES = {
-    "balanced accuracy": _balanced,
-    "accuracy": lambda given, predicted: float((given == predicted).mean()),
-    "within one grade": lambda given, predicted: float((abs(given - predicted) <= 1).mean()),
-    "exclude or keep": lambda given, predicted: float((_excluded(given) == _excluded(predicted)).mean()),
-    "quadratic kappa": _kappa,
-}

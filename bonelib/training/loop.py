@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bonelib import InputError, networks, pyramid, randomness, training
+from bonelib import InputError, core, networks, training
+from bonelib.core.config import fingerprint
+from bonelib.core.provenance import code_hash
+from bonelib.core.pyramid import downsample, upsample
+from bonelib.core.random import Part, torch_rng
 from bonelib.networks import build_critic, build_generator
-from bonelib.params import Augment, Train, check_file, fingerprint, section
-from bonelib.provenance import code_hash
-from bonelib.pyramid import downsample, upsample
-from bonelib.randomness import Part, torch_rng
+from bonelib.params import Augment, Train, check_file, section
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, band_statistics, halved, load_stacks, order, set_apart
 from bonelib.training import adaptive, checkpoint, distributed, losses, run, schedule
@@ -43,7 +44,7 @@ MARKS = 20  # in a training, to which it can go back
 HALVINGS = 2  # of the rate, before a training that diverges is given up
 WATCHED = 16  # train and held-out stacks on which the critic's gap is read
 # A state made by other code is not continued
-CODE = code_hash(networks, training, dataset, pyramid, randomness)
+CODE = code_hash(networks, training, dataset, core)
 CURVES = ("seen", "update", "stage", "fade", "critic_loss", "distance", "slope", "generator_loss", "overfit")
 CURVES += ("sign", "augmented")  # of the scores of pairs; the probability of the adaptive augmentation
 
@@ -380,7 +381,7 @@ def main() -> int:
             if ranks.rank == 0:
                 print(f"the model is in {to}")
                 if how.snapshots:
-                    command = f"python -m bonelib.evaluation.selection {to} --stacks {stacks} --grades {grades}"
+                    command = f"python -m bonelib.studies.selection {to} --stacks {stacks} --grades {grades}"
                     print(f"the best of its snapshots is chosen by {command}")
     except InputError as error:
         print(f"{who}{error}", file=sys.stderr)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bonelib.core.random import Part, drawn
 from bonelib.params import Train
-from bonelib.randomness import Part, drawn
 
 
 def of_critic(

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bonelib import InputError, networks, pyramid, randomness, training
+from bonelib import InputError, core, networks, training
+from bonelib.core.config import fingerprint, section
+from bonelib.core.provenance import code_hash
+from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks import build_superres
 from bonelib.networks.critic import Critic
 from bonelib.networks.superres import HALO, quadrupled, quartered
-from bonelib.params import SuperRes, check_file, fingerprint, section
-from bonelib.provenance import code_hash
-from bonelib.randomness import numpy_rng, torch_rng
+from bonelib.params import SuperRes, check_file
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, band_statistics, load_stacks, load_textures
 from bonelib.training import checkpoint, losses, run
@@ -34,7 +35,7 @@ STATISTICS_FROM = 64  # windows
 CLIP = 2.5  # of a texture code, in SDs
 CURVES = ("seen", "critic_loss", "distance", "slope", "generator_loss")
 # A state made by other code is not continued
-CODE = code_hash(networks, training, dataset, pyramid, randomness)
+CODE = code_hash(networks, training, dataset, core)
 
 
 class Source(NamedTuple):
@@ -51,10 +52,13 @@ def train_superres(
     """Train the network and write superres.safetensors, curves.csv and config.json to `folder`; returns the curves.
 
     It learns from real volumes averaged over blocks of 4x4x4 voxels, not from generated ones: what it learns serves
-    every generator. `textures` (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit.
+    every generator. `textures` (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit. With
+    no `samples` the folder stays empty.
     """
     folder, state = Path(folder), Path(state)
     folder.mkdir(parents=True, exist_ok=True)
+    if not params.samples:
+        return []
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE)
     scans = sorted({row["volume"] for row in data.of("train")})
     mean, sd = np.nanmean(textures[scans], 0), np.nanstd(textures[scans], 0) + 1e-6

@@ -9,7 +9,7 @@ import k3d
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bonelib.training.checkpoint import write_whole
+from bonelib.core.files import write_whole
 from bonelib.views.figures import SCALE_MM, WINDOW, on_grid
 
 MODES = ("bone", "soft tissue", "surface")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bonelib.evaluation.raters import CRITERIA
-from bonelib.training.checkpoint import write_whole
+from bonelib.core.files import write_whole
+from bonelib.studies.raters import CRITERIA
 from bonelib.views.figures import WINDOW
 
 GAP = 4  # voxels between slices

@@ -15,14 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bonelib import InputError
-from bonelib.evaluation.attributes import COARSE_MM, by_patient
-from bonelib.evaluation.features import random3d
+from bonelib.core.random import numpy_rng
+from bonelib.evaluation.cohort_morphometry import COARSE_MM, by_patient
+from bonelib.evaluation.features import random3d, standardised
 from bonelib.evaluation.metrics import realism
 from bonelib.evaluation.morphometry import measure
-from bonelib.evaluation.quality import of_kind, standardised
 from bonelib.latent.models import Model, calibrated
-from bonelib.latent.sampling import draw_code, sampled_code
-from bonelib.randomness import numpy_rng
+from bonelib.latent.sampling import draw_code, of_kind, sampled_code
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.preprocessing import subsample
 from bonelib.scans.tables import read_table

@@ -1,0 +1,75 @@
+"""The attributes of a cohort: every preprocessed scan measured, and how the patients are distributed."""
+
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.evaluation.morphometry import measure
+from bonelib.scans.dataset import Stacks
+from bonelib.scans.preprocessing import subsample, to_density
+from bonelib.scans.tables import write_table
+from bonelib.scans.volumes import Volume
+
+COARSE_MM = 0.25  # areas, densities and the cortex can be read on voxels of up to this size, in a tenth of the time
+
+
+def measure_scans(stacks: Stacks, folder: str | Path, *, path: str | Path) -> list[dict]:
+    """Measure each whole preprocessed scan of `stacks` in `folder`; one row a scan, also written to `path`.
+
+    Rows: scan, patient, split, grade, and the traits of `morphometry.measure`, on the grid of the stacks or, where
+    that is finer than needed, on its means over blocks of voxels: thicknesses of trabeculae are then those of a
+    blurred image. A scan that cannot be measured, as with strong motion, has empty traits. In parallel.
+    """
+    scans = {row["volume"]: row for row in stacks.rows}
+    keys = ("scan", "patient", "split", "grade")
+    grid = (Path(folder) / "volumes.npy", stacks.meta["spacing_mm"], stacks.meta["intensity"])
+    with workers() as pool:
+        jobs = [pool.submit(_measured, index, *grid) for index in scans]
+        rows = [{k: row[k] for k in keys} | job.result() for row, job in zip(scans.values(), jobs, strict=True)]
+    write_table(path, rows)
+    return rows
+
+
+def _measured(index: int, path: Path, spacing, intensity) -> dict[str, float]:
+    voxels = to_density(np.load(path, mmap_mode="r")[index].astype(np.float32), intensity)
+    volume = Volume(voxels, tuple(spacing))
+    step = max(1, int(COARSE_MM / min(spacing)))
+    coarse = subsample(volume.with_voxels(voxels[: len(voxels) // step * step]), step)
+    try:
+        return measure(coarse)
+    except InputError:
+        return {}
+
+
+def by_patient(rows: list[dict], trait: str, **where) -> np.ndarray:
+    """The mean of `trait` over the scans of each patient, of rows whose columns equal `where`; NaN is left out."""
+    values = {}
+    for row in rows:
+        value = row.get(trait, "")
+        value = float("nan") if value in ("", None) else float(value)  # a porosity of 0 is a value
+        if np.isfinite(value) and all(row[key] == wanted for key, wanted in where.items()):
+            values.setdefault(row["patient"], []).append(value)
+    return np.array([np.mean(v) for v in values.values()])
+
+
+def normality(rows: list[dict], traits: tuple[str, ...]) -> list[dict]:
+    """Of each trait over the patients: N, mean, SD, skewness, and the Shapiro-Wilk test of a normal distribution."""
+    table = []
+    for trait in traits:
+        values = by_patient(rows, trait)
+        test = stats.shapiro(values) if len(values) >= 3 and np.ptp(values) > 0 else None
+        table.append(
+            {
+                "trait": trait,
+                "N patients": len(values),
+                "mean": float(values.mean()),
+                "SD": float(values.std(ddof=1)),
+                "skewness": float(stats.skew(values)),
+                "Shapiro W": float(test.statistic) if test else None,
+                "p": float(test.pvalue) if test else None,
+            }
+        )
+    return table

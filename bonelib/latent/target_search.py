@@ -1,0 +1,186 @@
+"""Bones asked for: what the closed loop meets, what it refuses, and what the slow ruler says of the bones it drew.
+
+Intervals are of 95 %, by resampling patients (or, of samples, the samples).
+"""
+
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bonelib import InputError
+from bonelib.core.random import numpy_rng
+from bonelib.evaluation.compartments import CLOSED, read
+from bonelib.evaluation.differentiable import UNITS
+from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.statistics import patient_interval
+from bonelib.latent.attribute_model import BATCH, TOLERANCE, Instrument, Moved, closed_loop, move, readings, shifted
+from bonelib.latent.directions import Direction
+from bonelib.scans.volumes import Volume
+
+
+def asked(
+    tool: Instrument, codes: Tensor, groups, sources, n: int, straight: dict[str, Direction], *, seed: int
+) -> tuple[list[dict], Tensor]:
+    """`n` targets asked of codes in random order, met by the closed loop and, beside it, by one open step.
+
+    A target is one attribute of `straight`, uniform over what is `reachable`; all others are to stay. The open step
+    goes along that attribute's direction. Rows: number of the code, its patient and source, attribute, start, asked,
+    measured; error and side effect (mean change of the others), in shares of the ranges, of both ways; length of the
+    move in SDs, whether the loop met all within 2 %. And the codes (n, ...) it ended at. Nothing is asked where no code
+    can be read, there is no direction, or nothing is calibrated.
+    """
+    start = readings(tool.read, codes)
+    fit = start.isfinite().all(1).nonzero()[:, 0].tolist() if tool.calibrated else []
+    room = {(i, name): tool.reachable(start[i], tool.index(name)) for i, name in product(fit, straight)}
+    pairs = [pair for pair, (low, high) in room.items() if low < high]
+    order = numpy_rng(seed, "asked").permutation(len(pairs))
+    picked = [pairs[order[number % len(pairs)]] for number in range(n if pairs else 0)]
+    if not picked:
+        return [], codes[:0]
+    index, which = torch.tensor([i for i, _ in picked]), torch.tensor([tool.index(name) for _, name in picked])
+    shares = [numpy_rng(seed, "asked", number).random() for number in range(n)]
+    targets = [
+        room[pair][0] + (room[pair][1] - room[pair][0]) * share for pair, share in zip(picked, shares, strict=True)
+    ]
+    wanted = start[index].index_put((torch.arange(n), which), torch.tensor(targets))
+    opened = torch.stack(
+        [
+            (target - float(start[i, tool.index(name)])) / straight[name].slope * straight[name].vector
+            for (i, name), target in zip(picked, targets, strict=True)
+        ]
+    )
+    opened, parts = readings(tool.read, shifted(codes[index], opened)), []
+    for some in torch.arange(n).split(BATCH):
+        parts.append(closed_loop(tool, codes[index[some]], wanted[some], seeds=some.tolist()))
+        print(f"{int(some[-1]) + 1} of {n} targets", flush=True)
+    found, rows = Moved(*(torch.cat(values) for values in zip(*parts, strict=True))), []
+    for number, ((i, name), target) in enumerate(zip(picked, targets, strict=True)):
+        k = int(which[number])
+        row = dict(
+            number=i, patient=groups[i], source=sources[i], attribute=name, start=float(start[i, k]), asked=target
+        )
+        for way, values in (("closed", found.measured[number]), ("open", opened[number])):
+            off = ((values - wanted[number]) / tool.span).abs()
+            others = torch.cat([off[:k], off[k + 1 :]])
+            row |= {
+                f"{way} measured": float(values[k]),
+                f"{way} error": float(off[k]),
+                f"{way} side": float(others.mean()),
+            }
+        met = float(found.error[number]) <= 2 * TOLERANCE
+        rows.append(row | dict(length=float(found.length[number]), steps=int(found.steps[number]), met=met))
+    return rows, found.codes
+
+
+def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float]:
+    """Of rows of `asked`: shares met within 2 % and medians of side effects, with intervals by patient."""
+    if not rows:
+        return {"N": 0}
+    keys = ("closed error", "open error", "closed side", "open side", "met")
+    table = np.array([[float(row[key]) for key in keys] for row in rows])
+
+    def found(values):
+        closed, opened, side, other, met = values.T
+        other = np.nanmedian(other)
+        return np.array(
+            [
+                (closed <= 2 * TOLERANCE).mean(),
+                met.mean(),
+                (opened <= 2 * TOLERANCE).mean(),
+                np.median(side),
+                other,
+                np.median(side) / other,
+            ]
+        )
+
+    names = ("closed loop within 2 %", "and all others held within 2 %", "open loop within 2 %")
+    names += ("closed side effect", "open side effect", "side effect, closed over open")
+    rng = numpy_rng(seed, "asked summary")
+    patients = [row["patient"] for row in rows]
+    value, low, high, *_, n = patient_interval(lambda i: found(table[i]), patients, rng=rng, draws=draws)
+    values = {"N": len(rows), "patients": n}
+    for i, name in enumerate(names):
+        values |= {name: float(value[i]), f"{name}, low": float(low[i]), f"{name}, high": float(high[i])}
+    return values
+
+
+def asked_table(rows: list[dict], *, seed: int, draws: int) -> dict[str, dict[str, float]]:
+    """`asked_summary` of all rows, and of those of each source."""
+    parts = {"all": rows} | {s: [r for r in rows if r["source"] == s] for s in dict.fromkeys(r["source"] for r in rows)}
+    return {name: asked_summary(part, seed=seed, draws=draws) for name, part in parts.items()}
+
+
+def impossible(tool: Instrument, codes: Tensor, n: int, names, *, seed: int) -> list[dict]:
+    """`n` targets outside of the calibrated range, by a tenth to a whole range, and what `move` says to them.
+
+    No rows where nothing is calibrated: then no target is farther out than any other.
+    """
+    rows = []
+    for number in range(n if tool.calibrated else 0):
+        rng, name = numpy_rng(seed, "impossible", number), names[number % len(names)]
+        k, beyond = tool.index(name), float(rng.uniform(0.1, 1.0))
+        target = float(tool.high[k] + beyond * tool.span[k] if number % 2 else tool.low[k] - beyond * tool.span[k])
+        try:
+            move(tool, codes[number % len(codes)][None], {name: target})
+            says = ""
+        except InputError as error:
+            says = str(error)
+        rows.append(dict(attribute=name, asked=target, refused=bool(says), reason=says))
+    return rows
+
+
+def with_intervals(columns: dict[str, dict[str, float]]) -> list[dict]:
+    """Summaries {column: {key: value}} with keys "key, low" and "key, high" as rows of text for `as_markdown`."""
+    rows = []
+    for key in (k for k in next(iter(columns.values())) if not k.endswith((", low", ", high"))):
+        row = {"": key}
+        for name, v in columns.items():
+            row[name] = f"{v[key]:.3g}" + (
+                f" ({v[f'{key}, low']:.3g} to {v[f'{key}, high']:.3g})" if f"{key}, low" in v else ""
+            )
+        rows.append(row)
+    return rows
+
+
+def panels(tool: Instrument, rows: list[dict], names) -> list[dict]:
+    """For `figures.scatter`: asked against measured of rows of `asked`, one panel for each attribute of `names`."""
+    drawn = []
+    for name in names:
+        mine, unit = [row for row in rows if row["attribute"] == name], UNITS.get(name, "")
+        line = [float(tool.low[tool.index(name)]), float(tool.high[tool.index(name)])]
+        sets = {w: ([r["asked"] for r in mine], [r[f"{w} measured"] for r in mine]) for w in ("open", "closed")}
+        drawn.append(dict(title=f"{name}, {unit}", x="asked", y="read", sets=sets, lines={"": (line, line)}))
+    return drawn
+
+
+def by_ruler(volume: Volume) -> dict[str, float] | None:
+    """`morphometry.measure` of a bone and its share of closed slices, None where no contours are found."""
+    try:
+        return measure(volume, anisotropy=False) | {CLOSED: read(volume).traits[CLOSED]}
+    except InputError:
+        return None
+
+
+def confirmed(rows: list[dict], before: list, after: list, names, *, least: float) -> list[dict]:
+    """What the slow ruler says of the bones of `asked` (rows), drawn whole before and after the move.
+
+    `before`, `after`: of every row what `by_ruler` found. Rows: attribute (of `names`), of all bones with contours and
+    of those whose cortex is closed in the share `least` of their slices, both before and after, as contours forced over
+    a gap may leave out part of a bone; N of how many; the mean change read, and measured over it (1: the slow ruler
+    sees all of it): slope through 0; correlation.
+    """
+    table = []
+    for name, (bones, limit) in product(names, {"contours found": 0.0, "cortex closed": least}.items()):
+        mine = [i for i, row in enumerate(rows) if row["attribute"] == name]
+        both = [i for i in mine if before[i] and after[i] and np.isfinite(after[i][name] - before[i][name])]
+        both = [i for i in both if min(before[i][CLOSED], after[i][CLOSED]) >= limit]
+        wanted = np.array([rows[i]["closed measured"] - rows[i]["start"] for i in both])
+        seen = np.array([after[i][name] - before[i][name] for i in both])
+        enough = len(both) > 2 and wanted.std() > 0
+        row = dict(attribute=name, bones=bones, N=len(both), of=len(mine))
+        row["read"] = float(np.abs(wanted).mean()) if both else np.nan
+        row["measured over read"] = float((wanted @ seen) / (wanted @ wanted)) if both and wanted.any() else np.nan
+        table.append(row | {"r": float(np.corrcoef(wanted, seen)[0, 1]) if enough else np.nan})
+    return table

@@ -1,0 +1,176 @@
+"""What buys quality per second? Short trainings of variants of one model, equal in CPU time, with several seeds."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from bonelib.core.config import fingerprint
+from bonelib.core.files import write_json
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
+from bonelib.evaluation.metrics import frechet_distance, precision_recall
+from bonelib.evaluation.statistics import half_interval
+from bonelib.latent.models import draw, load_model
+from bonelib.params import Train, Trials, changed, section
+from bonelib.scans.dataset import Stacks, halved
+from bonelib.training.loop import CODE, train
+
+COMPONENTS = 48  # principal components of the training stacks, at most, in which samples are compared with them
+LEAST_SD = 0.1  # of the first component's SD, to which the others are raised before they scale anything
+LEVELS = np.linspace(0.2, 0.6, 41)  # of intensity, at one of which most real cortices are closed
+HOLE = 0.06  # of a slice, that a closed cortex encloses at least
+
+
+def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) -> tuple[list[dict], dict]:
+    """Train every variant with every seed; returns the table and {variant: volumes of its first seed, (n, z, y, x)}.
+
+    A trial trains for `how.seconds` of CPU time on one thread: a short training first tells how many samples that is.
+    Rows: variant, seed, samples seen, CPU seconds, and what `against` says of its samples. The row "real" holds one
+    half of the training patients against the other. What is done is not done again by equal code: each trial's row and
+    volumes lie in `folder`.
+    """
+    folder = Path(folder)
+    plain = section(Train, how.base, "trials.base")
+    coarser = round(np.log2(data.meta["stack_slices"] / 2 ** len(plain.schedule.samples)))
+    data = halved(data, coarser)
+    reference = data.pooled(data.of("train"), 0)[:, 0].float().numpy()
+    patients = [row["patient"] for row in data.of("train")]
+    level = ring_level(reference)
+
+    names = [(name, seed + i) for i in range(how.seeds) for name in how.variants]
+    with workers() as pool:
+        jobs = {}
+        for name, own in names:
+            params = section(Train, changed(how.base, how.variants[name]) | {"snapshots": None}, f"trials.{name}")
+            place = folder / fingerprint(params, data.meta["data_hash"], own, how.seconds, how.samples, CODE)
+            jobs[name, own] = pool.submit(_trained, params, data, place, own, how.seconds, how.samples)
+        drawn = {}
+        for i, key in enumerate(jobs, 1):
+            drawn[key] = jobs[key].result()
+            say(f"trial {i} of {len(jobs)}: {key[0]}, seed {key[1]}", flush=True)
+
+    rng = numpy_rng(seed, "halves of the patients")
+    chosen = np.isin(patients, rng.permutation(sorted(set(patients)))[: len(set(patients)) // 2])
+    one, other = reference[~chosen], reference[chosen]
+    half = [p for p, c in zip(patients, chosen, strict=True) if not c]
+    rows = [{"variant": "real", "seed": seed, **against(one, other, half, level, seed, how.draws)}]
+    for (name, own), (row, volumes) in drawn.items():
+        found = against(reference, volumes, patients, level, own, how.draws)
+        rows.append({"variant": name, "seed": own, **row, **found})
+    return rows, {name: volumes for (name, own), (_, volumes) in drawn.items() if own == seed}
+
+
+def _trained(params: Train, data: Stacks, place: Path, seed: int, seconds: float, samples: int):
+    """One trial: what it took, and the volumes it draws."""
+    done = place / "row.json"
+    if done.is_file():
+        return json.loads(done.read_text()), np.load(place / "volumes.npy")
+    updates = params.n_critic * params.schedule.batch[-1]
+    times = []
+    for count in (2, 2, 34):  # updates; the difference of the last two leaves out what is done once
+        begun = time.process_time()
+        _train(params, count * updates, data, place / "pilot", seed)
+        times.append(time.process_time() - begun)
+    pace = max(times[2] - times[1], 0.1 * times[2]) / (32 * updates)
+    seen = max(1, round(seconds / pace / updates)) * updates
+    begun = time.process_time()
+    _train(params, seen, data, place, seed)
+    row = {"samples": seen, "CPU s": time.process_time() - begun}
+    volumes = draw(load_model(place), samples, seed).astype(np.float16)
+    shutil.rmtree(place / "pilot")
+    np.save(place / "volumes.npy", volumes)
+    write_json(done, row)
+    return row, volumes
+
+
+def _train(params: Train, samples: int, data: Stacks, place: Path, seed: int) -> None:
+    """Train the stages for `samples` in all, shared out as in `params`."""
+    plan, share = params.schedule, samples / sum(params.schedule.samples)
+    lengths = tuple(max(1, round(n * share)) for n in plan.samples)
+    fades = tuple(round(n * share) for n in plan.fade)
+    params = params.model_copy(update={"schedule": plan.model_copy(update={"samples": lengths, "fade": fades})})
+    shutil.rmtree(place / "state", ignore_errors=True)
+    train(params, data, place, state=place / "state", seed=seed, say=lambda *_, **__: None)
+    shutil.rmtree(place / "state")
+
+
+def against(real: np.ndarray, fake: np.ndarray, patients: list[str], level: float, seed: int, draws: int) -> dict:
+    """What samples (n, z, y, x) are worth beside real stacks (m, z, y, x), the m names of whose patients are given.
+
+    `closed rings`, the share of slices whose cortex closes at `level`, with an interval over the samples, and that of
+    the real ones; the Frechet distance in principal components of the real stacks with an interval by halves of the
+    patients; precision and recall there; `residual`, how far a sample lies from what these components can say (RMS),
+    and that of the real ones; and the SD over the samples at a voxel, relative to that over the real ones.
+    """
+    components, mean, scale = _components(real)
+    a, b = (((v.reshape(len(v), -1) - mean) @ components.T) / scale for v in (real, fake.astype(np.float32)))
+    ring, of_real = closed_rings(fake, level), closed_rings(real, level)
+    rng = numpy_rng(seed, "rings")
+    _, low, high, *_ = half_interval(lambda rows: ring[rows].mean(), range(len(ring)), rng=rng, draws=draws)
+    rng = numpy_rng(seed, "interval", "trials")
+    distance, *ends = half_interval(
+        lambda i, j: frechet_distance(a[i], b[j]), patients, range(len(b)), rng=rng, draws=draws
+    )[:3]
+    precision, recall = precision_recall(a, b)
+    return {
+        "N": len(fake), "closed rings": float(ring.mean()), "low": low, "high": high,
+        "closed rings, real": float(of_real.mean()), "N real": len(real),
+        "Frechet distance": distance, "FD low": ends[0], "FD high": ends[1],
+        "precision": precision, "recall": recall,
+        "residual": _residual(fake, components, mean), "residual, real": _residual(real, components, mean),
+        "relative SD": float(fake.astype(np.float32).std(0).mean() / real.std(0).mean()),
+    }  # fmt: skip
+
+
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """The table of `run` averaged over seeds, and a last row: the widest difference between seeds of one variant."""
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    keys = ("samples", "closed rings", "Frechet distance", "precision", "recall", "residual", "relative SD")
+    groups = {name: [row for row in rows if row["variant"] == name] for name in names}
+    table = [
+        {"variant": name, "seeds": len(own)}
+        | {k: float(np.mean([r[k] for r in own])) if k in own[0] else "" for k in keys}
+        for name, own in groups.items()
+    ]
+    wide = {k: max(np.ptp([r[k] for r in own]) for own in groups.values() if k in own[0]) for k in keys}
+    return [
+        *table,
+        {"variant": "widest difference of two seeds", "seeds": "", **{k: float(v) for k, v in wide.items()}},
+    ]
+
+
+def _components(real):
+    flat = real.reshape(len(real), -1).astype(np.float32)
+    mean = flat.mean(0)
+    _, values, vectors = np.linalg.svd(flat - mean, full_matrices=False)
+    count = min(COMPONENTS, len(flat) // 2)
+    sd = values[:count] / len(flat) ** 0.5
+    return vectors[:count], mean, np.maximum(sd, LEAST_SD * sd[0])
+
+
+def _residual(volumes, components, mean) -> float:
+    flat = volumes.reshape(len(volumes), -1).astype(np.float32) - mean
+    return float(np.sqrt(np.mean((flat - flat @ components.T @ components) ** 2)))
+
+
+def ring_level(real: np.ndarray) -> float:
+    """The intensity at which most slices of real stacks show a closed cortex; of several such, the middle one."""
+    some = real[:: max(1, len(real) // 64)]
+    shares = np.array([closed_rings(some, level).mean() for level in LEVELS])
+    return float(np.median(LEVELS[shares == shares.max()]))
+
+
+def closed_rings(volumes: np.ndarray, level: float) -> np.ndarray:
+    """Of each volume (n, z, y, x), the share of its slices in which what lies above `level` encloses a wide hole."""
+    shares = []
+    for volume in volumes:
+        closed = 0
+        for part in volume > level:
+            holes, count = ndimage.label(ndimage.binary_fill_holes(part) & ~part)
+            closed += count > 0 and np.bincount(holes.ravel())[1:].max() >= HOLE * part.size
+        shares.append(closed / len(volume))
+    return np.array(shares)

@@ -1,0 +1,227 @@
+"""Image quality of models against held-out bones: scores with N, an interval and what real bones reach.
+
+A setting is a model at a truncation of its codes, and is named for both, as in "progan 1.8".
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
+from bonelib.evaluation import metrics
+from bonelib.evaluation.features import cached, scaled
+from bonelib.evaluation.statistics import half_interval
+from bonelib.latent.sampling import setting
+from bonelib.scans.tables import read_table
+
+PUBLISHED = Path(__file__).with_name("published_table1.csv")  # Table 1 of Angermann et al. 2023
+COLUMNS = {"inception": "FID_inc", "medicalnet": "FID_res", "vgs": "FID_vgs"}  # others are FD_ and their name
+ELLIPSE_SD = 2.0
+GRID = 160  # points a side on which ellipses are compared
+
+
+def over_patients(patients: list[str], n: int, seed: int) -> np.ndarray:
+    """Numbers of `n` of the samples of `patients`, at random, but a second one of nobody before the first of all."""
+    order, before = numpy_rng(seed, "over patients").permutation(len(patients)), {}
+    turn = {}
+    for i in order:
+        turn[i] = before[patients[i]] = before.get(patients[i], 0) + 1
+    return np.array(sorted(order, key=turn.get)[:n])
+
+
+def extracted(
+    extractors: dict[str, Callable], volumes: dict[str, np.ndarray], cache=None
+) -> dict[str, dict[str, np.ndarray]]:
+    """{family: {set: features (n, d)}} of every set of `volumes` by worker processes, brought to scale (`scaled`)."""
+    with workers() as pool:
+        jobs = {key: pool.submit(_features, extractors, values, cache) for key, values in volumes.items()}
+        found = {key: job.result() for key, job in jobs.items()}
+    return {name: scaled(name, {key: of_set[name] for key, of_set in found.items()}) for name in extractors}
+
+
+def _features(extractors, values, cache):
+    return {name: cached(name, extract, values, cache) for name, extract in extractors.items()}
+
+
+def scores(real: np.ndarray, fake: np.ndarray, patients, seed: int = 0) -> dict[str, float]:
+    """All that is measured on a pair of feature sets (n, d), (m, d); `patients` are those of `real`.
+
+    FD (`frechet_distance`), kernel distance and RBF-MMD are distances; precision to coverage are shares; realism is
+    the median over the samples; C2ST is the area under the curve of a classifier, 0.5 where none can tell.
+    """
+    found = {
+        "FD": metrics.frechet_distance(real, fake),
+        "kernel distance": metrics.kernel_distance(real, fake),
+        "RBF-MMD": metrics.rbf_mmd(real, fake),
+        **metrics.manifold(real, fake),
+    }
+    folds = min(5, len(set(patients)), len(real) // 2, len(fake) // 2)
+    return found | {"C2ST": metrics.two_sample_auc(real, fake, patients, seed=seed, folds=folds)}
+
+
+def table(features: dict[str, dict[str, np.ndarray]], patients: list[str], *, seed: int, draws: int) -> list[dict]:
+    """One row a setting, family and metric of `scores`, with its 95 % interval and what further real bones reach.
+
+    `features` is {family: {"real": (n, d), "other real": (m, d), setting: (m, d), ...}}; `patients` names the patient
+    of each volume of "real", whose patients are resampled. "other real" are real bones of further patients: what a
+    perfect generator would get at this N. Rows: setting, features, metric, value, low, high, real_against_real,
+    n_real, n_fake, n_other, d.
+    """
+    rows = []
+    for family, sets in features.items():
+        real, other = sets["real"], sets["other real"]
+        names = np.repeat(np.asarray(patients), len(real) // len(patients))  # some families have more rows a volume
+        reference = scores(real, other, names, seed)
+        for name, fake in sets.items():
+            if name in ("real", "other real"):
+                continue
+
+            def values(i, j, real=real, fake=fake, names=names):
+                return list(scores(real[i], fake[j], names[i], seed).values())
+
+            rng = numpy_rng(seed, "interval", family)  # the same halves for every setting
+            found = half_interval(values, names, range(len(fake)), rng=rng, draws=draws)
+            counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other), d=real.shape[1])
+            for metric, value, low, high in zip(reference, *found[:3], strict=True):
+                row = dict(setting=name, features=family, metric=metric, value=value, low=float(low), high=float(high))
+                rows.append(row | dict(real_against_real=reference[metric]) | counts)
+    return rows
+
+
+def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
+    """Table 1: its twelve settings with the published values and, where the model was trained here, ours beside them.
+
+    FD columns are named for the features that were used; precision and recall are those of the features `judge`.
+    Every number of ours is followed by its interval and, after a stroke, by that of real against real.
+    """
+    found = {(r["setting"], r["features"], r["metric"]): r for r in rows}
+    families, trained = list(dict.fromkeys(r["features"] for r in rows)), {r["setting"] for r in rows}
+    out = []
+    for line in read_table(PUBLISHED):
+        name = setting(line["model"], float(line["tr"]))
+        row = {"setting": name, **{k: line[k] for k in ("c_c", "c_g", "alpha", "n_c")}}
+        row |= {f"published {k}": line[k] for k in ("FID_inc", "FID_res", "FID_vgs", "prec", "rec")}
+        wanted = {COLUMNS.get(f, f"FD_{f}"): (name, f, "FD") for f in families}
+        wanted |= {f"prec_{judge}": (name, judge, "precision"), f"rec_{judge}": (name, judge, "recall")}
+        none = "not measured" if name in trained else "not trained"
+        out.append(row | {key: _cell(found[where]) if where in found else none for key, where in wanted.items()})
+    known = {row["setting"] for row in out}
+    if stray := {r["setting"] for r in rows if r["setting"] not in known and r["setting"].rsplit(" ", 1)[0] in models}:
+        raise InputError(f"quality: {sorted(stray)} are no settings of Table 1; accepted are {sorted(known)}")
+    return out
+
+
+def _cell(row):
+    return f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] / {row['real_against_real']:.3g}"
+
+
+def parity(chances: dict[str, np.ndarray], groups: dict, similar: dict[str, dict], *, seed: int, draws: int):
+    """Inception score and MS-SSIM of every set, those metrics that look at no real bone: a row a set and metric.
+
+    `chances` are class probabilities {set: (n, classes)}, `groups` {set: patient of each sample, or None for drawn
+    ones}, `similar` {set: `similarity.diversity`}. Rows as those of `table`, n being the samples.
+    """
+    rows, other = [], metrics.inception_score(chances["other real"])
+    for name, p in chances.items():
+        rng, own = numpy_rng(seed, "inception score interval"), groups.get(name)
+        own = np.arange(len(p)) if own is None else own
+        found = half_interval(lambda i, p=p: metrics.inception_score(p[i]), own, rng=rng, draws=draws)
+        row = dict(setting=name, metric="inception score", value=found.value, low=found.low, high=found.high)
+        rows.append(row | dict(real_against_real=other, n=len(p), pairs=None, d=p.shape[1]))
+    other = similar["other real"]["value"]
+    for name, one in similar.items():
+        found = {key: one[key] for key in ("value", "low", "high")} | dict(real_against_real=other)
+        rows.append(dict(setting=name, metric="MS-SSIM") | found | dict(n=one["n"], pairs=one["pairs"], d=1))
+    return rows
+
+
+def truncation_law(
+    features: dict[str, dict[str, np.ndarray]], pairs: list[tuple[str, str]], patients, *, seed: int, draws: int
+) -> list[dict]:
+    """What truncation does: precision and recall of the truncated setting minus those of the other one.
+
+    `pairs` are (setting without, setting with truncation). One row a pair, family and metric: value, low, high,
+    whether it has the published sign (precision up, recall down), and `real_against_real`, the change between two
+    halves of "other real", between which nothing was truncated.
+    """
+    rows = []
+    for family, sets in features.items():
+        names = np.repeat(np.asarray(patients), len(sets["real"]) // len(patients))
+        for wide, narrow in pairs:
+
+            def change(i, j, real=sets["real"], both=(sets[wide], sets[narrow])):
+                first, last = (metrics.manifold(real[i], fake[j]) for fake in both)  # of the same codes
+                return [last[key] - first[key] for key in ("precision", "recall")]
+
+            part = max(6, len(sets["other real"]) // 2)  # as few as neighbours can be counted among
+            halves = sets["other real"][:part], sets["other real"][-part:]
+            first, last = (metrics.manifold(sets["real"], half) for half in halves)
+            rng = numpy_rng(seed, "truncation interval", family)
+            found = half_interval(change, names, range(len(sets[wide])), rng=rng, draws=draws)
+            signs = {"precision": 1, "recall": -1}
+            for (metric, sign), value, low, high in zip(signs.items(), *found[:3], strict=True):
+                what = dict(settings=f"{wide} to {narrow}", features=family, metric=metric, change=value)
+                ends = dict(low=float(low), high=float(high), real_against_real=last[metric] - first[metric])
+                counts = dict(n_real=len(names), n_fake=len(sets[wide]), d=sets["real"].shape[1])
+                rows.append(what | ends | dict(as_published=bool(value * sign > 0)) | counts)
+    return rows
+
+
+def embedded(sets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every set (n, d) in one plane (n, 2) that keeps distances as well as it can: classical MDS (Torgerson 1952).
+
+    Sun et al. 2022, Figure 4. With Euclidean distances it is the plane of the two first principal components.
+    """
+    x = np.concatenate(list(sets.values()))
+    x = x - x.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(x, full_matrices=False)
+    flat = left[:, :2] * sizes[:2]
+    return dict(zip(sets, np.split(flat, np.cumsum([len(s) for s in sets.values()])[:-1]), strict=True))
+
+
+def ellipse(points: np.ndarray, count: int = 100) -> np.ndarray:
+    """The outline (count, 2) of `ELLIPSE_SD` standard deviations of points (n, 2)."""
+    turn = np.linspace(0, 2 * np.pi, count)
+    root = np.linalg.cholesky(np.cov(points.T) + 1e-12 * np.eye(2))
+    return points.mean(axis=0) + ELLIPSE_SD * np.stack([np.cos(turn), np.sin(turn)], 1) @ root.T
+
+
+def ellipse_overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of the ellipses of two sets of points (n, 2): 1 where they agree."""
+    outlines = np.concatenate([ellipse(a), ellipse(b)])
+    axes = [np.linspace(outlines[:, i].min(), outlines[:, i].max(), GRID) for i in range(2)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+    inside = []
+    for points in (a, b):
+        offset = grid - points.mean(axis=0)
+        form = np.linalg.inv(np.cov(points.T) + 1e-12 * np.eye(2))
+        inside.append(np.einsum("xyi,ij,xyj->xy", offset, form, offset) <= ELLIPSE_SD**2)
+    return float((inside[0] & inside[1]).sum() / max(1, (inside[0] | inside[1]).sum()))
+
+
+def overlaps(sets: dict[str, np.ndarray], patients, *, seed: int, draws: int) -> list[dict]:
+    """`ellipse_overlap` of every embedded setting with "real": value, interval, and that of "other real" with it."""
+    rows, reference = [], ellipse_overlap(sets["real"], sets["other real"])
+    names = np.repeat(np.asarray(patients), len(sets["real"]) // len(patients))
+    for name, points in sets.items():
+        if name not in ("real", "other real"):
+            rng = numpy_rng(seed, "overlap interval")
+
+            def overlap(i, j, real=sets["real"], points=points):
+                return ellipse_overlap(real[i], points[j])
+
+            found = half_interval(overlap, names, range(len(points)), rng=rng, draws=draws)
+            row = dict(setting=name, value=found.value, low=found.low, high=found.high)
+            rows.append(row | dict(real_against_real=reference, n_real=len(names), n_fake=len(points), d=2))
+    return rows
+
+
+def picture_of(sets: dict[str, np.ndarray], title: str) -> dict:
+    """The panel of `views.figures.scatter` of embedded sets and their ellipses; "other real" is left out."""
+    shown = {name: points for name, points in sets.items() if name != "other real"}
+    dots = {name: (points[:, 0], points[:, 1]) for name, points in shown.items()}
+    lines = {f"_{name}": ellipse(points).T for name, points in shown.items()}  # a legend leaves such names out
+    return dict(title=title, x="first axis", y="second axis", sets=dots, lines=lines)

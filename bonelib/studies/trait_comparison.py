@@ -1,0 +1,241 @@
+"""Real against drawn bones by the ruler: morphometry, interiors at the same voxels, and power spectra by region."""
+
+import numpy as np
+from scipy import ndimage, stats
+
+from bonelib import InputError
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
+from bonelib.evaluation.contours import closed_slices, contours, dilated, eroded
+from bonelib.evaluation.features import standardised
+from bonelib.evaluation.metrics import fixed_pattern_correlation
+from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.statistics import FEWEST, half_interval, pair_mean
+from bonelib.scans.volumes import Volume
+
+CLOSED = "closed slices"
+TRAITS = ("Tt.Ar", "Tt.BMD", "Tb.BMD", "Ct.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.Th", "Ct.Po")
+DEPTH_MM = 0.5  # from the endosteal contour inwards, slice by slice, where the interior counts as trabecular texture
+AWAY_MM = (1.5, 5.0)  # from the periosteal contour outwards, where soft tissue shows nothing but noise
+REGIONS = ("interior", "background")
+BINS = 16
+LEAST = 12  # measured bones, and real patients, for distances between their traits
+SPECTRUM_FLOOR = 1e-3  # (mg HA/cm3)^2
+
+
+def measured(volume: Volume) -> dict | None:
+    """What the ruler says of a volume, or None where no contours are found.
+
+    `traits` (`morphometry.measure`, and the share of slices with a closed ring), `interior` (mask of the trabecular
+    interior), `spectra` {region: log10 power (BINS,)}.
+    """
+    try:
+        periosteal, endosteal = contours(volume)
+    except InputError:
+        return None
+    traits = measure(volume, compartments=(periosteal, endosteal), anisotropy=False)
+    traits[CLOSED] = closed_slices(volume, periosteal)
+    interior = eroded(endosteal, DEPTH_MM, volume.spacing[1:])
+    near, far = (dilated(periosteal, mm, volume.spacing[1:]) for mm in AWAY_MM)
+    background = _plain(volume, far & ~near)
+    spectra = dict(zip(REGIONS, (spectrum(volume, region) for region in (interior, background)), strict=True))
+    return dict(traits=traits, interior=interior, spectra=spectra)
+
+
+def measure_groups(groups: dict[str, list[Volume]]) -> dict[str, list[dict | None]]:
+    """`measured` of every volume of every group, by worker processes."""
+    with workers() as pool:
+        jobs = {name: [pool.submit(measured, v) for v in volumes] for name, volumes in groups.items()}
+        return {name: [job.result() for job in of_group] for name, of_group in jobs.items()}
+
+
+def spectrum(volume: Volume, region: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """Log10 of the mean in-plane power (mg HA/cm3)^2 of a region's voxels in radial bins up to the Nyquist frequency.
+
+    Slices are freed of the mean of the region and faded out over its border; power is per voxel of the region, so
+    that regions of different size agree. NaN where the region has no voxels.
+    """
+    weight = ndimage.gaussian_filter(region.astype(np.float32), (0, 1, 1)) * region
+    total = weight.sum(axis=(1, 2), keepdims=True)
+    if not total.max() > 0:
+        return np.full(bins, np.nan)
+    mean = (weight * volume.voxels).sum(axis=(1, 2), keepdims=True) / np.maximum(total, 1)
+    power = np.abs(np.fft.rfft2((volume.voxels - mean) * weight)) ** 2
+    power = power.sum(axis=0) / (weight**2).sum()
+    rows, columns = np.fft.fftfreq(volume.shape[1]), np.fft.rfftfreq(volume.shape[2])
+    index = np.ceil(np.hypot(rows[:, None], columns) / 0.5 * bins).astype(int)
+    sums, counts = (np.bincount(index.ravel(), w, bins + 1)[1 : bins + 1] for w in (power.ravel(), np.ones(power.size)))
+    return np.log10(sums / counts + SPECTRUM_FLOOR)
+
+
+def summary(
+    volumes: list[Volume], found: list[dict | None], groups, *, seed: int, draws: int
+) -> dict[str, dict[str, float | int | None]]:
+    """What the ruler says of a group: {quantity: value, low, high, n}, the interval by halves of `groups` (patients).
+
+    Shares with contours and of closed slices, stamp, mean and SD of the traits. The stamp
+    (`metrics.fixed_pattern_correlation`, of different patients) is None where no two interiors share voxels, and
+    so are traits that nothing has.
+    """
+    groups = np.asarray(groups)
+    here = np.array([result is not None for result in found])
+    out = {"contours found": _of(here.astype(float), groups, np.mean, seed, draws)}
+    values = [volume.voxels for volume, result in zip(volumes, found, strict=True) if result]
+    inside, owners, rng = [result["interior"] for result in found if result], groups[here], numpy_rng(seed, "stamps")
+    first, second, pairs = np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+    if len(values) > 1:
+        first, second, pairs = fixed_pattern_correlation(
+            np.stack(values), np.stack(inside), groups=owners, sigma=1.5, seed=seed
+        )
+    alike = pair_mean(pairs, np.stack([owners[first], owners[second]], 1), rng=rng, draws=draws)
+    out["stamp"] = dict(value=alike.value, low=alike.low, high=alike.high, n=len(owners))
+    for key in (CLOSED, *TRAITS):
+        traits = np.array([np.nan if result is None else result["traits"][key] for result in found], float)
+        out[key] = _of(traits, groups, np.mean, seed, draws)
+        out[f"{key} SD"] = _of(traits, groups, np.std, seed, draws)
+    return out
+
+
+def _of(values, groups, statistic, seed, draws):
+    """A statistic of the finite values, its interval and N."""
+    kept = np.isfinite(values)
+    values, groups, rng = values[kept], groups[kept], numpy_rng(seed, "summary interval")
+    if not len(values):
+        return dict(value=None, low=None, high=None, n=0)
+    found = half_interval(lambda rows: float(statistic(values[rows])), groups, rng=rng, draws=draws)
+    return dict(value=found.value, low=found.low, high=found.high, n=len(values))
+
+
+def side_by_side(findings: dict[str, dict]) -> list[dict]:
+    """The summaries of groups as a table: a row a quantity, a column a group, each value with its interval and N."""
+
+    def cell(found):
+        if found["value"] is None:
+            return f"none, N={found['n']}"
+        ends = "" if found["low"] is None else f" [{found['low']:.3g}, {found['high']:.3g}]"
+        return f"{found['value']:.3g}{ends}, N={found['n']}"
+
+    quantities = next(iter(findings.values()))
+    return [{"": key} | {name: cell(of[key]) for name, of in findings.items()} for key in quantities]
+
+
+def as_numbers(findings: dict[str, dict]) -> dict[str, float | int | None]:
+    """The summaries as flat numbers: group.quantity, and .low, .high, .n and .real_against_real of it."""
+    out = {}
+    for name, of_group in findings.items():
+        for key, found in of_group.items():
+            out[f"{name}.{key}"] = found["value"]
+            out |= {f"{name}.{key}.{what}": found[what] for what in ("low", "high", "n")}
+            out[f"{name}.{key}.real_against_real"] = findings["other real"][key]["value"]
+    return out
+
+
+def trait_features(groups: dict[str, list[dict | None]], patients: list[str]) -> tuple[dict[str, np.ndarray], list]:
+    """The traits as one more family of features: {group: (n, 10)} with "real" at mean 0 and SD 1, patients of "real".
+
+    Bones in which a trait cannot be measured are left out, and so is a group that is left with fewer than `LEAST`;
+    nothing is returned if "real" has fewer than `LEAST` patients, so that neighbours can be counted in their halves.
+    """
+    sets = {name: matrix(found) for name, found in groups.items()}
+    owners = [patients[i] for i in sets["real"][1]]
+    kept = {name: values for name, (values, _) in sets.items() if len(values) >= LEAST}
+    if len(set(owners)) < LEAST or "other real" not in kept or len(kept) < 3:
+        return {}, owners
+    others = {name: values for name, values in kept.items() if name != "real"}
+    return dict(zip(["real", *others], standardised(kept["real"], *others.values()), strict=True)), owners
+
+
+def matrix(found: list[dict | None], traits=TRAITS) -> tuple[np.ndarray, np.ndarray]:
+    """Traits (n, len(traits)) of the volumes of a group in which all are finite, and the places of those volumes."""
+    rows = [[np.nan] * len(traits) if r is None else [r["traits"][t] for t in traits] for r in found]
+    values = np.array(rows, float).reshape(-1, len(traits))
+    whole = np.isfinite(values).all(axis=1)
+    return values[whole], np.flatnonzero(whole)
+
+
+def trait_distances(groups: dict[str, list[dict | None]], patients: list[str], *, seed: int, draws: int) -> list[dict]:
+    """Wasserstein distance of every trait between each group and "real", in standard deviations of "real".
+
+    And, under the trait "correlations", the mean absolute difference of the correlations between traits. With the
+    interval by patients, and the value of "other real"; groups with fewer than four measured volumes are left out.
+    """
+    sets = {name: matrix(found) for name, found in groups.items()}
+    (real, kept), rows = sets["real"], []
+    names, enough = np.asarray(patients)[kept], {k: v for k, (v, _) in sets.items() if len(v) >= 4}
+    if "real" not in enough or "other real" not in enough or len(set(names)) < FEWEST:
+        return []
+    reference = _distances(real, enough["other real"])
+    for group, values in enough.items():
+        if group in ("real", "other real"):
+            continue
+        rng = numpy_rng(seed, "trait interval")
+
+        def distances(i, j, values=values):
+            return _distances(real[i], values[j])
+
+        found = half_interval(distances, names, range(len(values)), rng=rng, draws=draws)
+        for i, trait in enumerate((*TRAITS, "correlations")):
+            ends = dict(value=found.value[i], low=float(found.low[i]), high=float(found.high[i]))
+            row = dict(setting=group, trait=trait) | ends | dict(real_against_real=reference[i])
+            rows.append(row | dict(n_real=len(real), n_fake=len(values), n_other=len(enough["other real"]), d=1))
+    return rows
+
+
+def _distances(real, fake):
+    sd = real.std(axis=0) + 1e-9
+    traits = [stats.wasserstein_distance(real[:, i] / sd[i], fake[:, i] / sd[i]) for i in range(real.shape[1])]
+    with np.errstate(invalid="ignore"):  # a trait that is the same in all has no correlations
+        gap = np.nan_to_num(np.corrcoef(real.T)) - np.nan_to_num(np.corrcoef(fake.T))
+    return [*traits, float(np.abs(gap[np.triu_indices(len(gap), 1)]).mean())]
+
+
+def spectral_distances(
+    groups: dict[str, list[dict | None]], patients: list[str], *, seed: int, draws: int
+) -> tuple[list[dict], list[dict]]:
+    """How far the mean spectra of each group are from those of "real", by region: (rows, spectra as a table).
+
+    The value is the mean over the bins of the absolute difference of log10 power (0.3 is a factor of two), with the
+    interval by patients and the value of "other real".
+    """
+    rows, curves = [], [{"bin": i + 1} for i in range(BINS)]
+    for region in REGIONS:
+        sets = {name: _spectra(found, region) for name, found in groups.items()}
+        real, kept = sets["real"]
+        names = np.asarray(patients)[kept]
+        for group, (values, _) in sets.items():
+            for line, power in zip(curves, values.mean(axis=0) if len(values) else [np.nan] * BINS, strict=True):
+                line[f"{region}, {group}"] = float(power)
+            small = min(len(values), len(sets["other real"][0])) < 4 or len(set(names)) < FEWEST
+            if small or group in ("real", "other real"):
+                continue
+            rng = numpy_rng(seed, "spectrum interval", region)
+
+            def gap(i, j, real=real, values=values):
+                return _gap(real[i], values[j])
+
+            found = half_interval(gap, names, range(len(values)), rng=rng, draws=draws)
+            found = dict(value=found.value, low=found.low, high=found.high)
+            found |= dict(real_against_real=_gap(real, sets["other real"][0]))
+            counts = dict(n_real=len(real), n_fake=len(values), n_other=len(sets["other real"][0]), d=BINS)
+            rows.append(dict(setting=group, region=region) | found | counts)
+    return rows, curves
+
+
+def _gap(real, fake):
+    return float(np.abs(real.mean(axis=0) - fake.mean(axis=0)).mean())
+
+
+def _spectra(found, region):
+    values = np.array([r["spectra"][region] if r else [np.nan] * BINS for r in found]).reshape(-1, BINS)
+    whole = np.isfinite(values).all(axis=1)
+    return values[whole], np.flatnonzero(whole)
+
+
+def _plain(volume, region):
+    """The region without what is no soft tissue: the ulna, and what lies outside of the arm or the field of view."""
+    if not region.any():
+        return region
+    low, middle, high = np.quantile(volume.voxels[region], [0.16, 0.5, 0.84])
+    smooth = ndimage.uniform_filter(volume.voxels, 3)
+    strange = abs(smooth - middle) > 1.5 * (high - low)
+    return region & ~ndimage.binary_dilation(strange, iterations=3)

@@ -1,0 +1,49 @@
+"""Worker processes: one thread each, quick to start again, and gone with whoever started them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bonelib.core.parallel import THREAD_SETTINGS, workers
+
+OWNER = """
+import os, time
+from bonelib.core.parallel import workers
+with workers(1) as pool:
+    print(pool.submit(os.getpid).result(), pool.submit(os.getppid).result(), flush=True)
+    pool.submit(time.sleep, 60).result()
+"""
+
+
+def test_a_worker_has_one_thread_and_the_owner_keeps_its_own():
+    before, threads = {name: os.environ.get(name) for name in THREAD_SETTINGS}, torch.get_num_threads()
+    for _ in range(2):
+        with workers(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 1
+    assert {name: os.environ.get(name) for name in THREAD_SETTINGS} == before and torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills processes with their parent")
+def test_workers_and_what_starts_them_die_with_their_owner():
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    found = [int(number) for number in owner.stdout.readline().split()]
+    assert len(found) == 2 and all(_alive(number) for number in found)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    until = time.monotonic() + 20
+    while any(_alive(number) for number in found) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(_alive(number) for number in found)
+
+
+def _alive(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
