@@ -292,7 +292,8 @@ class Quality(Section):
     A setting is a model at a truncation of its codes: of Table 1 the two in `untruncated` and `truncation`, of Figures
     C.9 and C.10 those of `sweep`: bounds of the normal distribution for a ProGAN, shares of the way from the mean style
     for a StyleGAN. A model without entry takes that of its kind. `draws` are those of the intervals, `pairs` those
-    compared by MS-SSIM; `inception` and `medicalnet` are files of weights, looked for in the usual cache if null.
+    compared by MS-SSIM; the classifier of patches learns for `classifier` updates, from `classified` patients at most;
+    `inception` and `medicalnet` are files of weights, looked for in the usual cache if null.
     """
 
     samples: Annotated[int, Field(ge=8)] = 1000
@@ -302,6 +303,8 @@ class Quality(Section):
     sweep: dict[str, tuple[Positive, ...]] = {"progan": (2.6, 1.8, 1.0, 0.2), "stylegan": (1.0, 0.7, 0.4, 0.1)}
     draws: Annotated[int, Field(ge=2)] = 1000
     pairs: Count = 1000
+    classifier: Count = 2000
+    classified: Count = 200
     inception: str | None = None
     medicalnet: str | None = None
 
