@@ -38,7 +38,8 @@ class Calibration(Section):
 class Cohort(Section):
     """Where scans come from: the phantom generator, or a folder of one's own scans.
 
-    `unit` and `calibration` hold for files that carry none; `mirror_left` makes right bones of left ones.
+    `unit` and `calibration` hold for files that carry none; `mirror_left` makes right bones of left ones; a scan whose
+    header says that it is of another bone than `site` is refused.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Cohort(Section):
     unit: Literal["mgHA", "HU", "mu", "native"] | None = None
     participants: str | None = None
     mirror_left: bool = False
+    site: Literal["radius", "tibia"] = "radius"
 
     @field_validator("unit")
     @classmethod
