@@ -647,7 +647,7 @@ def fingerprint(*parts: Any) -> str:
 def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
     """Read params.yaml and check all of it, also the profiles that are not in use; returns it as plain values."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     for key in values:

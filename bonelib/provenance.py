@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +29,12 @@ def code_hash(*modules: ModuleType) -> str:
 
 
 def write_metrics(path: str | Path, values: dict[str, Any], run: str) -> None:
-    """One flat JSON of a stage's numbers, with the run id and the packages that made it."""
+    """One flat JSON of a stage's numbers (null: there is none), with the run id and the packages that made it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = {"run": run, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
     path.write_text(
-        json.dumps({**values, **{f"made_by.{key}": value for key, value in made_by.items()}}, indent=1) + "\n"
+        json.dumps({**known, **{f"made_by.{key}": value for key, value in made_by.items()}}, indent=1) + "\n",
+        encoding="utf-8",
     )

@@ -241,23 +241,26 @@ def bootstrap_interval(
     collapse k-NN radii to zero and lift FD and KID; the deviations of the draws from their own mean are laid
     about the full-sample value, scaled by sqrt(m / (n - m)) for m of n patients, which is one for halves
     (Shao and Wu 1989). An interval of a share may therefore end beyond 0 or 1. `real` is (n, d), `fake` (m,
-    d), `real_groups` n patient names; the ends have the shape of the statistic. Raises `InputError` for fewer
-    than 4 patients or fake samples, names that do not fit, NaN, draws < 2 or a level outside (0, 1).
+    d), `real_groups` n patient names; the ends have the shape of the statistic. They are NaN for fewer than 4
+    patients, and where halves are too few for the statistic. Raises `InputError` for fewer than 4 samples, names that
+    do not fit, NaN, draws < 2 or a level outside (0, 1).
     """
     real, fake = _pair(real, fake, "real", "fake", least=4)
     names, patient = np.unique(np.asarray(real_groups), return_inverse=True)
     if np.shape(real_groups) != (len(real),):
         raise InputError(f"real_groups has shape {np.shape(real_groups)}, but real needs ({len(real)},)")
-    if len(names) < PATIENTS:
-        raise InputError(f"real_groups names {len(names)} patients, but an interval needs at least {PATIENTS}")
     if draws < 2 or not 0 < level < 1:
         raise InputError(f"draws is {draws} and level {level}; accepted are draws >= 2 and 0 < level < 1")
-    half, half_fake = len(names) // 2, len(fake) // 2
+    point, half, half_fake = statistic(real, fake), len(names) // 2, len(fake) // 2
     values = []
-    for _ in range(draws):
-        chosen = np.isin(patient, rng.choice(len(names), half, replace=False))
-        values.append(statistic(real[chosen], fake[np.sort(rng.choice(len(fake), half_fake, replace=False))]))
-    low, high = _about(statistic(real, fake), values, half, len(names), level)
+    try:
+        for _ in range(draws if len(names) >= PATIENTS else 0):
+            chosen = np.isin(patient, rng.choice(len(names), half, replace=False))
+            values.append(statistic(real[chosen], fake[np.sort(rng.choice(len(fake), half_fake, replace=False))]))
+    except InputError:  # a half has too few samples
+        values = []
+    none = np.full(np.shape(point), np.nan)
+    low, high = _about(point, values, half, len(names), level) if values else (none, none)
     return (float(low), float(high)) if low.ndim == 0 else (low, high)
 
 

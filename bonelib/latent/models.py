@@ -34,7 +34,7 @@ def load_model(folder: str | Path) -> Model:
             raise InputError(
                 f"{folder / name}: no such file; a model folder holds config.json and two safetensors files"
             )
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder, "train", "data")
     params = section(Train, config["train"], f"{folder / 'config.json'}: train")
     parts = dict(
         generator=build_generator(params.generator, haar=params.haar, precision=params.precision),
@@ -46,13 +46,26 @@ def load_model(folder: str | Path) -> Model:
     return Model(generator, parts["critic"], config)
 
 
+def read_config(folder: Path, *sections: str) -> dict:
+    """config.json of a model folder; raises `InputError` where it is torn, or a section is missing."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{file}: not readable as JSON; it is damaged or was not written to its end") from None
+    if not isinstance(config, dict) or (missing := [s for s in sections if s not in config]):
+        lacking = missing[0] if isinstance(config, dict) else "everything"
+        raise InputError(f"{file}: {lacking} is missing; needed are {', '.join(sections)}")
+    return config
+
+
 def load_details(folder: str | Path) -> torch.nn.ModuleList:
     """The networks of detail.safetensors in a folder, coarsest first. Raises `InputError` naming what is missing."""
     folder = Path(folder)
     for name in ("config.json", "detail.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; a folder of details holds it beside config.json")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder, "detail")
     levels = section(DetailLevels, config["detail"], f"{folder / 'config.json'}: detail")
     details = torch.nn.ModuleList(build_detail(levels) for _ in range(levels.levels))
     _fill(details, folder / "detail.safetensors")
@@ -90,7 +103,7 @@ def growth_strip(folder: str | Path, seed: int) -> list[tuple[str, np.ndarray]]:
     for seen, values in sorted(load_file(Path(folder) / "growth.safetensors").items()):
         stages[values.shape[1]] = (f"after {int(seen)} samples", values.numpy())
     strip = [stages[depth] for depth in sorted(stages)]
-    if "detail" in json.loads((Path(folder) / "config.json").read_text()):
+    if "detail" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
         levels = refine(load_details(folder), strip[-1][1], seed)
         strip += [(f"level of detail {i}", volumes) for i, volumes in enumerate(levels, 1)]
     return strip

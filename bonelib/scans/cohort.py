@@ -17,7 +17,7 @@ import numpy as np
 
 from bonelib import InputError
 from bonelib.params import Cohort, Phantom, section
-from bonelib.processes import die_with_parent
+from bonelib.processes import die_with_run
 from bonelib.scans import given, plausibility
 from bonelib.scans.grids import Calibration
 from bonelib.scans.listing import SITES, Listing, listed, summary
@@ -241,7 +241,7 @@ def check_own_scans(cohort: Cohort) -> None:
 
 
 def main() -> int:
-    die_with_parent()
+    die_with_run()
     try:
         if "--dry-run" in sys.argv:
             folders = [a for a in sys.argv[1:] if a != "--dry-run"]

@@ -93,12 +93,12 @@ def _walk(source: Path) -> tuple[list[Path], list[Path], Counter]:
         here = Path(top)
         real = here.resolve()
         hidden = [f for f in folders if f.startswith(".") or f == "__MACOSX"]
-        skipped["hidden"] += len(hidden)
         folders[:] = sorted(f for f in folders if f not in hidden) if real not in seen else []
         if real in seen:
             skipped["folders linked twice"] += 1
             continue
         seen.add(real)
+        skipped["hidden"] += len(hidden)
         slices = dicom_files(here)
         whole = _multi_frame(slices)
         if len(slices) > len(whole):

@@ -213,7 +213,7 @@ def preprocess_cohort(
         sd=float(sample.std()),
         data_hash=data_hash,
     )
-    (folder / "stacks.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (folder / "stacks.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return meta
 
 

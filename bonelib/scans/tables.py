@@ -138,7 +138,9 @@ def as_markdown(rows: list[dict]) -> str:
     """Rows as a Markdown table, numbers to three digits."""
 
     def cell(value):
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:.3g}" if value == value else "none"
+        return str(value)
 
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,6 +1,5 @@
 """Training state that continues bit for bit, and models as safetensors with a JSON beside them."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,13 +27,14 @@ def write_whole(path: Path, write) -> None:
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -50,12 +51,15 @@ def digest(path: Path) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for one trainer; a second one is refused. The lock goes with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another training is running in this folder; wait for it or stop it") from None
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{folder}: another training is running in this folder; wait for it or stop it") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -93,7 +97,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict) -> None:
 
 def _meta(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

@@ -52,7 +52,7 @@ def train_details(
         tensors |= {f"{level - 1}.{name}": value for name, value in weights.items()}
         curves += [[level, *point] for point in curve]
     checkpoint.save_tensors(folder / "detail.safetensors", tensors)
-    with open(folder / "curves.csv", "w", newline="") as file:
+    with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([CURVES, *curves])
     content = {"run": run, "detail": json.loads(params.model_dump_json()), "data": data.meta}
     checkpoint.write_json(

@@ -348,7 +348,7 @@ def write_model(
     checkpoint.save_tensors(folder / "generator.safetensors", average.state_dict())
     checkpoint.save_tensors(folder / "critic.safetensors", critic.state_dict())
     checkpoint.save_tensors(folder / "growth.safetensors", growth)
-    with open(folder / "curves.csv", "w", newline="") as file:
+    with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([CURVES, *curves])
     shutil.rmtree(folder / "candidates", ignore_errors=True)
     for path in candidates:
@@ -358,7 +358,7 @@ def write_model(
     content = {"run": run, "train": json.loads(params.model_dump_json()), "data": meta, "seen": curves[-1][0]}
     if details is not None:
         shutil.copyfile(Path(details) / "detail.safetensors", folder / "detail.safetensors")
-        content["detail"] = json.loads((Path(details) / "config.json").read_text())["detail"]
+        content["detail"] = json.loads((Path(details) / "config.json").read_text(encoding="utf-8"))["detail"]
         parts.append("detail")
     content["sha256"] = {name: checkpoint.digest(folder / f"{name}.safetensors") for name in parts}
     checkpoint.write_json(folder / "config.json", content)
