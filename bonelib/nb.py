@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bonelib import InputError
-from bonelib.core.parallel import die_with_parent, map_large_blocks
+from bonelib.core.parallel import die_with_run, map_large_blocks
 
 STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
 
@@ -78,7 +78,7 @@ def _say_errors_plainly() -> None:
 
 
 def main() -> int:
-    die_with_parent()
+    die_with_run()
     # Threads that wait in a loop for each other lose most of their time where another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Freed memory is kept (glibc): to give back and fetch again what a feature map takes costs more than to fill it.

@@ -23,7 +23,8 @@ class Calibration(Section):
 class Cohort(Section):
     """Where scans come from: the phantom generator, or a folder of one's own scans.
 
-    `unit` and `calibration` hold for files that carry none; `mirror_left` makes right bones of left ones.
+    `unit` and `calibration` hold for files that carry none; `mirror_left` makes right bones of left ones; a scan whose
+    header says that it is of another bone than `site` is refused.
     """
 
     source: str
@@ -31,6 +32,7 @@ class Cohort(Section):
     unit: Literal["mgHA", "HU", "mu", "native"] | None = None
     participants: str | None = None
     mirror_left: bool = False
+    site: Literal["radius", "tibia"] = "radius"
 
     @field_validator("unit")
     @classmethod
@@ -641,7 +643,7 @@ class File(Section):
 def check_file(path: str | Path = "params.yaml") -> dict[str, Any]:
     """Read params.yaml and check all of it, also the profiles that are not in use; returns it as plain values."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
     section(File, values, "", str(path))

@@ -72,16 +72,16 @@ def publish(folder: str | Path, name: str, audit: str | Path, say=print) -> str:
         if path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
     try:
-        values = json.loads(Path(audit).read_text())
+        values = json.loads(Path(audit).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(f"{audit}: not the metrics of the stage `privacy`; weights are audited first") from None
     say(f"{name}: {require_release(values, folder.resolve().name, weights)}")
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder, target)
     _dvc("add", "--quiet", str(target))
-    pointer = yaml.safe_load(_pointer(name).read_text())
+    pointer = yaml.safe_load(_pointer(name).read_text(encoding="utf-8"))
     pointer["outs"][0]["remote"] = REMOTE  # so that `dvc push` and `dvc pull` of nothing else go there
-    _pointer(name).write_text(yaml.safe_dump(pointer, sort_keys=False))
+    _pointer(name).write_text(yaml.safe_dump(pointer, sort_keys=False), encoding="utf-8")
     _dvc("push", "--quiet", str(_pointer(name)))
     for path in set(STORE.glob("*/*")) - {
         path for pointer in Path("published").glob("*.dvc") for path in stored(pointer)
@@ -112,8 +112,8 @@ def require_release(values: dict, model: str, weights: dict[str, str]) -> str:
 
 def stored(pointer: Path) -> list[Path]:
     """The files of the store that belong to a published model, its list of files first."""
-    listing = _at(yaml.safe_load(pointer.read_text())["outs"][0]["md5"])
-    return [listing, *(_at(item["md5"]) for item in json.loads(listing.read_text()))]
+    listing = _at(yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0]["md5"])
+    return [listing, *(_at(item["md5"]) for item in json.loads(listing.read_text(encoding="utf-8")))]
 
 
 def _at(md5: str) -> Path:
@@ -126,7 +126,7 @@ def _pointer(name: str) -> Path:
 
 def _hash(name: str) -> str:
     try:
-        return yaml.safe_load(_pointer(name).read_text())["outs"][0]["md5"]
+        return yaml.safe_load(_pointer(name).read_text(encoding="utf-8"))["outs"][0]["md5"]
     except (OSError, KeyError, yaml.YAMLError):
         raise InputError(f"{_pointer(name)}: no published model; see python -m bonelib.published --help") from None
 
@@ -134,7 +134,7 @@ def _hash(name: str) -> str:
 def _checked(folder: Path) -> dict:
     """The config.json of a model folder whose weights have the hashes that it says."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         wrong = [n for n, value in config["sha256"].items() if digest(folder / f"{n}.safetensors") != value]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: not a whole model folder ({error})") from None
@@ -154,11 +154,11 @@ def _name_in_params(path: Path) -> None:
     known = {pointer.stem: {"published": _hash(pointer.stem)} for pointer in sorted(Path("published").glob("*.dvc"))}
     line = yaml.safe_dump(known, default_flow_style=True, width=1000).strip()
     text, count = re.subn(
-        r"(?ms)(^  published:.*?^    train: )[^\n]*", lambda m: m[1] + line, path.read_text(), count=1
+        r"(?ms)(^  published:.*?^    train: )[^\n]*", lambda m: m[1] + line, path.read_text(encoding="utf-8"), count=1
     )
     if not count:
         raise InputError(f"{path}: no line `train:` in a profile `published` to write {line} to")
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def main() -> int:

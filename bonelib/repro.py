@@ -15,16 +15,20 @@ from pathlib import Path
 import yaml
 
 from bonelib import InputError
-from bonelib.core.parallel import THREAD_SETTINGS, die_with_parent
-from bonelib.params import check_file
+from bonelib.core.config import section
+from bonelib.core.parallel import THREAD_SETTINGS, cores, die_with_parent
+from bonelib.params import Cohort, check_file
+from bonelib.scans.cohort import check_own_scans
 
 REPRO = ("dvc", "--wait-for-lock", "repro")
+CHILD = {"preexec_fn": die_with_parent} if sys.platform == "linux" else {}  # Windows has no such option
+LOCAL = Path(".dvc/config.local")
 
 
 def closing_lines(profile: str) -> str:
     """What a run ends with: the measures of the samples beside those of real bones, and where everything lies."""
     out = Path("out") / profile
-    found = json.loads((out / "metrics/04_image_quality.json").read_text())
+    found = json.loads((out / "metrics/04_image_quality.json").read_text(encoding="utf-8"))
 
     def number(value: float | None) -> str:
         return "none" if value is None else f"{value + 0:.2f}".replace("-0.00", "0.00")
@@ -37,13 +41,13 @@ def closing_lines(profile: str) -> str:
         values = []
         for model in models:
             value, low, high = (number(found[f"{model}.random3d.{name}.{end}"]) for end in ("value", "low", "high"))
-            values.append(f"{value} ({low} to {high})")
+            values.append(f"{value} ({low} to {high})" if low != "none" else f"{value} (no interval)")
         real = number(found[f"{models[0]}.random3d.{name}.real_against_real"])
         lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values) + real)
     for name in ("contours found", "closed slices", "stamp", "Tb.BMD", "Tb.Th", "Tb.N"):
         values = [number(found[f"measured.{group}.{name}"]) for group in (*models, "real")]
         lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values).rstrip())
-    grades = json.loads((out / "metrics/02_motion_grading.json").read_text())
+    grades = json.loads((out / "metrics/02_motion_grading.json").read_text(encoding="utf-8"))
     if grades["trained"]:
         lines.append(f"{grades['balanced accuracy.n_scans']} scans of patients unknown to the motion grader:")
         for name in ("balanced accuracy", "within one grade"):
@@ -77,9 +81,9 @@ def side_by_side(groups: list[list[str]], names: list[str]) -> int:
     What they need from outside of their group must be there (`before`). Returns the first status that is not 0, when
     all have ended.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // len(groups)))
-    how = dict(env=os.environ | dict.fromkeys(THREAD_SETTINGS, threads), preexec_fn=die_with_parent)
-    how |= dict(stdout=subprocess.PIPE, text=True)
+    threads = str(max(1, cores() // len(groups)))
+    how = dict(env=os.environ | dict.fromkeys(THREAD_SETTINGS, threads), **CHILD)
+    how |= dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
     # One item at a time: DVC locks whatever it looks at, also upstream of a target, against the others
     running = [subprocess.Popen([*REPRO, "--single-item", *targets], **how) for targets in groups]
 
@@ -97,7 +101,7 @@ def side_by_side(groups: list[list[str]], names: list[str]) -> int:
 
 def repro(models: list[str], targets: list[str]) -> int:
     """`dvc repro TARGETS`; of the whole pipeline, the models' own stages side by side where that is faster."""
-    groups = by_model(yaml.safe_load(Path("dvc.yaml").read_text())["stages"], models)
+    groups = by_model(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"], models)
     if not targets and len(groups) > 1 and _cores_alone():
         shared = before(sum(groups, []))
         if status := (_dvc(shared) if shared else 0) or side_by_side(groups, models):
@@ -106,24 +110,32 @@ def repro(models: list[str], targets: list[str]) -> int:
 
 
 def _dvc(targets):
-    return subprocess.run([*REPRO, *targets], preexec_fn=die_with_parent).returncode
+    return subprocess.run([*REPRO, *targets], **CHILD).returncode
 
 
 def _cores_alone():
     import torch
 
-    return (os.cpu_count() or 1) > 1 and not torch.cuda.is_available()
+    return cores() > 1 and not torch.cuda.is_available()
+
+
+def without_git() -> None:
+    """Tell DVC to do without git where there is none, as in a download of the repository as a ZIP."""
+    if not Path(".git").exists() and Path(".dvc").is_dir() and not LOCAL.exists():
+        LOCAL.write_text("[core]\n    no_scm = true\n", encoding="utf-8")
 
 
 def main() -> int:
     die_with_parent()
     try:
+        without_git()
         values = check_file()
+        check_own_scans(section(Cohort, values["cohort"], "cohort"))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     if repro(values["models"], sys.argv[1:]):
-        subprocess.run(["dvc", "checkout", "--quiet", "--force"], preexec_fn=die_with_parent, stderr=subprocess.DEVNULL)
+        subprocess.run(["dvc", "checkout", "--quiet", "--force"], stderr=subprocess.DEVNULL, **CHILD)
         return 2
     print(closing_lines(values["profile"]))
     return 0

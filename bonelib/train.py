@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 from bonelib import InputError, nb
-from bonelib.core.parallel import die_with_parent, keep_freed_memory
+from bonelib.core.parallel import die_with_run, keep_freed_memory
 
 
 def main() -> int:
-    die_with_parent()
+    die_with_run()
     keep_freed_memory()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     from bonelib import published

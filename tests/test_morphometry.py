@@ -10,7 +10,7 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import dilated, eroded
 from bonelib.evaluation.morphometry import contours, fabric, measure, segment, trabecular
 from bonelib.evaluation.thickness import local_thickness, thickness_and_axes
-from bonelib.scans.formats import Calibration
+from bonelib.scans.grids import Calibration
 from bonelib.scans.tables import read_table
 from bonelib.scans.volumes import Volume, read_volume
 

@@ -30,7 +30,7 @@ def test_what_they_share_comes_first(monkeypatch):
 def test_groups_run_at_once_and_a_failure_is_told(monkeypatch, capsys):
     say = "import os, sys; print('share', os.environ['OMP_NUM_THREADS'], *sys.argv[1:]); sys.exit('bad' in sys.argv)"
     monkeypatch.setattr(repro, "REPRO", (sys.executable, "-c", say))
-    monkeypatch.setattr(repro.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(repro, "cores", lambda: 4)
     assert repro.side_by_side([["x"], ["y", "z"]], ["one", "two"]) == 0
     assert sorted(capsys.readouterr().out.splitlines()) == [
         "one: share 2 --single-item x",

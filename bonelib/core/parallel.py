@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import select
 import signal
@@ -16,22 +17,40 @@ THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 PRELOADED = ("torch", "scipy.ndimage", "scipy.stats", "nibabel")  # no code of our own, which may change under a kernel
 
 
-def die_with_parent() -> None:
-    """End this process when its parent ends, also by `kill -9` (Linux; elsewhere nothing).
+def cores() -> int:
+    """The number of cores that this process may use, which a scheduler or a container may have set below all."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
 
-    Where the parent is a shell that runs this command, as under DVC, the process ends with the shell's parent as well.
-    """
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends, also by `kill -9` (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-        name, _, above = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")
-        if name.endswith("sh"):
-            threading.Thread(target=_end_after, args=(int(above.split()[1]),), daemon=True).start()
 
 
-def _end_after(process: int) -> None:
-    with contextlib.suppress(OSError):
-        select.select([os.pidfd_open(process)], [], [])
-        os.kill(os.getpid(), signal.SIGKILL)
+def die_with_run() -> None:
+    """`die_with_parent`, also where a shell stands between, as DVC starts every command by one (Linux).
+
+    Such a shell outlives DVC, and this process ends when whoever started the shell does.
+    """
+    die_with_parent()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, IndexError):
+            above = Path(f"/proc/{os.getppid()}")
+            command = (above / "cmdline").read_bytes().split(b"\0")
+            if command[1].startswith(b"-") and command[1].endswith(b"c"):  # sh -c
+                starter = int((above / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+                threading.Thread(target=_end_with, args=(os.pidfd_open(starter),), daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    """Wait for a process, given by its file descriptor, and end with it."""
+    select.select([process], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def peak_memory() -> float:
@@ -40,7 +59,7 @@ def peak_memory() -> float:
     On Linux read from /proc: what `getrusage` says there is carried over from the process that started this one.
     """
     if sys.platform == "linux":
-        with open("/proc/self/status") as file:
+        with open("/proc/self/status", encoding="utf-8") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
     import resource  # which Windows has not
 
@@ -70,13 +89,13 @@ def _end_with_owner() -> None:
 
 @contextlib.contextmanager
 def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `count` worker processes (one a core by default) of one thread each.
+    """A pool of `count` worker processes (one for each of `cores` by default) of one thread each.
 
     What is still waiting when the block is left by an error is given up.
     """
     before = {name: os.environ.get(name) for name in THREAD_SETTINGS}
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))  # inherited by what workers start from, at the first task
-    pool = ProcessPoolExecutor(count or os.cpu_count(), _context(), _begin)
+    pool = ProcessPoolExecutor(count or cores(), _context(), _begin)
     try:
         yield pool
     finally:

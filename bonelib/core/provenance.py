@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -46,7 +47,7 @@ def write_metrics(path: str | Path, values: dict[str, Any], run: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = {"run": run, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    path.write_text(json.dumps(dict(_flat(values | {"made_by": made_by})), indent=1) + "\n")
+    path.write_text(json.dumps(dict(_flat(values | {"made_by": made_by})), indent=1) + "\n", encoding="utf-8")
 
 
 def _flat(values: dict, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -54,4 +55,5 @@ def _flat(values: dict, before: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{before}{key}.")
         else:
-            yield f"{before}{key}", None if value != value else value
+            none = isinstance(value, float) and not math.isfinite(value)
+            yield f"{before}{key}", None if none else value

@@ -9,19 +9,22 @@ from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.evaluation.morphometry import measure
 from bonelib.scans.dataset import Stacks
-from bonelib.scans.preprocessing import subsample, to_density
-from bonelib.scans.tables import write_table
+from bonelib.scans.given import CORTEX, MARROW
+from bonelib.scans.preprocessing import subsample, subsample_labels, to_density
+from bonelib.scans.tables import read_table, write_table
 from bonelib.scans.volumes import Volume
 
 COARSE_MM = 0.25  # areas, densities and the cortex can be read on voxels of up to this size, in a tenth of the time
 
 
-def measure_scans(stacks: Stacks, folder: str | Path, *, path: str | Path) -> list[dict]:
+def measure_scans(stacks: Stacks, folder: str | Path, *, path: str | Path, own: str | Path | None = None) -> list[dict]:
     """Measure each whole preprocessed scan of `stacks` in `folder`; one row a scan, also written to `path`.
 
     Rows: scan, patient, split, grade, and the traits of `morphometry.measure`, on the grid of the stacks or, where
     that is finer than needed, on its means over blocks of voxels: thicknesses of trabeculae are then those of a
-    blurred image. A scan that cannot be measured, as with strong motion, has empty traits. In parallel.
+    blurred image. A scan that cannot be measured, as with strong motion, has empty traits. Where users gave contours
+    (contours.npy), they are measured in; traits in the table `own`, where it is there, take the place of ours. In
+    parallel.
     """
     scans = {row["volume"]: row for row in stacks.rows}
     keys = ("scan", "patient", "split", "grade")
@@ -29,6 +32,8 @@ def measure_scans(stacks: Stacks, folder: str | Path, *, path: str | Path) -> li
     with workers() as pool:
         jobs = [pool.submit(_measured, index, *grid) for index in scans]
         rows = [{k: row[k] for k in keys} | job.result() for row, job in zip(scans.values(), jobs, strict=True)]
+    given = {row.pop("scan"): row for row in read_table(own)} if own and Path(own).is_file() else {}
+    rows = [row | {k: float(v) for k, v in given.get(row["scan"], {}).items() if v} for row in rows]
     write_table(path, rows)
     return rows
 
@@ -38,10 +43,17 @@ def _measured(index: int, path: Path, spacing, intensity) -> dict[str, float]:
     volume = Volume(voxels, tuple(spacing))
     step = max(1, int(COARSE_MM / min(spacing)))
     coarse = subsample(volume.with_voxels(voxels[: len(voxels) // step * step]), step)
+    compartments = _given(path.with_name("contours.npy"), index, step)
     try:
-        return measure(coarse)
+        return measure(coarse, compartments=compartments)
     except InputError:
         return {}
+
+
+def _given(path: Path, index: int, step: int):
+    """The user's own compartments of a scan, or None."""
+    labels = subsample_labels(np.load(path, mmap_mode="r")[index], step) if path.is_file() else np.zeros(1)
+    return (labels >= CORTEX, labels == MARROW) if labels.any() else None
 
 
 def by_patient(rows: list[dict], trait: str, **where) -> np.ndarray:

@@ -28,7 +28,8 @@ from bonelib.evaluation.contours import (
     smoothed,
 )
 from bonelib.evaluation.thickness import gradient_at, local_thickness, thickness_and_axes
-from bonelib.scans.formats import Calibration
+from bonelib.scans.grids import Calibration
+from bonelib.scans.plausibility import FLAGS, flags
 from bonelib.scans.volumes import Volume
 
 __all__ = [
@@ -77,8 +78,9 @@ def measure(
     contours and pores have thresholds of their own. Without `anisotropy` there is no DA, which takes a fifth of the
     time.
 
-    What does not exist is NaN, such as Tb.Th where no voxel is bone. Raises `InputError` as `contours`, and for masks
-    that do not fit or a segmentation that is not known.
+    What does not exist is NaN, such as Tb.Th where no voxel is bone. Raises `InputError` as `contours`, for a bone that
+    the field cuts, a cast or metal (`scans.plausibility.flags`), and for masks that do not fit or a segmentation that
+    is not known.
     """
     if isinstance(compartments, str) and compartments != "trabecular":
         raise InputError(f"compartments is {compartments!r}; accepted is 'trabecular', or two masks")
@@ -89,6 +91,8 @@ def measure(
             return _trabecular(volume, density, np.ones(volume.shape, bool), segmentation, pool, anisotropy)
         found = contours_in(density, volume.spacing) if compartments is None else compartments
         outer, inner = _fitting(found, volume)
+        if compartments is None and (wrong := flags(density, outer, volume.spacing)):
+            raise InputError(f"{' and '.join(FLAGS[w] for w in wrong)}: its morphometry would not be that of a radius")
         cortical = pool.submit(_cortical, volume, density, outer & ~inner)
         inside = _trabecular(volume, density, inner, segmentation, pool, anisotropy)
         return {

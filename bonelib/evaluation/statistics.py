@@ -73,7 +73,10 @@ def half_interval(
     for _ in range(draws):
         chosen = [rng.choice(len(names), len(names) // 2, replace=False) for names, _ in known]
         rows = (np.flatnonzero(np.isin(place, half)) for (_, place), half in zip(known, chosen, strict=True))
-        values.append(statistic(*rows))
+        try:
+            values.append(statistic(*rows))
+        except InputError:  # half of them are too few
+            return Interval(value, None, None, *counts)
     values = np.array(values, float)
     values = values[np.isfinite(values.reshape(draws, -1)).all(1)]
     if len(values) < 2:

@@ -210,7 +210,7 @@ def load_inverter(folder: str | Path, model: Model) -> Inverter:
     folder = Path(folder)
     if not (folder / "encoder.json").is_file():
         raise InputError(f"{folder / 'encoder.json'}: no such file; 05_inversion writes it beside encoder.safetensors")
-    config = json.loads((folder / "encoder.json").read_text())
+    config = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     if config["model"] != model.config["sha256"]:
         raise InputError(f"{folder / 'encoder.json'}: made for other weights than the model's; run 05_inversion again")
     inverter = _new_inverter(section(EncoderTraining, config["encoder"], f"{folder / 'encoder.json'}: encoder"), model)

@@ -34,7 +34,7 @@ def load_model(folder: str | Path) -> Model:
             raise InputError(
                 f"{folder / name}: no such file; a model folder holds config.json and two safetensors files"
             )
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder, "train", "data")
     params = section(Train, config["train"], f"{folder / 'config.json'}: train")
     parts = dict(
         generator=build_generator(params.generator, haar=params.haar, precision=params.precision),
@@ -48,13 +48,26 @@ def load_model(folder: str | Path) -> Model:
     return Model(generator, parts["critic"], config)
 
 
+def read_config(folder: Path, *sections: str) -> dict:
+    """config.json of a model folder; raises `InputError` where it is torn, or a section is missing."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{file}: not readable as JSON; it is damaged or was not written to its end") from None
+    if not isinstance(config, dict) or (missing := [s for s in sections if s not in config]):
+        lacking = missing[0] if isinstance(config, dict) else "everything"
+        raise InputError(f"{file}: {lacking} is missing; needed are {', '.join(sections)}")
+    return config
+
+
 def load_superres(folder: str | Path) -> SuperResolution:
     """The network of superres.safetensors in a folder. Raises `InputError` naming what is missing."""
     folder = Path(folder)
     for name in ("config.json", "superres.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; a super-resolution network is both")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder, "superres")
     network = build_superres(section(SuperRes, config["superres"], f"{folder / 'config.json'}: superres"))
     _fill(network, folder / "superres.safetensors")
     return network
@@ -91,7 +104,7 @@ def growth_strip(folder: str | Path, seed: int) -> list[tuple[str, np.ndarray]]:
     for seen, values in sorted(load_file(Path(folder) / "growth.safetensors").items()):
         stages[values.shape[1]] = (f"after {int(seen)} samples", values.numpy())
     strip = [stages[depth] for depth in sorted(stages)]
-    if "superres" in json.loads((Path(folder) / "config.json").read_text()):
+    if "superres" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
         strip.append(("super-resolution", enlarge(load_superres(folder), strip[-1][1], seed)))
     return strip
 

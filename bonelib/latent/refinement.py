@@ -74,4 +74,4 @@ def load_refinement(folder: str | Path) -> Refinement:
     path = Path(folder) / FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file; 05_inversion writes it beside codes.safetensors")
-    return section(Refinement, json.loads(path.read_text()), str(path))
+    return section(Refinement, json.loads(path.read_text(encoding="utf-8")), str(path))

@@ -81,12 +81,27 @@ def write_samples(model: Model, volumes: np.ndarray, folder: str | Path, name: s
     return [folder / row["file"] for row in rows]
 
 
-def read_codes(path: str | Path) -> Tensor:
-    """The codes (n, *style shape) of a safetensors file. Raises `InputError` where there are none."""
+def read_codes(path: str | Path, shape: tuple[int, ...]) -> Tensor:
+    """The codes (n, *shape) of a safetensors file, float32. Raises `InputError` where there are none of this shape."""
     try:
-        return load_file(path)["codes"]
+        codes = load_file(path)["codes"].float()
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{path}: no codes ({error}); accepted is a safetensors file with a tensor codes") from None
+    if not len(codes) or tuple(codes.shape[1:]) != tuple(shape):
+        found, wanted = (" x ".join(map(str, s)) for s in (codes.shape, ("n", *shape)))
+        raise InputError(f"{path}: the codes are {found} numbers; this model accepts {wanted}")
+    if not codes.isfinite().all():
+        raise InputError(f"{path}: some codes are NaN or infinite; every one must be a number")
+    return codes
+
+
+def _check(args) -> None:
+    if args.n < 1:
+        raise InputError(f"-n is {args.n}; accepted are whole numbers from 1")
+    if args.truncation is not None and not np.isfinite(args.truncation):
+        raise InputError(f"--truncation is {args.truncation}; accepted are numbers")
+    if any(part.exists() and not part.is_dir() for part in (args.to, *args.to.parents)):
+        raise InputError(f"--to: {args.to} is a file, or lies below one; accepted is a folder")
 
 
 def main() -> int:
@@ -99,9 +114,11 @@ def main() -> int:
     cli.add_argument("--seed", type=int, default=1)
     args = cli.parse_args()
     try:
+        _check(args)
         model = load_model(args.model)
         if args.codes:
-            volumes = [draw_code(model, code[None], args.seed) for code in read_codes(args.codes)]
+            codes = read_codes(args.codes, sampled_code(model, args.seed).shape[1:])
+            volumes = [draw_code(model, code[None], args.seed) for code in codes]
             files = write_samples(model, volumes, args.to, args.codes.stem, args.seed)
         else:
             volumes = draw(model, args.n, args.seed, args.truncation)

@@ -1,71 +1,46 @@
 """The cohort stage: a phantom cohort, or one's own scans brought into the same shape.
 
-python -m bonelib.scans.cohort STAGE FOLDER
+python -m bonelib.scans.cohort STAGE FOLDER               as a stage of the pipeline
+python -m bonelib.scans.cohort SCANS --dry-run            prints who is who in a folder of scans, and does nothing else
 """
 
-import re
+import hashlib
 import shutil
 import sys
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
 
 from bonelib import InputError
-from bonelib.core.parallel import die_with_parent
+from bonelib.core.parallel import die_with_run
 from bonelib.params import Cohort, Phantom, section
-from bonelib.scans.formats import ENDINGS
-from bonelib.scans.tables import read_table, write_table
-from bonelib.scans.volumes import (
-    Calibration,
-    convert,
-    is_scan,
-    mirrored,
-    read_volume,
-    right_handed,
-    write_volume,
-)
+from bonelib.scans import given, plausibility
+from bonelib.scans.grids import Calibration
+from bonelib.scans.listing import SITES, Listing, listed, summary
+from bonelib.scans.tables import write_table
+from bonelib.scans.volumes import Volume, convert, mirrored, oriented, read_volume, upside_down, write_volume
 
-SIDES = {"": None, "l": "left", "left": "left", "r": "right", "right": "right"}
-GRADES = ("", "1", "2", "3", "4", "5")  # motion grades; empty is not graded
+PHANTOM = "bonelib/scans/phantom.py"  # what cohort.source names where the scans are to be drawn
+LEAST_PATIENTS = 6  # with two of them held out, the rest can still be split for training and choosing
+SAY_EVERY = 20
+
+
+class How(NamedTuple):
+    """What `import_scans` was told for all scans."""
+
+    unit: str | None
+    calibration: Calibration | None
+    mirror_left: bool
+    site: str
 
 
 def list_scans(source: Path) -> list[dict[str, str]]:
-    """The scans of a folder as rows (file, patient, visit, grade, side).
-
-    A scans.tsv in the folder says which file belongs to whom; without one, names like sub-07_ses-2.nii.gz do, and
-    otherwise every file counts as a patient of its own. A folder of .dcm files is one scan, under its own name.
-    Raises `InputError` for a folder without scans, a table without the needed columns, a grade or a side that is
-    none, and a scan listed twice.
-    """
-    if (source / "scans.tsv").is_file():
-        rows = read_table(source / "scans.tsv")
-        missing = {"file", "patient"} - set(rows[0] if rows else {})
-        if missing:
-            raise InputError(
-                f"{source / 'scans.tsv'}: the column {sorted(missing)[0]!r} is missing; needed are file and patient"
-            )
-    else:
-        rows = []
-        for path in sorted(p for p in [source, *source.rglob("*")] if is_scan(p) and p.suffix.lower() != ".dcm"):
-            name = re.match(r"sub-([^_]+)(?:_ses-([^_.]+))?", path.name)
-            patient, visit = name.groups() if name else (path.name.split(".")[0], None)
-            rows.append(dict(file=str(path.relative_to(source)), patient=patient, visit=visit or "1"))
-    if not rows:
-        raise InputError(f"{source}: no scans found; accepted are {', '.join(ENDINGS)}, and folders of .dcm")
-    seen = set()
-    for row in rows:
-        if row["file"] in seen:
-            raise InputError(f"{source / 'scans.tsv'}: {row['file']} is listed twice")
-        seen.add(row["file"])
-        if (row.get("grade") or "") not in GRADES:
-            raise InputError(
-                f"{source / 'scans.tsv'}: grade {row['grade']!r} of {row['file']}; accepted are 1 to 5 or none"
-            )
-        if (row.get("side") or "").lower() not in SIDES:
-            raise InputError(
-                f"{source / 'scans.tsv'}: side {row['side']!r} of {row['file']}; accepted are left, right or none"
-            )
-    return rows
+    """The scans of a folder as rows (file, patient, visit, grade, side ...), see `listing.listed`."""
+    return listed(Path(source)).rows
 
 
 def import_scans(
@@ -77,118 +52,225 @@ def import_scans(
     *,
     calibration: Calibration | None = None,
     mirror_left: bool = False,
+    site: str = "radius",
+    least: int = 1,
 ) -> None:
     """Bring the scans of `source` into `folder` as the phantom cohort lies there: scans/, scans.tsv, participants.tsv.
 
-    They are converted to mg HA/cm3; `unit` and `calibration` are for files that carry none. With `mirror_left`, all
-    bones become right ones. Headers are written afresh, so that names and dates in them stay behind. The folder
-    appears whole or not at all. Raises `InputError`, naming the file, for a scan that cannot be read or converted,
-    and one whose side is contradictory, or unknown where it is needed.
+    What was understood is said first. Scans are converted to mg HA/cm3 and brought to one orientation, x to the right,
+    y forwards, z upwards with the distal end first; `unit` and `calibration` are for files that carry none. With
+    `mirror_left`, all bones become right ones. Contours and traits of the user's own follow, where they are given
+    (`given`). Headers are written afresh, so that names and dates in them stay behind. A scan in which something is
+    wrong with the bone (`plausibility.FLAGS`) is kept with the column `flags`, and left out of training.
+
+    The folder appears whole or not at all. Raises `InputError`, naming the file: a scan that cannot be read or
+    converted, whose numbers cannot be densities, whose bone is not `site`, runs along another axis or is upside-down,
+    whose side is contradictory, or unknown where it is needed; a scan that is there under two patients; and fewer than
+    `least` patients.
     """
     source, folder = Path(source), Path(folder)
+    listing = listed(source, participants)
+    say(summary(listing), flush=True)
+    check_patients(listing, source, least)
     part = folder.with_name(f".part-{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        rows = list_scans(source)
-        people = {row["patient"]: row for row in _participants(source, participants)}
-        patients = sorted({row["patient"] for row in rows})
-        number = {patient: i + 1 for i, patient in enumerate(patients)}
-        scans = []
-        for i, row in enumerate(rows):
-            name = f"sub-{number[row['patient']]:03d}_scan-{i + 1:03d}"
-            volume, left = _import(source / row["file"], row, unit, calibration, mirror_left)
-            write_volume(volume, part / "scans" / f"{name}.nii.gz")
-            scans.append(
-                dict(
-                    scan=name,
-                    patient=f"sub-{number[row['patient']]:03d}",
-                    visit=row.get("visit") or "1",
-                    file=f"scans/{name}.nii.gz",
-                    grade=row.get("grade") or "",
-                    side=volume.side or "",
-                    mirrored="yes" if left else "no",
-                )
-            )
-            if (i + 1) % 20 == 0 or i + 1 == len(rows):
-                say(f"imported {i + 1} of {len(rows)} scans", flush=True)
+        how = How(unit, calibration, mirror_left, site)
+        names: dict[str, str] = {}
+        scans = _imported(source, part, listing, how, say, names)
+        if least > 1:
+            usable = {s["patient"] for s in scans if not s["flags"]}
+            _enough(len(usable), least, f"{source}: {len(usable)} patients have a scan without flags")
         write_table(part / "scans.tsv", scans)
-        write_table(
-            part / "participants.tsv",
-            [
-                {
-                    **{k: v for k, v in people.get(p, {}).items() if k in ("sex", "age")},
-                    "patient": f"sub-{number[p]:03d}",
-                }
-                for p in patients
-            ],
-        )
+        number = _numbers(listing)
+        people = [{**listing.people.get(p, {}), "patient": f"sub-{n:03d}"} for p, n in number.items()]
+        write_table(part / "participants.tsv", people)
+        given.import_traits(source, names, part / given.TRAITS_FILE, say)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _import(path: Path, row: dict, unit: str | None, calibration: Calibration | None, mirror_left: bool):
-    """The scan of a row in mg HA/cm3, and whether it was mirrored."""
-    volume = read_volume(path, unit=unit, calibration=calibration, fallback=True)
-    side = SIDES[(row.get("side") or "").lower()]
-    if side and volume.side and side != volume.side:
-        raise InputError(f"{path}: the header says that the side is {volume.side}, but scans.tsv says {side}")
-    volume = replace(volume, side=side or volume.side)
-    if mirror_left and not volume.side:
+def check_patients(listing: Listing, source: Path, least: int = LEAST_PATIENTS) -> None:
+    """Refuse fewer than `least` patients; raises `InputError`."""
+    count = len({row["patient"] for row in listing.rows})
+    _enough(count, least, f"{source}: {len(listing.rows)} scans of {count} patients")
+
+
+def _enough(count: int, least: int, says: str) -> None:
+    if count < least:
+        raise InputError(
+            f"{says}, but at least {least} patients are needed; a scans.tsv (file, patient) says who is who"
+        )
+
+
+def _numbers(listing: Listing) -> dict[str, int]:
+    return {patient: i + 1 for i, patient in enumerate(sorted({row["patient"] for row in listing.rows}))}
+
+
+def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: dict[str, str]) -> list[dict]:
+    """Read, check and write every scan; the rows of the cohort's scans.tsv. `names` gets {file: scan}."""
+    number, visits = _numbers(listing), _visits(listing)
+    scans, seen, owners, ends = [], {}, defaultdict(dict), Counter()
+    for i, row in enumerate(listing.rows):
+        file, patient = row["file"], row["patient"]
+        name = f"sub-{number[patient]:03d}_scan-{i + 1:03d}"
+        volume = read_volume(source / file, unit=how.unit, calibration=how.calibration, fallback=True)
+        if plausibility.is_mask(volume):
+            say(f"{file}: holds two values, taken for a mask and not for a scan", flush=True)
+            continue
+        volume, left, wrong, end = _import(
+            source / file, volume, row, listing.masks.get(file, []), how, say, part, name
+        )
+        names[file] = name
+        ends[end] += 1
+        first = seen.setdefault(_content(volume), row)
+        if first["patient"] != patient:
+            says = f"the same voxels as {first['file']}, but of {patient!r} and not of {first['patient']!r}"
+            raise InputError(f"{source / file}: {says}; a scan is of one patient")
+        if first is not row:
+            say(f"{file}: the same voxels as {first['file']}, of the same patient", flush=True)
+        if volume.owner:
+            owners[volume.owner].setdefault(patient, file)
+        if wrong:
+            say(f"{file}: {', '.join(plausibility.FLAGS[w] for w in wrong)}; left out of training", flush=True)
+        write_volume(volume, part / "scans" / f"{name}.nii.gz")
+        known = dict(scan=name, patient=f"sub-{number[patient]:03d}", visit=visits[patient, row["visit"]])
+        known |= dict(file=f"scans/{name}.nii.gz", grade=row["grade"], side=volume.side or "", site=volume.site or "")
+        scans.append(known | dict(mirrored="yes" if left else "no", flags=" ".join(wrong)))
+        if (i + 1) % SAY_EVERY == 0 or i + 1 == len(listing.rows):
+            say(f"imported {i + 1} of {len(listing.rows)} scans", flush=True)
+    if not scans:
+        raise InputError(f"{source}: all of its {len(listing.rows)} scans hold two values, as masks do")
+    _check_owners(owners, listing.people)
+    if ends["unknown"]:
+        says = "the shape of the bone does not tell which end of z is distal; it is taken to be the first"
+        say(f"{ends['unknown']} of {len(scans)} scans: {says}", flush=True)
+    return scans
+
+
+def _visits(listing: Listing) -> dict[tuple[str, str], str]:
+    """{(patient, visit): its name}: numbers are kept, and others, which may be dates, are numbered in their order."""
+    named = defaultdict(set)
+    for row in listing.rows:
+        named[row["patient"]].add(row["visit"])
+    plain = {p: all(v.isdecimal() and len(v) < 4 for v in visits) for p, visits in named.items()}
+    return {(p, v): v if plain[p] else str(i) for p, visits in named.items() for i, v in enumerate(sorted(visits), 1)}
+
+
+def _content(volume: Volume) -> str:
+    """A hash of what is written of a scan, the same for every format, orientation and place it came from."""
+    digest = hashlib.sha256(str(volume.shape).encode())
+    for part in volume.voxels:
+        digest.update(np.rint(part).astype("<i2").tobytes())
+    return digest.hexdigest()
+
+
+def _check_owners(owners: dict[str, dict[str, str]], people: dict) -> None:
+    """Refuse files of one patient by their headers that were taken for two; one number for all is a placeholder."""
+    for files in owners.values() if len(owners) > 1 else ():
+        if len(files) > 1 and not set(files) <= set(people):
+            (one, first), (other, second), *_ = files.items()
+            says = f"{first} and {second} have one patient's number in their headers, but are of {one!r} and {other!r}"
+            raise InputError(f"{says}; say in a scans.tsv who is who, or list both in participants.tsv if they are two")
+
+
+def _import(path: Path, volume: Volume, row: dict, masks: list[Path], how: How, say, part: Path, name: str):
+    """The scan of a row in mg HA/cm3, whether it was mirrored, its flags, and which end was found distal."""
+    volume = replace(volume, side=_agreed(path, "side", volume.side, row["side"]))
+    volume = replace(volume, site=_agreed(path, "site", volume.site, row["site"]) or None)
+    if volume.site and volume.site != how.site:
+        mend = f"take it out, or set cohort.site to {volume.site}" if volume.site in SITES else "take it out"
+        raise InputError(f"{path}: the bone is {volume.site}, but the cohort is of the {how.site}; {mend}")
+    if how.mirror_left and not volume.side:
         raise InputError(
             f"{path}: mirror_left needs the side of the body; give scans.tsv a column side (left or right), "
             "or set cohort.mirror_left to false"
         )
     try:
-        volume = convert(volume, "mgHA")
+        volume = convert(oriented(volume), "mgHA")
     except InputError as error:
         raise InputError(f"{path}: {error}; cohort.calibration in params.yaml gives it to scans without") from None
-    left = mirror_left and volume.side == "left"
-    if mirror_left:
-        volume = right_handed(volume)
-    return (mirrored(volume) if left else volume), left
+    seen = plausibility.picture(volume)
+    try:
+        plausibility.check_densities(volume, seen)
+        plausibility.check_axis(seen)
+        end = plausibility.distal_end(seen)
+        if end == "last" and not row["distal"]:
+            raise InputError(
+                "the bone is wider and its cortex thinner at the last slice, so that z does not run from distal to "
+                "proximal; give scans.tsv a column distal (first or last: the slice at the distal end)"
+            )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    wrong = plausibility.flags(seen.density, seen.bone, seen.spacing)
+    labels = given.contour_labels(volume, masks, say)
+    turns = [upside_down] if row["distal"] == "last" else []
+    left = how.mirror_left and volume.side == "left"
+    turns += [mirrored] if left else []
+    for turn in turns:
+        volume, labels = turn(volume), labels and turn(labels)
+    if labels:
+        write_volume(labels, part / given.contours_file(name))
+    return volume, left, wrong, row["distal"] or end or "unknown"
 
 
-def _participants(source: Path, table: str | None) -> list[dict[str, str]]:
-    path = Path(table) if table else source / "participants.tsv"
-    if not table and not path.is_file():
-        return []
-    rows = read_table(path)
-    if rows and "patient" not in rows[0]:
-        raise InputError(f"{path}: the column 'patient' is missing; accepted are patient, sex and age")
-    return rows
+def _agreed(path: Path, what: str, header: str | None, said: str) -> str | None:
+    """What the header or the table says of the `what` of a scan; raises `InputError` where they contradict."""
+    if header and said and header != said:
+        raise InputError(f"{path}: the header says that the {what} is {header}, but scans.tsv says {said}")
+    return header or said or None
+
+
+def check_source(source: str) -> bool:
+    """Whether cohort.source names a folder of scans, and not the phantom generator; raises `InputError` for else."""
+    if source == PHANTOM:
+        return False
+    if not Path(source).is_dir():
+        kind = "a file" if Path(source).exists() else "not there"
+        raise InputError(f"cohort.source: {source} is {kind}; accepted are a folder of scans, unpacked, and {PHANTOM}")
+    return True
+
+
+def check_own_scans(cohort: Cohort) -> None:
+    """Refuse at once a cohort that cannot be imported, by the names of its files; raises `InputError`."""
+    if check_source(cohort.source):
+        check_patients(listed(Path(cohort.source), cohort.participants), Path(cohort.source))
 
 
 def main() -> int:
-    die_with_parent()
-    from bonelib.nb import stage_params
-
-    stage, folder = sys.argv[1:]
+    die_with_run()
     try:
-        values = stage_params(stage)
-        source = section(Cohort, values["cohort"], "cohort")
-        if Path(source.source).is_dir():
-            known = Calibration(**source.calibration.model_dump()) if source.calibration else None
-            import_scans(
-                source.source,
-                folder,
-                source.unit,
-                source.participants,
-                calibration=known,
-                mirror_left=source.mirror_left,
-            )
-        else:
-            from bonelib.scans.phantom import make_cohort
+        if "--dry-run" in sys.argv:
+            folders = [a for a in sys.argv[1:] if a != "--dry-run"]
+            if len(folders) != 1:
+                raise InputError("--dry-run takes one folder of scans: python -m bonelib.scans.cohort SCANS --dry-run")
+            print(summary(listed(Path(folders[0])), most=None))
+            return 0
+        from bonelib.nb import stage_params
 
-            size = section(Phantom, values["phantom"], "phantom")
-            own = {"seed": values["seed"], "voxel_mm": values["voxel_mm"], "mirror_left": source.mirror_left}
-            make_cohort(SimpleNamespace(**own, **size.model_dump()), folder)
+        stage, folder = sys.argv[1:]
+        _make(stage_params(stage), folder)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _make(values: dict, folder: str) -> None:
+    how = section(Cohort, values["cohort"], "cohort")
+    if check_source(how.source):
+        known = Calibration(**how.calibration.model_dump()) if how.calibration else None
+        own = dict(calibration=known, mirror_left=how.mirror_left, site=how.site, least=LEAST_PATIENTS)
+        import_scans(how.source, folder, how.unit, how.participants, **own)
+    else:
+        from bonelib.scans.phantom import make_cohort
+
+        size = section(Phantom, values["phantom"], "phantom")
+        own = {"seed": values["seed"], "voxel_mm": values["voxel_mm"], "mirror_left": how.mirror_left}
+        make_cohort(SimpleNamespace(**own, **size.model_dump()), folder)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def load_stacks(folder: str | Path, grades: str | Path | None = None) -> Stacks:
     rows = [
         {**row, "volume": int(row["volume"]), "start": int(row["start"])} for row in read_table(folder / "stacks.csv")
     ]
-    meta = json.loads((folder / "stacks.json").read_text())
+    meta = json.loads((folder / "stacks.json").read_text(encoding="utf-8"))
     if grades is not None:
         excluded = {r["scan"] for r in read_table(grades) if r["grade"] in map(str, EXCLUDED_GRADES)}
         rows = [row for row in rows if row["scan"] not in excluded]

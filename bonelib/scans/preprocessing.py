@@ -13,16 +13,39 @@ from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.params import Preprocess
+from bonelib.scans.given import CORTEX, MARROW, contours_file
+from bonelib.scans.plausibility import bone_box, cut_off, picture
 from bonelib.scans.tables import read_table, write_table
 from bonelib.scans.volumes import Volume, read_volume, regrid
 
 NATIVE_MM = 0.0607  # voxel size of the published scans, for which the DCT threshold is stated
 SPACING_TOLERANCE = 0.02  # of the voxel size, between a scan's header and params.yaml
+MOST_CUT = 0.02  # of a bone that may lie outside of the constant shape
 SMALLEST = 0.25  # a scan may miss at most three quarters of the constant shape along an axis
 
 
-def crop_or_mirror_pad(volume: Volume, shape: tuple[int, int, int]) -> tuple[Volume, np.ndarray]:
-    """The central part of `shape` (z, y, x) voxels, mirrored at the edges where the scan is smaller.
+def place(volume: Volume, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], float]:
+    """The first voxel (z, y, x) of a part of `shape` about the bone, and the share of the bone that it cuts off.
+
+    Along an axis on which the scan is smaller, it lies in the middle of the part, and the first voxel is negative.
+    """
+    starts = [(have - want) // 2 for have, want in zip(volume.shape, shape, strict=True)]
+    if volume.shape[1] <= shape[1] and volume.shape[2] <= shape[2]:
+        return tuple(starts), 0.0
+    seen = picture(volume)
+    box = bone_box(seen)
+    for axis, have, want in zip((1, 2), volume.shape[1:], shape[1:], strict=True):
+        if box and have > want:
+            middle = (box[axis - 1].start + box[axis - 1].stop - want) // 2
+            starts[axis] = min(max(middle, 0), have - want)
+    kept = [slice(max(0, s), s + want) for s, want in zip(starts[1:], shape[1:], strict=True)]
+    return tuple(starts), cut_off(seen, kept)
+
+
+def crop_or_mirror_pad(
+    volume: Volume, shape: tuple[int, int, int], starts: tuple[int, ...] | None = None
+) -> tuple[Volume, np.ndarray]:
+    """The part of `shape` (z, y, x) voxels from `starts`, by default the `place` of the bone, mirrored at the edges.
 
     Returns the volume, whose affine follows, and the mask of padded voxels. Raises `InputError` for a scan with
     less than a quarter of `shape` along an axis, which mirroring would only repeat.
@@ -31,11 +54,8 @@ def crop_or_mirror_pad(volume: Volume, shape: tuple[int, int, int]) -> tuple[Vol
         raise InputError(
             f"a scan of {volume.shape} voxels is too small; at least a quarter of {tuple(shape)} is needed"
         )
-    starts = [(have - want) // 2 for have, want in zip(volume.shape, shape, strict=True)]
-    crop = tuple(
-        slice(max(0, s), max(0, s) + min(want, have)) for s, want, have in zip(starts, shape, volume.shape, strict=True)
-    )
-    inner = volume.voxels[crop]
+    starts = place(volume, shape)[0] if starts is None else starts
+    inner = volume.voxels[tuple(slice(max(0, s), max(0, s) + want) for s, want in zip(starts, shape, strict=True))]
     pad = [(max(0, -s), want - n - max(0, -s)) for s, want, n in zip(starts, shape, inner.shape, strict=True)]
     padded = np.ones(shape, bool)
     padded[tuple(slice(before, before + n) for (before, _), n in zip(pad, inner.shape, strict=True))] = False
@@ -65,6 +85,14 @@ def subsample(volume: Volume, step: int) -> Volume:
     return regrid(volume, blocks.mean(axis=(1, 3, 5), dtype=np.float32), (0, 0, 0), step)
 
 
+def subsample_labels(labels: np.ndarray, step: int) -> np.ndarray:
+    """Labels (z, y, x) of contours, 0 outside, 1 cortex, 2 trabecular, by majority over blocks of `step` voxels."""
+    z, y, x = (n // step for n in labels.shape)
+    blocks = labels[: z * step, : y * step, : x * step].reshape(z, step, y, step, x, step)
+    outer, inner = ((blocks >= label).mean(axis=(1, 3, 5)) >= 0.5 for label in (CORTEX, MARROW))
+    return outer.astype(np.int8) + (outer & inner)
+
+
 def slice_stacks(slices: int, depth: int, count: int) -> list[int]:
     """First slices of `count` equally spaced, overlapping stacks of `depth` that cover all of `slices`."""
     if count * depth < slices or depth > slices:
@@ -84,9 +112,17 @@ def to_density(values: np.ndarray, intensity: tuple[float, float]) -> np.ndarray
     return values * (high - low) + low
 
 
-def steps(volume: Volume, how: Preprocess) -> Iterator[tuple[str, Volume]]:
-    """The preprocessing of one scan, step by step: (name, volume) for Figure 2; the last one is the result."""
-    padded, mask = crop_or_mirror_pad(volume, how.shape)
+def steps(volume: Volume, how: Preprocess, where=None) -> Iterator[tuple[str, Volume]]:
+    """The preprocessing of one scan, step by step: (name, volume) for Figure 2; the last one is the result.
+
+    `where` is the `place` of the bone, if it is known. Raises `InputError` for a scan that is too small, and a bone
+    that does not fit into `how.shape`.
+    """
+    starts, cut = where or place(volume, how.shape)
+    if cut > MOST_CUT:
+        says = f"cropping to {how.shape[1:]} voxels cuts off {cut:.1%} of the bone"
+        raise InputError(f"{says}, at most {MOST_CUT:.0%} are accepted; enlarge preprocess.shape")
+    padded, mask = crop_or_mirror_pad(volume, how.shape, starts)
     yield "cropped or mirror-padded", padded
     noise = dct_noise(padded.voxels, clip_for(float(np.prod(volume.spacing)) ** (1 / 3), how.dct_clip))
     yield "DCT noise volume", padded.with_voxels(noise)
@@ -95,9 +131,9 @@ def steps(volume: Volume, how: Preprocess) -> Iterator[tuple[str, Volume]]:
     yield f"subsampled by {how.subsample}", subsample(filled, how.subsample)
 
 
-def preprocess(volume: Volume, how: Preprocess) -> Volume:
+def preprocess(volume: Volume, how: Preprocess, where=None) -> Volume:
     """The last of `steps`."""
-    *_, (_, result) = steps(volume, how)
+    *_, (_, result) = steps(volume, how, where)
     return result
 
 
@@ -117,7 +153,8 @@ def preprocess_cohort(
     """Preprocess every scan of `cohort`, split the patients, and write `folder`.
 
     Writes volumes.npy (scan, z, y, x) float16 in [0, 1], stacks.csv, which carries the motion grades along, and
-    stacks.json; returns the last one's content.
+    stacks.json; returns the last one's content. Where users gave contours, their labels are in contours.npy, int8 of
+    the same shape. Scans with flags are in no part of the split ("left out").
     The volumes are written scan by scan by worker processes, so that memory does not grow with the cohort. Raises
     `InputError` naming the scan whose voxels are not of `voxel_mm`, or that cannot be preprocessed.
     """
@@ -125,23 +162,35 @@ def preprocess_cohort(
     scans = read_table(cohort / "scans.tsv")
     if not scans:
         raise InputError(f"{cohort / 'scans.tsv'}: the table lists no scan")
-    splits = split_patients([scan["patient"] for scan in scans], how.held_out, seed)
+    fit = [scan for scan in scans if not scan.get("flags")]
+    splits = split_patients([scan["patient"] for scan in fit], how.held_out, seed)
+    split = {scan["scan"]: splits[scan["patient"]] for scan in fit}
     folder.mkdir(parents=True, exist_ok=True)
     shape = tuple(n // how.subsample for n in how.shape)
     volumes = np.lib.format.open_memmap(folder / "volumes.npy", "w+", np.float16, (len(scans), *shape))
-    work = partial(_one, cohort=cohort, how=how, voxel_mm=voxel_mm)
+    (folder / "contours.npy").unlink(missing_ok=True)
+    labels = None
+    if any((cohort / contours_file(scan["scan"])).is_file() for scan in scans):
+        labels = np.lib.format.open_memmap(folder / "contours.npy", "w+", np.int8, (len(scans), *shape))
+    work, cuts = partial(_one, cohort=cohort, how=how, voxel_mm=voxel_mm), []
     with workers() as pool:
-        for i, voxels in enumerate(pool.map(work, scans)):
+        for i, (voxels, own, cut) in enumerate(pool.map(work, scans)):
             volumes[i] = voxels
+            cuts.append(cut)
+            if own is not None:
+                labels[i] = own
             if (i + 1) % 50 == 0 or i + 1 == len(scans):
                 say(f"preprocessed {i + 1} of {len(scans)} scans", flush=True)
+    if max(cuts) > 0:
+        says = f"cropping cuts off {max(cuts):.2%} of the bone at most ({scans[int(np.argmax(cuts))]['scan']})"
+        say(f"{says}, and something of {sum(c > 0 for c in cuts)} of {len(cuts)} scans", flush=True)
     volumes.flush()
     starts = slice_stacks(shape[0], how.stack_slices, how.stacks_per_scan)
     rows = [
         dict(
             scan=s["scan"],
             patient=s["patient"],
-            split=splits[s["patient"]],
+            split=split.get(s["scan"], "left out"),
             grade=s.get("grade") or "",
             volume=i,
             start=start,
@@ -150,7 +199,7 @@ def preprocess_cohort(
         for start in starts
     ]
     write_table(folder / "stacks.csv", rows)
-    inside = [i for i, s in enumerate(scans) if splits[s["patient"]] == "train"]
+    inside = [i for i, s in enumerate(scans) if split.get(s["scan"]) == "train"]
     sample = np.asarray(volumes[inside[:: max(1, len(inside) // 50)]], np.float32)
     with open(folder / "volumes.npy", "rb") as file:
         data_hash = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -164,16 +213,23 @@ def preprocess_cohort(
         sd=float(sample.std()),
         data_hash=data_hash,
     )
-    (folder / "stacks.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (folder / "stacks.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return meta
 
 
-def _one(scan: dict, cohort: Path, how: Preprocess, voxel_mm: float) -> np.ndarray:
+def _one(scan: dict, cohort: Path, how: Preprocess, voxel_mm: float) -> tuple[np.ndarray, np.ndarray | None, float]:
+    """A preprocessed scan in [0, 1], the labels of its contours, and the share of its bone that was cut off."""
     volume = read_volume(cohort / scan["file"], unit="mgHA")
     if not np.allclose(volume.spacing, voxel_mm, rtol=SPACING_TOLERANCE):
         found = " x ".join(f"{s:.4f}" for s in volume.spacing)
         raise InputError(f"{cohort / scan['file']}: voxels of {found} mm, but params.yaml says voxel_mm {voxel_mm}")
+    starts, cut = place(volume, how.shape)
     try:
-        return to_unit(preprocess(volume, how).voxels, how.intensity).astype(np.float16)
+        voxels = to_unit(preprocess(volume, how, (starts, cut)).voxels, how.intensity).astype(np.float16)
     except InputError as error:
         raise InputError(f"{cohort / scan['file']}: {error}") from None
+    file = cohort / contours_file(scan["scan"])
+    if not file.is_file():
+        return voxels, None, cut
+    labels, padded = crop_or_mirror_pad(read_volume(file, unit="native"), how.shape, starts)
+    return voxels, subsample_labels(np.where(padded, 0, labels.voxels), how.subsample), cut

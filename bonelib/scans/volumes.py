@@ -11,7 +11,8 @@ import nibabel as nib
 import numpy as np
 
 from bonelib import InputError
-from bonelib.scans.formats import Calibration, format_of, read_file
+from bonelib.scans.formats import format_of, read_file
+from bonelib.scans.grids import Calibration, canonical, spacing_of
 
 UNITS = ("mgHA", "native", "mu", "HU")
 SIDES = ("left", "right")
@@ -24,7 +25,8 @@ class Volume:
     """A scan: `voxels` (z, y, x), `spacing` in mm (z, y, x), `unit`, and what else is known of it.
 
     `affine` (4, 4) takes the (x, y, z) file grid to mm in (right, anterior, superior), as in NIfTI. `calibration` is
-    of the scanner; `side` is left or right. Either is None where it is not known.
+    of the scanner; `side` is left or right; `site` is the bone that the header names, `owner` a hash of the patient's
+    number there. Each is None where it is not known.
     """
 
     voxels: np.ndarray
@@ -33,6 +35,8 @@ class Volume:
     affine: np.ndarray | None = None
     calibration: Calibration | None = None
     side: str | None = None
+    site: str | None = None
+    owner: str | None = None
 
     def __post_init__(self):
         if self.voxels.ndim != 3:
@@ -85,7 +89,8 @@ def read_volume(
 
     Unit and calibration come from the header. Where it has none, `unit` (one of `UNITS`) must be given, and
     `calibration` may be; where it has one, another one given is an error, unless they are a mere `fallback` for a
-    folder of mixed files. Voxels are float32, or the int16 counts of AIM and ISQ, which are read in place: the peak
+    folder of mixed files. NIfTI is brought to its canonical orientation, others are as they lie in the file (see
+    `oriented`). Voxels are float32, or the int16 counts of AIM and ISQ, which are read in place: the peak
     for a full ISQ (2304 x 2304 x 168) is its 1.8 GB, and `convert` adds 3.6 GB.
 
     Raises `InputError`, one sentence naming the file: it is missing, damaged or of another kind, the unit is unknown
@@ -101,9 +106,8 @@ def read_volume(
         raise InputError(f"{path}: the header says that the unit is {found.unit}, but {unit!r} was given")
     if found.calibration and calibration and calibration != found.calibration and not fallback:
         raise InputError(f"{path}: the header has a calibration of its own, but another one was given")
-    return Volume(
-        found.voxels, found.spacing, found.unit or unit, found.affine, found.calibration or calibration, found.side
-    )
+    known = (found.unit or unit, found.affine, found.calibration or calibration)
+    return Volume(found.voxels, found.spacing, *known, found.side, found.site, found.owner)
 
 
 def convert(volume: Volume, unit: str) -> Volume:
@@ -135,15 +139,14 @@ def _line(unit: str, known: Calibration) -> tuple[float, float]:
     return (known.mu_scaling if unit == "native" else 1.0), 0.0
 
 
-def right_handed(volume: Volume) -> Volume:
-    """The same scan in the same place, its y axis turned round if need be for the grid not to be a mirror image.
+def oriented(volume: Volume) -> Volume:
+    """The same scan in the same place with x to the right, y forwards and z upwards (the closest canonical axes).
 
-    Some converters turn one axis of the grid and say so in the affine. All scans of a cohort must be brought to one
-    handedness before left and right bones can be told apart by their voxels.
+    Scans of one cohort must be brought to one orientation before bones, and left and right ones, can be compared by
+    their voxels. No voxel is interpolated.
     """
-    if np.linalg.det(volume.affine[:3, :3]) > 0:
-        return volume
-    return replace(volume, voxels=volume.voxels[:, ::-1], affine=volume.affine @ _turn(volume, 1))
+    voxels, affine = canonical(volume.voxels, volume.affine)
+    return replace(volume, voxels=voxels, affine=affine, spacing=spacing_of(affine))
 
 
 def mirrored(volume: Volume) -> Volume:
@@ -158,6 +161,16 @@ def mirrored(volume: Volume) -> Volume:
     return replace(volume, voxels=volume.voxels[:, :, ::-1], affine=world @ volume.affine @ _turn(volume, 0), side=side)
 
 
+def upside_down(volume: Volume) -> Volume:
+    """The scan of an arm that lay the other way: turned by half a turn about the y axis, so that z and x run back.
+
+    An arm that goes into the scanner from the other end is turned about the vertical, which is y.
+    """
+    world = np.diag([-1.0, 1.0, -1.0, 1.0])
+    affine = world @ volume.affine @ _turn(volume, 0) @ _turn(volume, 2)
+    return replace(volume, voxels=volume.voxels[::-1, :, ::-1], affine=affine)
+
+
 def _turn(volume: Volume, axis: int) -> np.ndarray:
     """From the (x, y, z) grid turned round along `axis` to the grid of `volume`."""
     turn = np.eye(4)
@@ -169,7 +182,7 @@ def _turn(volume: Volume, axis: int) -> np.ndarray:
 def write_volume(volume: Volume, path: str | Path) -> Path:
     """Write a NIfTI file (int16 steps of one unit for densities, float32 otherwise) with sform, qform and mm.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all. Raises `InputError` for voxels that are no numbers.
     """
     path = Path(path)
     if not path.name.lower().endswith(WRITTEN):
@@ -178,6 +191,8 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     dtype = np.int16 if volume.unit in ("mgHA", "HU", "native") else np.float32
     voxels = np.empty(volume.shape, dtype)
     for target, part in zip(voxels, volume.voxels, strict=True):  # slice by slice: a native scan is large
+        if not np.isfinite(part).all():
+            raise InputError(f"{path}: not written, as voxels are NaN or infinite; every voxel must be a number")
         target[:] = np.rint(part).clip(-32768, 32767) if dtype == np.int16 else part
     image = nib.Nifti1Image(voxels.T, volume.affine)
     image.header.set_xyzt_units("mm")

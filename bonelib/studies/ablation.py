@@ -68,7 +68,7 @@ def _trained(params: Train, data: Stacks, place: Path, seed: int, seconds: float
     """One trial: what it took, and the volumes it draws."""
     done = place / "row.json"
     if done.is_file():
-        return json.loads(done.read_text()), np.load(place / "volumes.npy")
+        return json.loads(done.read_text(encoding="utf-8")), np.load(place / "volumes.npy")
     updates = params.n_critic * params.schedule.batch[-1]
     times = []
     for count in (2, 2, 34):  # updates; the difference of the last two leaves out what is done once

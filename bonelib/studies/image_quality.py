@@ -122,9 +122,10 @@ def parity(chances: dict[str, np.ndarray], groups: dict, similar: dict[str, dict
     """Inception score and MS-SSIM of every set, those metrics that look at no real bone: a row a set and metric.
 
     `chances` are class probabilities {set: (n, classes)}, `groups` {set: patient of each sample, or None for drawn
-    ones}, `similar` {set: `similarity.diversity`}. Rows as those of `table`, n being the samples.
+    ones}, `similar` {set: `similarity.diversity`}. Rows as those of `table`, n being the samples. Without
+    `chances`, as where there is no grader, there is no inception score.
     """
-    rows, other = [], metrics.inception_score(chances["other real"])
+    rows, other = [], metrics.inception_score(chances["other real"]) if chances else None
     for name, p in chances.items():
         rng, own = numpy_rng(seed, "inception score interval"), groups.get(name)
         own = np.arange(len(p)) if own is None else own

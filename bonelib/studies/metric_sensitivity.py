@@ -19,7 +19,7 @@ from bonelib.latent.models import calibrated
 from bonelib.scans.preprocessing import to_unit
 from bonelib.scans.volumes import Volume
 from bonelib.studies import corruption
-from bonelib.training.grading import load_grader
+from bonelib.training.grading import known_grader
 
 SEEN, NOISE = 0.9, 2.0  # Spearman correlation, and rise in standard deviations between real sets, of what is seen
 LEAST = 1e-3  # of a metric that is the same in all sets of real stacks, as the share of repeats
@@ -112,7 +112,8 @@ def described(values: np.ndarray, data: dict, grading_dir, seed: int, with_conne
 
 def _extractors(grading_dir, seed):
     own = dict(random3d=partial(features.random3d, seed=seed), spectrum=features.spectrum)
-    return own | dict(vgs=partial(features.graded, grader=load_grader(grading_dir)))
+    grader = known_grader(grading_dir)
+    return own | (dict(vgs=partial(features.graded, grader=grader)) if grader else {})
 
 
 def climb(
@@ -130,9 +131,10 @@ def climb(
     """The ladder: one row a corruption, metric and strength, 0 among them, with `value` and `noise`.
 
     `reference` (n, z, y, x) are stacks of training patients, `pool` those of held-out ones, of which the first
-    `volumes` in a random order are spoiled. `noise` is the SD of the metric between `draws` random sets of as many
-    real stacks of the pool.
+    `volumes` in a random order (or as many as there are) are spoiled. `noise` is the SD of the metric between `draws`
+    random sets of as many real stacks of the pool.
     """
+    volumes = min(volumes, len(pool), len(reference))
     start = numpy_rng(seed, "ladder").permutation(len(pool))
     base = start[:volumes]
     with workers() as pool_of_workers:

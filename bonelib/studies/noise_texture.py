@@ -75,7 +75,7 @@ def crop_statistics(volume: Volume) -> dict:
 
 def genuine_statistics() -> dict:
     """`crop_statistics` of the genuine crop, as recorded."""
-    return json.loads(resources.files(__package__).joinpath("genuine_crop.json").read_text())
+    return json.loads(resources.files(__package__).joinpath("genuine_crop.json").read_text(encoding="utf-8"))
 
 
 def phantom_crop(seed: int, density: float, shape: tuple[int, int, int]) -> Volume:

@@ -84,7 +84,7 @@ def _in_parallel(one, count: int, voxel_mm: float, seed: int, first: int, keep) 
     began = last = time.monotonic()
     patients, run = range(first, first + count), fingerprint(seed, voxel_mm, one.__name__, CODE)
     files = {p: Path(keep) / f"{run}-{p}.json" for p in patients} if keep else {}
-    found = {p: json.loads(file.read_text()) for p, file in files.items() if file.exists()}
+    found = {p: json.loads(file.read_text(encoding="utf-8")) for p, file in files.items() if file.exists()}
     known = len(found)
     with workers() as pool:
         jobs = {pool.submit(one, seed, p, voxel_mm): p for p in patients if p not in found}
@@ -93,7 +93,7 @@ def _in_parallel(one, count: int, voxel_mm: float, seed: int, first: int, keep) 
             found[patient] = future.result()
             if keep:
                 text = json.dumps(found[patient], default=float)
-                write_whole(files[patient], lambda part, text=text: part.write_text(text))
+                write_whole(files[patient], lambda part, text=text: part.write_text(text, encoding="utf-8"))
             now = time.monotonic()
             if now - last >= PROGRESS_S or len(found) == count:
                 last, left = now, (now - began) / (len(found) - known) * (count - len(found))

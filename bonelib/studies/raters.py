@@ -64,11 +64,11 @@ def read_ratings(folder: str | Path, key: list[dict], form: str) -> tuple[list[d
     """The ratings of all CSV files in a folder, any number of raters: rows of `key` with rater (text) and score (int).
 
     Answers to other forms than `form` are left out; their number is the second value. Of two answers of a rater to one
-    code the later row counts. Raises `InputError` naming file and line of a code that is not in the key, or a score
-    that is not 1 to 5.
+    code that of the newer file counts, and in one file the later row. Raises `InputError` naming file and line of a
+    code that is not in the key, or a score that is not 1 to 5.
     """
     known, found, others = {row["code"]: row for row in key}, {}, 0
-    for path in sorted(Path(folder).glob("*.csv")):
+    for path in sorted(Path(folder).glob("*.csv"), key=lambda p: (p.stat().st_mtime, p.name)):
         for line, row in enumerate(read_table(path), 2):
             if missing := [c for c in COLUMNS if row.get(c) is None]:
                 raise InputError(f"{path}, line {line}: no column {missing[0]}; accepted are files that the form saves")

@@ -47,7 +47,7 @@ def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
     paths = sorted((folder / "candidates").glob("*.safetensors"))
     if not paths:
         raise InputError(f"{folder / 'candidates'}: no candidates; they are left by a training with snapshots")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     params = section(Train, config["train"], f"{folder / 'config.json'}: train")
     how, data = params.snapshots, set_apart(data, params.snapshots.validation)
 

@@ -1,6 +1,5 @@
 """Training state that continues bit for bit, and models as safetensors with a JSON beside them."""
 
-import fcntl
 import json
 import signal
 import threading
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,12 +28,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for one trainer; a second one is refused. The lock goes with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another training is running in this folder; wait for it or stop it") from None
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{folder}: another training is running in this folder; wait for it or stop it") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -71,7 +74,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], meta: dict) -> None:
 
 def _meta(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

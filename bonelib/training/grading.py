@@ -107,10 +107,18 @@ def load_grader(folder: str | Path) -> tuple[ResNet, dict]:
     for name in ("grader.safetensors", "config.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; no grader was trained, or this is another folder")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     net = build_grader(Grading(**config["grading"]), config["data"]["intensity"])
     net.load_state_dict(checkpoint.load_file(folder / "grader.safetensors"))
     return net.eval(), config
+
+
+def known_grader(folder: str | Path) -> tuple[ResNet, dict] | None:
+    """`load_grader`, or None where `train_grader` has left grades.csv without one, for want of different grades."""
+    folder = Path(folder)
+    if (folder / "grades.csv").is_file() and not (folder / "grader.safetensors").is_file():
+        return None
+    return load_grader(folder)
 
 
 def build_grader(how: Grading, intensity) -> ResNet:
@@ -139,7 +147,7 @@ def _fold(how, data, inside, asked, state, name, identity, seed, say) -> tuple[d
     folder = state / name.replace(" ", "-")
     file = folder / "done.json"
     try:
-        meta = json.loads(file.read_text())
+        meta = json.loads(file.read_text(encoding="utf-8"))
         whole = meta["run"] == identity and checkpoint.digest(folder / "done.safetensors") == meta["sha256"]
     except (OSError, ValueError, KeyError):
         whole = False

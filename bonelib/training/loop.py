@@ -323,7 +323,7 @@ def write_model(
     checkpoint.save_tensors(folder / "generator.safetensors", average.state_dict())
     checkpoint.save_tensors(folder / "critic.safetensors", critic.state_dict())
     checkpoint.save_tensors(folder / "growth.safetensors", growth)
-    with open(folder / "curves.csv", "w", newline="") as file:
+    with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([CURVES, *at.curves])
     shutil.rmtree(folder / "candidates", ignore_errors=True)
     for path in candidates:
@@ -334,7 +334,7 @@ def write_model(
     content |= {"updates": at.updates, "updates left out": at.left_out}
     if superres is not None:
         shutil.copyfile(Path(superres) / "superres.safetensors", folder / "superres.safetensors")
-        content["superres"] = json.loads((Path(superres) / "config.json").read_text())["superres"]
+        content["superres"] = json.loads((Path(superres) / "config.json").read_text(encoding="utf-8"))["superres"]
         parts.append("superres")
     content["sha256"] = {name: checkpoint.digest(folder / f"{name}.safetensors") for name in parts}
     checkpoint.write_json(folder / "config.json", content)

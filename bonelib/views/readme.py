@@ -11,7 +11,10 @@ def main() -> None:
     readme = Path("README.md")
     results = f"```text\n{closing_lines('laptop')}\n```\n"
     found = r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)"
-    readme.write_text(re.sub(found, lambda part: part[1] + results + part[2], readme.read_text(), flags=re.S))
+    readme.write_text(
+        re.sub(found, lambda part: part[1] + results + part[2], readme.read_text(encoding="utf-8"), flags=re.S),
+        encoding="utf-8",
+    )
     Path("paper/figures").mkdir(parents=True, exist_ok=True)
     shutil.copyfile("out/laptop/figures/04_image_quality/teaser.png", "paper/figures/teaser.png")
 

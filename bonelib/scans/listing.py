@@ -1,0 +1,271 @@
+"""What a folder of scans holds, before any voxel is read: which files are scans, masks, tables, and whose they are."""
+
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from bonelib import InputError
+from bonelib.scans import identity
+from bonelib.scans.dicom import NO_DICOM, dicom_files, frames
+from bonelib.scans.formats import ENDINGS, format_of
+from bonelib.scans.grids import plain_name
+from bonelib.scans.tables import read_user_table
+
+GRADES = ("", "1", "2", "3", "4", "5")  # motion grades; empty is not graded
+SITES = ("", "radius", "tibia")
+DISTAL = ("", "first", "last")
+SCANS = ("file", "patient", "visit", "grade", "side", "site", "distal")
+PEOPLE = ("patient", "sex", "age")
+SEXES = {"": "", "f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}
+TABLE = r"(?i)(?:{})(?:\.tsv|\.csv|\.txt|\.tsv\.txt|\.csv\.txt)"
+SHEET = r"(?i)(?:{})\.(?:xlsx?|ods|numbers)"
+MASK = re.compile(
+    r"(?:^|[_\-. ])(?:masks?|segm?|segmentation|labels?|labelmap|contours?|roi|gobj)(?=$|[_\-. \d])", re.IGNORECASE
+)
+SHOWN = 30  # patients of a table that is printed
+
+
+class Listing(NamedTuple):
+    """`rows` of `SCANS`, `masks` {file of a scan: paths}, `people` {patient: row of participants.tsv}, `notes` of what
+    was left out and why."""
+
+    rows: list[dict[str, str]]
+    masks: dict[str, list[Path]]
+    people: dict[str, dict[str, str]]
+    notes: list[str]
+
+
+def listed(source: Path, participants: str | None = None) -> Listing:
+    """Who is who in a folder: scans.tsv and participants.tsv (or .csv) where they are, else the paths (`identity`).
+
+    Raises `InputError`, naming file, row or column, for a folder without scans and for whatever could mix up patients.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder; cohort.source names the folder of the scans, unpacked")
+    notes: list[str] = []
+    scans, masks, skipped = _walk(source)
+
+    def say(text, flush=True):
+        notes.append(text)
+
+    table = find_table(source, "scans")
+    rows = _from_table(source, table, scans, notes, say) if table else _from_paths(source, scans)
+    if not rows:
+        kinds = f"accepted are {', '.join(ENDINGS)}, and folders of DICOM"
+        raise InputError(f"{source}: no scans found{_counted(skipped, '; there are ')}; {kinds}")
+    people = _people(source, participants, say)
+    patients = sorted({row["patient"] for row in rows})
+    identity.check_names(patients, list(people))
+    found = identity.matched(patients, list(people))
+    notes += [f"participants: {name!r} is taken for patient {p!r}" for name, p in found.items() if name != p]
+    if stray := [name for name in people if name not in found]:
+        notes.append(f"participants: {len(stray)} match no scan: {', '.join(map(repr, stray[:5]))}")
+    known = {patient: people[name] for name, patient in found.items()}
+    if people and (lacking := [p for p in patients if p not in known]):
+        notes.append(f"participants: {len(lacking)} patients are not in the table: {', '.join(map(repr, lacking[:5]))}")
+    if skipped:
+        notes.append(f"not read:{_counted(skipped, ' ')}")
+    return Listing(rows, _of_scans(masks, rows, notes), known, notes)
+
+
+def summary(listing: Listing, most: int | None = SHOWN) -> str:
+    """What was understood, as text: a row a patient with visits and files, at most `most` of them, then the notes."""
+    visits = defaultdict(Counter)
+    for row in listing.rows:
+        visits[row["patient"]][row["visit"]] += 1
+    width = max(7, *(len(p) for p in visits))
+    lines = [f"{len(listing.rows)} scans of {len(visits)} patients", f"{'patient':{width}}  visits (files)"]
+    for patient, counts in list(visits.items())[:most]:
+        lines.append(f"{patient:{width}}  " + ", ".join(f"{v} ({n})" for v, n in sorted(counts.items())))
+    if most and len(visits) > most:
+        lines.append(f"and {len(visits) - most} more")
+    return "\n".join([*lines, *listing.notes])
+
+
+def _walk(source: Path) -> tuple[list[Path], list[Path], Counter]:
+    """Paths of scans and of masks below a folder, and what else is there, counted by kind. Links are followed once."""
+    scans, masks, skipped, seen = [], [], Counter(), set()
+    for top, folders, names in os.walk(source, followlinks=True):
+        here = Path(top)
+        real = here.resolve()
+        hidden = [f for f in folders if f.startswith(".") or f == "__MACOSX"]
+        folders[:] = sorted(f for f in folders if f not in hidden) if real not in seen else []
+        if real in seen:
+            skipped["folders linked twice"] += 1
+            continue
+        seen.add(real)
+        skipped["hidden"] += len(hidden)
+        slices = dicom_files(here)
+        whole = _multi_frame(slices)
+        if len(slices) > len(whole):
+            (masks if MASK.search(here.name) else scans).append(here)
+        others = _newest([here / n for n in sorted(names) if here / n not in slices], skipped)
+        for path in [*whole, *others]:
+            if path.name.startswith("."):
+                skipped["hidden"] += 1
+            elif format_of(path) and path.is_file() and not MASK.search(_stem(path)):
+                scans.append(path)
+            elif format_of(path) or path.suffix.lower() == ".gobj":
+                masks.append(path)
+            elif not re.fullmatch(TABLE.format("scans|participants|attributes"), path.name) or here != source:
+                skipped[path.suffix.lower() or path.name] += 1
+    return sorted(scans), sorted(masks), +skipped
+
+
+def _multi_frame(slices: list[Path]) -> list[Path]:
+    """Of the DICOM files of a folder those that hold several frames, each a scan of its own."""
+    if not slices or frames(max(slices, key=lambda p: p.stat().st_size)) < 2:
+        return []
+    return [path for path in slices if frames(path) > 1]
+
+
+def _newest(paths: list[Path], skipped: Counter) -> list[Path]:
+    """Of files that VMS numbered (A.AIM;1, A.AIM;2) the last of each name."""
+    last: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda p: int((p.name.rsplit(";", 1) + ["0"])[1]) if ";" in p.name else 0):
+        if plain_name(path) in last:
+            skipped["older versions"] += 1
+        last[plain_name(path)] = path
+    return list(last.values())
+
+
+def _stem(path: Path) -> str:
+    """The name of a file without version and known ending."""
+    name = plain_name(path)
+    for ending in sorted((*ENDINGS, *NO_DICOM, ".ima", ".gobj"), key=len, reverse=True):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def _counted(skipped: Counter, before: str) -> str:
+    return before + ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items())) if skipped else ""
+
+
+def find_table(source: Path, name: str) -> Path | None:
+    """The table of that name in a folder, whatever its capitals and ending."""
+    files = sorted(p for p in source.iterdir() if p.is_file())
+    found = [p for p in files if re.fullmatch(TABLE.format(name), p.name)]
+    sheets = [p for p in files if re.fullmatch(SHEET.format(name), p.name)]
+    if sheets and not found:
+        raise InputError(f"{sheets[0]}: this kind of table is not read; save it as {name}.csv or {name}.tsv")
+    if len(found) > 1:
+        raise InputError(f"{source}: both {found[0].name} and {found[1].name} are there; leave one of them")
+    return found[0] if found else None
+
+
+def _from_paths(source: Path, scans: list[Path]) -> list[dict[str, str]]:
+    found = {}
+    for path in scans:
+        parts = path.relative_to(source).parts[:-1]
+        found[path] = identity.who((*parts, path.resolve().name if path == source else _stem(path)))
+    identity.check_nesting(list(found.values()))
+    empty = dict.fromkeys(SCANS, "")
+    return [
+        empty
+        | dict(file=str(path.relative_to(source)), patient=one.patient, visit=one.visit or "1", side=one.side or "")
+        for path, one in found.items()
+    ]
+
+
+def _from_table(source: Path, table: Path, scans: list[Path], notes: list[str], say) -> list[dict[str, str]]:
+    """The rows of scans.tsv with their files found and their values checked."""
+    rows = read_user_table(table, SCANS, say)
+    missing = {"file", "patient"} - set(rows[0] if rows else {})
+    if missing:
+        raise InputError(f"{table}: the column {sorted(missing)[0]!r} is missing; needed are file and patient")
+    places = {_form(str(path.relative_to(source))): path for path in scans}
+    seen: dict[Path, dict] = {}
+    out = []
+    for row in rows:
+        row = dict.fromkeys(SCANS, "") | row
+        for key in ("file", "patient"):
+            if not row[key]:
+                raise InputError(
+                    f"{table}: the row of {row['file'] or row['patient']!r} has no {key}; every scan needs one"
+                )
+        path = _place(source, row["file"], places)
+        first = seen.setdefault(path.resolve(), row)
+        if first is not row:
+            of = (
+                f" for patients {first['patient']!r} and {row['patient']!r}"
+                if first["patient"] != row["patient"]
+                else ""
+            )
+            raise InputError(f"{table}: {row['file']} is listed twice{of}; every scan is listed once")
+        out.append(_checked(table, row) | {"file": os.path.relpath(path, source)})
+    rest = [path for path in scans if path.resolve() not in seen]
+    if rest:
+        notes.append(f"{table.name}: {len(rest)} scans are not listed and left out: {_named(source, rest)}")
+    return out
+
+
+def _form(name: str) -> str:
+    return unicodedata.normalize("NFKC", os.path.normpath(name.replace("\\", "/")))
+
+
+def _place(source: Path, name: str, places: dict[str, Path]) -> Path:
+    """Where a listed file lies, in whatever Unicode form and with whichever slashes its name is written."""
+    path = source / name
+    if path.exists():
+        return source / os.path.normpath(name)
+    if found := places.get(_form(name)):
+        return found
+    raise InputError(f"{path}: no such file, but the table of scans lists it")
+
+
+def _checked(table: Path, row: dict[str, str]) -> dict[str, str]:
+    """A row whose values are known ones, in the form in which the cohort has them."""
+    grade = re.sub(r"\.0+$", "", row["grade"])
+    side, site, distal = (row[key].lower() for key in ("side", "site", "distal"))
+    accepted = {"grade": (grade, GRADES, "1 to 5"), "side": (side, identity.SIDES, "left, right")}
+    accepted |= {"site": (site, SITES, "radius, tibia"), "distal": (distal, DISTAL, "first, last")}
+    for key, (value, known, words) in accepted.items():
+        if value not in known:
+            raise InputError(f"{table}: {key} {row[key]!r} of {row['file']}; accepted are {words} or none")
+    visit = re.sub(r"^(\d+)\.0+$", r"\1", row["visit"])
+    visit = visit or next((v for k, v in identity.ENTITY.findall(_stem(Path(row["file"]))) if k.lower() == "ses"), "1")
+    said = dict(grade=grade, side=identity.SIDES[side] or "", site=site, distal=distal)
+    return row | said | {"patient": identity.normal(row["patient"]), "visit": visit}
+
+
+def _people(source: Path, table: str | None, say) -> dict[str, dict[str, str]]:
+    """The rows of participants.tsv by the name of the patient, with sex F, M or none and age a number or none."""
+    path = Path(table) if table else find_table(source, "participants")
+    if path is None:
+        return {}
+    rows = read_user_table(path, PEOPLE, say)
+    if rows and "patient" not in rows[0]:
+        raise InputError(f"{path}: the column 'patient' is missing; accepted are patient, sex and age")
+    people: dict[str, dict[str, str]] = {}
+    for row in rows:
+        name = identity.normal(row["patient"])
+        sex, age = row.get("sex", ""), row.get("age", "").replace(",", ".")
+        if not name or name in people:
+            raise InputError(f"{path}: {'a row has no patient' if not name else f'patient {name!r} is there twice'}")
+        if sex.lower() not in SEXES:
+            raise InputError(f"{path}: sex {sex!r} of {name}; accepted are F, M or none")
+        if age and not (re.fullmatch(r"\d+(\.\d+)?", age) and float(age) <= 120):
+            raise InputError(f"{path}: age {age!r} of {name}; accepted are years from 0 to 120, or none")
+        people[name] = {k: v for k, v in (("sex", SEXES[sex.lower()]), ("age", age)) if k in row}
+    return people
+
+
+def _of_scans(masks: list[Path], rows: list[dict[str, str]], notes: list[str]) -> dict[str, list[Path]]:
+    """The masks of every scan: their names go on where that of the scan ends."""
+    stems = {_stem(Path(row["file"])): row["file"] for row in rows}
+    found, stray = defaultdict(list), []
+    for path in masks:
+        own = max((s for s in stems if re.match(re.escape(s) + r"[_\-. ]", _stem(path))), key=len, default=None)
+        (found[stems[own]] if own else stray).append(path)
+    if stray:
+        notes.append(f"masks of no scan, left out: {len(stray)}, such as {stray[0].name}")
+    return dict(found)
+
+
+def _named(source: Path, paths: list[Path]) -> str:
+    return ", ".join(str(p.relative_to(source)) for p in paths[:5]) + (" ..." if len(paths) > 5 else "")
