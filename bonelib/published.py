@@ -24,7 +24,7 @@ from bonelib.latent.models import load_model
 from bonelib.params import Published, Train, section
 
 LARGEST = 16_000_000  # bytes of a file
-FILES = {"config.json", "curves.csv", "candidates.csv"} | {
+FILES = {"config.json", "curves.csv", "candidates.csv", "record.json", "superres-record.json"} | {
     f"{name}.safetensors" for name in ("generator", "critic", "superres", "growth")
 }
 REMOTE = "published"  # in .dvc/config

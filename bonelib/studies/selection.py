@@ -34,6 +34,8 @@ TABLE = ("seen", "chosen", NAME, "low", "high", "real against real", "N real", "
 def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
     """Make the best of a model folder's candidates its generator.safetensors; returns the table of what each measured.
 
+    The last one stays, unless the nearest one's interval ends below its distance.
+
     The measure is the kernel distance of their samples to the stacks of the validation patients, who were set apart
     from those that the training saw, on the grid that the generator draws, before super-resolution; all draw the
     same latents. Features are standardised by those of as many training stacks, whose own distance is `real against
@@ -77,7 +79,9 @@ def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
         ends = half_interval(distance, patients, range(len(b)), rng=rng, draws=how.draws)[:3]
         values = (seen, False, *ends, kernel_distance(a, c), len(a), len(set(patients)), len(b))
         table.append(dict(zip(TABLE, values, strict=True)))
-    best = min(table, key=lambda row: row[NAME])
+    # The last one has seen most, and by the rate's fall is the least noisy: it stays unless another is surely nearer
+    best, last = min(table, key=lambda row: row[NAME]), table[-1]
+    best = last if best["high"] is not None and best["high"] >= last[NAME] else best
     best["chosen"] = True
     write_table(folder / "candidates.csv", table)
     os.replace(paths[table.index(best)], folder / "generator.safetensors")

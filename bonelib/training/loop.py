@@ -120,7 +120,7 @@ def train(
             return adaptive.augmented(volumes, purpose, at.seen + rank, size, seed, at.p)
 
         while at.seen < end:
-            now, begun = schedule.at(plan, at.seen), at.seen
+            now, begun, started = schedule.at(plan, at.seen), at.seen, time.monotonic()
             batch = now.batch // size  # of this rank
             if now.stage != pooled_stage:
                 # One stage finer than needed, so that rotations are interpolated before the last halving.
@@ -195,6 +195,7 @@ def train(
                     checkpoint.save_tensors(snapshot(state, at.seen), average.state_dict())
 
             clock = time.monotonic()
+            at.seconds += clock - started
             if clock - said > SAY_EVERY_S or at.seen >= end:
                 pace = (clock - said) / (at.seen - said_seen)
                 left = schedule.seconds_left(plan, at.seen, pace) / 60
@@ -216,6 +217,7 @@ def train(
             say(at.account(state))
             candidates = [snapshot(state, seen) for seen in at.snapshots]
             parts = dict(average=average, critic=critic, growth=growth, candidates=candidates)
+            checkpoint.write_json(folder / "record.json", run.record(at, seed, device))
             write_model(folder, params, meta, run=identity, at=at, superres=superres if coarser else None, **parts)
     return dict(zip(CURVES, at.curves[-1], strict=True))
 
@@ -331,10 +333,10 @@ def write_model(
         shutil.copyfile(path, folder / "candidates" / path.name)
     parts = ["generator", "critic"]
     content = {"run": run, "train": json.loads(params.model_dump_json()), "data": meta, "seen": at.seen}
-    content |= {"updates": at.updates, "updates left out": at.left_out}
     if superres is not None:
         shutil.copyfile(Path(superres) / "superres.safetensors", folder / "superres.safetensors")
         content["superres"] = json.loads((Path(superres) / "config.json").read_text(encoding="utf-8"))["superres"]
+        shutil.copyfile(Path(superres) / "record.json", folder / "superres-record.json")
         parts.append("superres")
     content["sha256"] = {name: checkpoint.digest(folder / f"{name}.safetensors") for name in parts}
     checkpoint.write_json(folder / "config.json", content)

@@ -1,6 +1,7 @@
 """The one resumable loop: what is common to every training, whatever a step of it is."""
 
 import math
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -33,6 +34,7 @@ class Progress:
     left_out: int = 0  # updates without a finite gradient
     late: int = 0  # of these, in the last fifth
     in_a_row: int = 0
+    seconds: float = 0.0  # that all of it took, interruptions left out
     curves: list[list[float]] = field(default_factory=list)
 
     def count(self, taken: bool) -> None:
@@ -49,6 +51,27 @@ class Progress:
             allowed = f"accepted are {MAX_LEFT_OUT:.0%}, and none in the last fifth, where {self.late} were"
             raise InputError(f"{place}: {says}; {allowed}; a lower rate may help")
         return says
+
+
+def record(at: Progress, seed: int, device: torch.device | str = "cpu") -> dict[str, object]:
+    """How a training went and on what machine: what is written beside its weights as record.json."""
+    cpu = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]
+        if (cpu.is_file())
+        else []
+    )
+    return {
+        "seed": seed,
+        "samples": at.seen,
+        "updates": at.updates,
+        "updates left out": at.left_out,
+        "seconds": round(at.seconds),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        "processor": names[0] if names else platform.processor(),
+        "torch": torch.__version__,
+    }
 
 
 def update(adam: torch.optim.Optimizer, loss: Tensor, clip: float, ranks: Ranks | None = None) -> bool:
@@ -106,8 +129,10 @@ def run(
         saved = said = time.monotonic()
         said_seen = at.seen
         while at.seen < end:
+            begun = time.monotonic()
             values = step(at)
             at.steps += 1
+            at.seconds += time.monotonic() - begun
             wrong = [f"{key} is {value}" for key, value in values.items() if not math.isfinite(value)]
             if at.in_a_row > MAX_IN_A_ROW:
                 raise InputError(f"{state}: the training diverged at {at.seen} samples; a lower rate may help")

@@ -91,10 +91,10 @@ def train_superres(
     with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([CURVES, *at.curves])
     content = {"run": identity, "superres": json.loads(params.model_dump_json()), "data": data.meta, "seen": at.seen}
-    content |= {"updates": at.updates, "updates left out": at.left_out}
     checkpoint.write_json(
         folder / "config.json", content | {"sha256": checkpoint.digest(folder / "superres.safetensors")}
     )
+    checkpoint.write_json(folder / "record.json", run.record(at, seed))
     return at.curves
 
 
