@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from bonelib import InputError
 from bonelib.core.parallel import workers
-from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.preprocessing import subsample, to_density
 from bonelib.scans.tables import write_table
@@ -38,10 +37,7 @@ def _measured(index: int, path: Path, spacing, intensity) -> dict[str, float]:
     volume = Volume(voxels, tuple(spacing))
     step = max(1, int(COARSE_MM / min(spacing)))
     coarse = subsample(volume.with_voxels(voxels[: len(voxels) // step * step]), step)
-    try:
-        return measure(coarse)
-    except InputError:
-        return {}
+    return measure_or_none(coarse) or {}
 
 
 def by_patient(rows: list[dict], trait: str, **where) -> np.ndarray:

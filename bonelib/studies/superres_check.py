@@ -3,11 +3,10 @@
 import numpy as np
 import torch
 
-from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.pyramid import haar
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import patient_interval
 from bonelib.scans.volumes import Volume
 
@@ -24,7 +23,7 @@ def traits(real: list[Volume], others: dict[str, list[Volume]], *, seed: int, dr
     """
     groups = {"real": real, **others}
     with workers() as pool:
-        found = {name: list(pool.map(_measured, volumes)) for name, volumes in groups.items()}
+        found = {name: list(pool.map(measure_or_none, volumes)) for name, volumes in groups.items()}
     kept = [i for i in range(len(real)) if all(found[name][i] for name in groups)]
     rows = []
     for trait in SHOWN if kept else ():
@@ -64,10 +63,3 @@ def bands(real: np.ndarray, drawn: np.ndarray) -> list[dict]:
 
 def _relative(a, b):
     return float(100 * (a.mean() - b.mean()) / b.mean())
-
-
-def _measured(volume):
-    try:
-        return measure(volume)
-    except InputError:
-        return None
