@@ -1,7 +1,7 @@
 """What directions of a latent space do to attributes, and how far they do it evenly.
 
-`read`, codes, shifts and `AttributeModel` are those of `editing`. Intervals are of 95 %, by resampling patients (or, of
-samples, the samples).
+`read`, codes, shifts and `AttributeModel` are those of `attribute_model`. Intervals are of 95 %, by resampling
+patients (or, of samples, the samples).
 """
 
 from typing import NamedTuple

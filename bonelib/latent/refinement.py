@@ -20,7 +20,7 @@ FILE = "refinement.json"
 
 
 def morphometric_error(model: Model, real: Tensor, drawn: Tensor) -> np.ndarray:
-    """How wrong the measures of reconstructions are, (n,): RMS over `gauge.FEATURES`, each in SDs over the real bones.
+    """Error of reconstructions (n,): RMS over `differentiable.FEATURES`, each in SDs over the real volumes.
 
     `real` and `drawn` (n, 1, z, y, x) are on the generator's grid. What is measured are area, outline and
     densities of core and rim, of which no loss of an inversion knows. NaN where no bone is found.

@@ -146,7 +146,7 @@ def run(
     unscaled = {f: np.array([k[f] for k in known]) for f in families}
 
     def matrix(found):
-        """As `quality.extracted` scales them."""
+        """As `image_quality.extracted` scales them."""
         sets = {f: {"real": unscaled[f], "these": np.array([row[f] for row in found])} for f in families}
         return {f: scaled(f, of_family)["these"] for f, of_family in sets.items()}
 
