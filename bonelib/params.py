@@ -160,7 +160,7 @@ class Adaptive(Section):
 
 
 class Snapshots(Section):
-    """From which weights a training's best are chosen, by measurement (see `evaluation.selection`).
+    """From which weights a training's best are chosen, by measurement (see `studies.selection`).
 
     The generator, or its running average, is kept `number` times, evenly over the last `part` of the last stage and at
     its end. `samples` of each are compared with the bones of a share of the training patients, `validation`, who are
@@ -289,7 +289,7 @@ TRUNCATION = {"progan": 1.8, "stylegan": 0.8}  # Table 1: bound of the normal di
 
 
 class Quality(Section):
-    """How image quality is measured: `samples` of each model and setting, of which the first `measured` by the ruler.
+    """How image quality is measured: `samples` of each model and setting, of which the first `measured` by morphometry.
 
     A setting is a model at a truncation of its codes: of Table 1 the two in `untruncated` and `truncation`, of Figures
     C.9 and C.10 those of `sweep`: bounds of the normal distribution for a ProGAN, shares of the way from the mean style
@@ -315,12 +315,13 @@ class Transition(Section):
     """Morphs between bones of low density (section 4.2).
 
     `weights` of the second bone are those of Figure 5, at which `pairs` of each density are measured, both of them
-    among the lowest share `low` of the bones. A path stays within its ends to `tolerance` times the SD of that density
-    over the bones, and its densities are trusted where `closed` of the slices have a closed cortex. `frames` has the
-    film, `points` a path whose smoothness is measured. `geodesics` of so many pairs have `geodesic_points` each and are
-    found in `steps` iterations at most. A fast ruler, fitted to `scans` training scans, reads bones on the generator's
-    own grid where `ring` of their outline has cortex, and holds densities on a path; their ranges are those of
-    `samples` of the model, `truncation` as in `quality`. `draws` are those of the intervals.
+    among the lowest share `low` of the bones. A path stays within its ends to `tolerance` times the SD of that
+    density over the bones, and its densities are trusted where `closed` of the slices have a closed cortex.
+    `frames` has the film, `points` a path whose smoothness is measured. `geodesics` of so many pairs have
+    `geodesic_points` each and are found in `steps` iterations at most. A surrogate of morphometry, fitted to
+    `scans` training scans, reads bones on the generator's own grid where `ring` of their outline has cortex, and
+    holds densities on a path; their ranges are those of `samples` of the model, `truncation` as in `quality`.
+    `draws` are those of the intervals.
     """
 
     weights: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -369,12 +370,12 @@ class Mixing(Section):
 class Editing(Section):
     """Attributes of bones edited in latent space (section 4.4), and bones drawn to measure.
 
-    A fast ruler is fitted to `scans` training scans; a bone is read where `closed` of its rays meet cortex. Ranges
-    come from `samples` of the model, `truncation` as in `quality`. Effects are measured at `codes` bones over +-`step`,
-    responses up to the largest of `alphas`; `alpha` is that of Figure 7. `targets` can be met, `impossible` ones not;
-    `verified` of the former are measured by the slow ruler too, and counted apart where `shut` of the slices have a
-    closed cortex. The classifiers of `tries` random networks each learn
-    for `epochs`; curvature is taken at `points`, over `tangents` directions. `draws` are those of the intervals.
+    A surrogate of morphometry is fitted to `scans` training scans; a bone is read where `closed` of its rays meet
+    cortex. Ranges come from `samples` of the model, `truncation` as in `quality`. Effects are measured at `codes`
+    bones over +-`step`, responses up to the largest of `alphas`; `alpha` is that of Figure 7. `targets` can be met,
+    `impossible` ones not; `verified` of the former are measured by morphometry too, and counted apart where `shut`
+    of the slices have a closed cortex. The classifiers of `tries` random networks each learn for `epochs`;
+    curvature is taken at `points`, over `tangents` directions. `draws` are those of the intervals.
     """
 
     scans: Count = 400
@@ -437,7 +438,7 @@ class Refinement(Section):
     space: Literal["w", "w+"] = "w"
 
 
-class Tried(Section):
+class RefinementGrid(Section):
     """Weights and rates of a refinement, all combined, of which the best is taken: not in the paper.
 
     It is chosen on `stacks` stacks of a share `apart` of the training patients, whom the encoder does not learn from
@@ -460,7 +461,7 @@ class Inversion(Section):
 
     encoder: EncoderTraining
     refine: Refinement = Refinement()
-    tried: Tried | None = None
+    tried: RefinementGrid | None = None
     held_out_stacks: Count | None = None
     train_stacks: Annotated[int, Field(ge=0)] = 1000
     measured: Annotated[int, Field(ge=0)] = 10
@@ -520,7 +521,7 @@ TIMED = (128, 128, 128, 64, 32, 16)  # widths of Tables A.2 and A.3
 
 
 class Cost(Section):
-    """What is timed: the savings one by one at `stage`, plain and all of them at `stages`; in turns, `rounds` times."""
+    """What is timed: both precisions in turns at `stage`, `rounds` times, and each of `stages` once."""
 
     generators: dict[str, Generator] = {kind: Generator(kind=kind, widths=TIMED) for kind in ("progan", "stylegan")}
     critic: CriticNet = CriticNet(widths=TIMED)
@@ -532,7 +533,7 @@ class Cost(Section):
 
 
 class Trials(Section):
-    """Short trainings of variants of one model (see `evaluation.trials`).
+    """Short trainings of variants of one model (see `studies.ablation`).
 
     `base` is a `Train` section, `variants` are changes of it, nested alike; each is trained with `seeds` seeds, for
     `seconds` of CPU time, and judged by `samples`; `draws` are those of the intervals.

@@ -95,7 +95,7 @@ def require_release(values: dict, model: str, weights: dict[str, str]) -> str:
     """The gate before weights are published, with the audit's metrics `values`; returns the reason to let them pass.
 
     `weights` {file: sha256} must be those that were audited. They pass if the audit says "released", or if the model
-    was trained on phantoms alone, which are no persons. Raises `InputError` if the gate is shut.
+    was trained on phantoms only, so no personal data. Raises `InputError` if the gate is shut.
     """
     found = values.get(f"{model}.verdict", "not audited")
     audited = {name: values.get(f"{model}.sha256.{name}") for name in weights}

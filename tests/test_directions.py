@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from bonelib import InputError
 from bonelib.core.random import torch_rng
@@ -46,27 +45,11 @@ def test_a_ridge_on_noise_promises_nothing(codes):
         ds.logistic(codes, torch.ones(3000, dtype=torch.bool))
 
 
-def test_the_conditional_direction_leaves_the_other_attribute(oracle, codes):
-    mine, other = oracle.direction("Tb.BMD"), oracle.direction("Ct.Th")
-    step = ds.apart_from(mine.float(), other.float()[None])
-    before, after = oracle.attributes(codes[:5]), oracle.attributes(codes[:5] + step)
-    assert torch.allclose(before["Ct.Th"], after["Ct.Th"], rtol=1e-5)
-    assert (after["Tb.BMD"] > before["Tb.BMD"]).all()
-
-
 def test_the_rule_of_selection():
     assert ds.chosen(0.98, 1.00, 0.98) == "logistic"  # Fetty's sex
     assert ds.chosen(0.98, 1.00, 0.99) == "logistic"  # and slice position
     assert ds.chosen(0.98, 1.00, 0.97) == "networks"
     assert ds.chosen(0.50, 1.00, 0.97) == "logistic"
-
-
-def test_formula_three_is_a_straight_walk_between_identities(codes):
-    step, mean = torch.linspace(-1, 1, 16), codes.mean(0)
-    walked = ds.manipulated(codes[:4], mean, nn.Identity(), nn.Identity(), step, 2.5)
-    assert torch.allclose(walked, codes[:4] + 2.5 * step, atol=1e-6)
-    half = ds.manipulated(codes[:4], mean, nn.Identity(), nn.Identity(), step, 0.0, tau=0.5)
-    assert torch.allclose(half, (codes[:4] + mean) / 2, atol=1e-6)
 
 
 def test_networks_learn_what_a_plane_cannot_and_find_their_way_back(codes):
@@ -79,9 +62,6 @@ def test_networks_learn_what_a_plane_cannot_and_find_their_way_back(codes):
     inner = ds.hidden(deep.network, codes)
     back = ds.search(inner, codes, left_out, seed=1, tries=2, epochs=12)
     assert back.score > 0.9 and ds.chosen(back.score, deep.score, plain) == "networks"
-    way = deep.network[-1].weight[0] / deep.network[-1].weight[0].norm()
-    moved = ds.manipulated(codes, codes.mean(0), deep.network[:-1], back.network, way, 0.5)
-    assert torch.allclose(moved, back.network(inner + 0.5 * way), atol=1e-4)
     again = ds.search(codes, labels, left_out, seed=1, tries=2, epochs=12)
     assert again.score == deep.score and again.widths == deep.widths
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 from bonelib import InputError
 from bonelib.core.random import torch_rng
@@ -91,10 +90,10 @@ def test_codes_walk_together_as_they_do_alone(tool):
     targets = tool.read(codes)
     targets[:, 1] = tool.low[1] + torch.tensor([0.1, 0.5, 0.9, 1.5, 40]) * tool.span[1]  # the last ones cannot be met
     targets[1, 2] = torch.nan
-    together = editing.closed_loop(tool, codes, targets, seeds=range(5))
+    together = editing.optimise_to_target(tool, codes, targets, seeds=range(5))
     assert (together.error[:2] <= editing.TOLERANCE).all() and together.error[-1] > 0.1
     for i in range(5):
-        alone = editing.closed_loop(tool, codes[i : i + 1], targets[i : i + 1], seeds=[i])
+        alone = editing.optimise_to_target(tool, codes[i : i + 1], targets[i : i + 1], seeds=[i])
         for ours, theirs in zip(together, alone, strict=True):
             assert torch.allclose(ours[i : i + 1].float(), theirs.float(), rtol=1e-3, atol=1e-3)
 
@@ -113,12 +112,14 @@ def test_a_walk_goes_round_what_cannot_be_read(tool):
     wanted = tool.read(code)[0]
     wanted[1] = tool.low[1] + 0.95 * tool.span[1]
 
-    def watch(codes):
+    def read_with_margin(codes):
         return torch.cat([read(codes), margin(codes)[:, None]], 1)
 
     blind = tool._replace(read=read)
-    straight = editing.closed_loop(blind, code, wanted[None], starts=1, steps=6)
-    warned = editing.closed_loop(blind._replace(watch=watch), code, wanted[None], starts=1, steps=6)
+    straight = editing.optimise_to_target(blind, code, wanted[None], starts=1, steps=6)
+    warned = editing.optimise_to_target(
+        blind._replace(read_with_margin=read_with_margin), code, wanted[None], starts=1, steps=6
+    )
     assert straight.error > 0.1 and warned.error <= editing.TOLERANCE
     assert float(margin(warned.codes)) >= 0 and float(warned.codes @ free) < -0.5
 
@@ -129,19 +130,19 @@ def test_attributes_that_do_not_go_together_cannot_be_asked_for(tool):
         names=("a", "b"),
         centre=torch.tensor([10.0, 5.0]),
         shape=shape,
-        likely=2.0,
+        max_mahalanobis=2.0,
         low=torch.zeros(2),
         high=torch.ones(2) * 20,
     )
     off = torch.tensor([2.0, -0.5])
-    assert made.unlikeness(made.centre + off) == pytest.approx(float(off @ shape.inverse() @ off) ** 0.5, rel=1e-5)
-    assert made.unlikeness(torch.tensor([13.0, torch.nan])) == pytest.approx(1.5)  # 3 of an SD of 2
-    low, high = made.reachable(torch.tensor([11.0, 5.3]), 1)
+    assert made.mahalanobis(made.centre + off) == pytest.approx(float(off @ shape.inverse() @ off) ** 0.5, rel=1e-5)
+    assert made.mahalanobis(torch.tensor([13.0, torch.nan])) == pytest.approx(1.5)  # 3 of an SD of 2
+    low, high = made.attainable_range(torch.tensor([11.0, 5.3]), 1)
     for end in (low, high):  # at both ends it is just as far from the mean as it may be
-        assert made.unlikeness(torch.tensor([11.0, end])) == pytest.approx(2.0, rel=1e-4)
-    assert made._replace(high=torch.tensor([20.0, 5.5])).reachable(torch.tensor([11.0, 5.3]), 1) == (low, 5.5)
+        assert made.mahalanobis(torch.tensor([11.0, end])) == pytest.approx(2.0, rel=1e-4)
+    assert made._replace(high=torch.tensor([20.0, 5.5])).attainable_range(torch.tensor([11.0, 5.3]), 1) == (low, 5.5)
     far = torch.tensor([14.0, 2.0])  # a bone that is itself farther out may be asked for what is as far
-    assert made.unlikeness(far) > 2 and made.reachable(far, 1)[0] == pytest.approx(2.0, rel=1e-4)
+    assert made.mahalanobis(far) > 2 and made.attainable_range(far, 1)[0] == pytest.approx(2.0, rel=1e-4)
 
 
 def test_what_cannot_be_drawn_is_refused(tool):
@@ -151,10 +152,10 @@ def test_what_cannot_be_drawn_is_refused(tool):
             editing.move(tool, code, {"Tb.BMD": target})
     with pytest.raises(InputError, match="'Tb.Sp' cannot be asked for"):
         editing.move(tool, code, {"Tb.Sp": 1.0})
-    narrow = tool._replace(farthest=0.2)
+    narrow = tool._replace(max_latent_norm=0.2)
     with pytest.raises(InputError, match="no plausible bone near this one"):
         editing.move(narrow, code, {"Tb.BMD": float(tool.high[1])})
-    alone = tool._replace(likely=0.1)
+    alone = tool._replace(max_mahalanobis=0.1)
     with pytest.raises(InputError, match="goes with no bone"):
         editing.move(alone, code, {"Tb.BMD": float(tool.high[1])})
     nothing = tool._replace(read=lambda codes: torch.full((len(codes), 4), torch.nan))
@@ -213,20 +214,9 @@ def test_a_gauge_watches_what_it_reads():
     table = torch.stack([traits(30, 1, contrast=20)[name.replace(".", "_")] for name in gauge.FITTED], 1).numpy()
     fitted = gauge.fit(gauge.features(bones, [SPACING] * 3), table)
     bones[:3, :, :, 18:] = 0  # half of the cortex is missing
-    seen, read = fitted.watch(bones, [SPACING] * 3), fitted.read(bones, [SPACING] * 3)
+    seen, read = fitted.read_with_margin(bones, [SPACING] * 3), fitted.read(bones, [SPACING] * 3)
     assert torch.equal(seen[:, :-1].nan_to_num(-1), read.nan_to_num(-1))
-    assert torch.equal(seen[:, -1], gauge.closure(bones, [SPACING] * 3) - fitted.closed)
     assert (seen[:, -1] >= 0).equal(read.isfinite().all(1)) and int((seen[:, -1] >= 0).sum()) == 27
-
-
-def test_slices_are_filtered_as_ndimage_filters_them():
-    flat = density(traits(5, 2))[:, 0].flatten(0, 1).numpy()
-    assert np.array_equal(gauge._median(flat), ndimage.median_filter(flat, (1, 3, 3)))
-    masks = flat > np.quantile(flat, 0.8)
-    for disc in (gauge.WIDE, gauge.DISC):
-        assert np.array_equal(gauge._dilated(masks, disc), ndimage.binary_dilation(masks, disc[None]))
-        assert np.array_equal(~gauge._dilated(~masks, disc), ndimage.binary_erosion(masks, disc[None], border_value=1))
-        assert np.array_equal(~gauge._dilated(~masks, disc, outside=True), ndimage.binary_erosion(masks, disc[None]))
 
 
 @pytest.mark.parametrize("seed", [6, 7, 8])
@@ -263,7 +253,7 @@ def test_a_gauge_refuses_what_it_cannot_read():
     ring = density(traits(1, 4))
     ring[:, :, :, 18:] = 0  # half of the cortex is missing
     assert gauge.features(torch.cat([nothing, ring]), [SPACING] * 3).isnan().all()
-    with pytest.raises(InputError, match="too few for a gauge"):
+    with pytest.raises(InputError, match="too few for a fit"):
         gauge.fit(gauge.features(density(traits(3)), [SPACING] * 3), np.ones((3, 4)))
 
 
@@ -275,13 +265,13 @@ def test_an_instrument_is_written_and_opened(tmp_path):
     data = dict(intensity=INTENSITY, spacing_mm=[SPACING] * 3)
     read = editing.reader(oracle, fitted, data)
     made, codes, found = editing.calibrate(read, gauge.ATTRIBUTES, oracle, seed=1, samples=40)
-    editing.save_instrument(made, fitted, tmp_path / "instrument.safetensors")
-    again = editing.load_instrument(tmp_path / "instrument.safetensors", oracle, data)
+    editing.save_attribute_model(made, fitted, tmp_path / "instrument.safetensors")
+    again = editing.load_attribute_model(tmp_path / "instrument.safetensors", oracle, data)
     assert torch.allclose(again.read(codes), found, rtol=1e-4, atol=1e-3, equal_nan=True) and torch.equal(
         again.low, made.low
     )
     blind, _, _ = editing.calibrate(lambda c: read(c) * torch.nan, gauge.ATTRIBUTES, oracle, seed=1, samples=40)
-    editing.save_instrument(blind, fitted, tmp_path / "instrument.safetensors")
-    assert not editing.load_instrument(tmp_path / "instrument.safetensors", oracle, data).calibrated
+    editing.save_attribute_model(blind, fitted, tmp_path / "instrument.safetensors")
+    assert not editing.load_attribute_model(tmp_path / "instrument.safetensors", oracle, data).calibrated
     with pytest.raises(InputError, match="no such file"):
-        editing.load_instrument(tmp_path / "other", oracle, data)
+        editing.load_attribute_model(tmp_path / "other", oracle, data)

@@ -97,7 +97,7 @@ def test_targets_are_met_by_the_loop_held_apart_and_refused_beyond_the_range(cal
     assert float((read(0.1 * (high - low) * vector[None]) - read(torch.zeros(1, 12)))[0, 1]) == pytest.approx(
         0.1 * float(tool.span[1]), rel=0.15
     )
-    rows, ends = asking.asked(tool, *bones, 8, straight, seed=1)
+    rows, ends = asking.search_targets(tool, *bones, 8, straight, seed=1)
     for row, end in zip(rows, ends, strict=True):
         k = NAMES.index(row["attribute"])
         assert tool.low[k] <= row["asked"] <= tool.high[k]
@@ -107,7 +107,7 @@ def test_targets_are_met_by_the_loop_held_apart_and_refused_beyond_the_range(cal
     assert columns["all"]["closed loop within 2 %"] == np.mean([r["closed error"] <= 0.02 for r in rows]) > 0.8
     assert columns["all"]["side effect, closed over open"] < 0.5
     assert asking.with_intervals(columns)[2]["all"].count("to") == 1
-    no = asking.impossible(tool, bones.codes, 8, NAMES, seed=1)
+    no = asking.infeasible_targets(tool, bones.codes, 8, NAMES, seed=1)
     assert [row["refused"] for row in no] == [True] * 8 and all("calibrated range" in row["reason"] for row in no)
 
 
@@ -115,23 +115,23 @@ def test_the_slow_ruler_confirms_what_it_sees_and_counts_what_it_does_not():
     rows = [{"attribute": "Ct.Th", "start": 1.0, "closed measured": 1.0 + change} for change in (-0.2, 0.2, 0.4, 0.1)]
     before = [{"Ct.Th": 1.0, "Tt.Ar": 1.0, "closed slices": share} for share in (1, 1, 0.3, 1)]
     after = [{"Ct.Th": thick, "Tt.Ar": 1.0, "closed slices": 1.0} for thick in (0.9, 1.1, 1.4)] + [None]
-    thick, closed, area, _ = asking.confirmed(rows, before, after, ("Ct.Th", "Tt.Ar"), least=0.5)
+    thick, closed, area, _ = asking.verified_by_morphometry(rows, before, after, ("Ct.Th", "Tt.Ar"), least=0.5)
     assert (thick["bones"], thick["N"], thick["of"]) == ("contours found", 3, 4)
     assert thick["measured over read"] == pytest.approx((0.02 + 0.02 + 0.16) / 0.24)
     assert (closed["bones"], closed["N"]) == ("cortex closed", 2)
     assert closed["measured over read"] == pytest.approx(0.5) and np.isnan(closed["r"])
     assert area["N"] == 0 and np.isnan(area["measured over read"])
     nothing = [row | {"Ct.Th": np.nan} for row in before]
-    assert asking.confirmed(rows, before, nothing, ("Ct.Th",), least=0.5)[0]["N"] == 0
+    assert asking.verified_by_morphometry(rows, before, nothing, ("Ct.Th",), least=0.5)[0]["N"] == 0
 
 
 def test_the_slow_ruler_tells_whether_a_cortex_is_closed():
     z, y, x = np.indices((6, 80, 60))
     radius = np.hypot(y - 40, x - 30)
     ring = (200.0 * (radius < 22) + 700.0 * ((radius < 22) & (radius > 18))).astype(np.float32)
-    found = asking.by_ruler(Volume(ring, (0.3, 0.3, 0.3), "mgHA"))
+    found = asking.measure_with_closure(Volume(ring, (0.3, 0.3, 0.3), "mgHA"))
     assert found["closed slices"] == 1 and found["Tt.Ar"] == pytest.approx(np.pi * (22 * 0.3) ** 2, rel=0.05)
-    assert asking.by_ruler(Volume(np.zeros_like(ring), (0.3, 0.3, 0.3), "mgHA")) is None
+    assert asking.measure_with_closure(Volume(np.zeros_like(ring), (0.3, 0.3, 0.3), "mgHA")) is None
 
 
 def test_an_atlas_of_a_density_has_it(calibrated):
@@ -156,9 +156,9 @@ def test_where_nothing_can_be_read_nothing_is_asked_and_all_is_said():
         editing.move(tool, samples[:1], {"Tb.BMD": 150})
     straight, scores = directions.ridges(samples[:0], found[:0], NAMES)
     assert straight == {} and all(np.isnan(row["R2, left out"]) for row in scores)
-    assert directions.straight_or_bent(samples[:0], found[:0, 0], seed=1, tries=1, epochs=1, points=1, tangents=1) == {
-        "N": 0
-    }
+    assert directions.compare_linear_nonlinear(
+        samples[:0], found[:0, 0], seed=1, tries=1, epochs=1, points=1, tangents=1
+    ) == {"N": 0}
     bones = effects.subjects(tool, codes(3), list("abc"), samples, 2)
     vectors = {"dense": ORACLE.direction("Tb.BMD")}
     matrix = effects.effect_matrix(tool, bones.codes, vectors, bones.groups, step=1.0, seed=1, draws=5)
@@ -166,6 +166,6 @@ def test_where_nothing_can_be_read_nothing_is_asked_and_all_is_said():
     assert effects.reaches(tool, bones.codes, vectors, matrix, (1.0,))[0]["linear up to"] == 0
     size, rows = effects.by_rank(tool, bones.codes, torch.eye(12), bones.groups, seed=1, draws=5)
     assert np.isnan(size).all() and [row["N"] for row in rows] == [0] * 4
-    asked, ends = asking.asked(tool, *bones, 4, {}, seed=1)
-    assert asked == [] and len(ends) == 0 and asking.impossible(tool, bones.codes, 4, NAMES, seed=1) == []
-    assert asking.with_intervals(asking.asked_table(asked, seed=1, draws=5)) == [{"": "N", "all": "0"}]
+    rows, ends = asking.search_targets(tool, *bones, 4, {}, seed=1)
+    assert rows == [] and len(ends) == 0 and asking.infeasible_targets(tool, bones.codes, 4, NAMES, seed=1) == []
+    assert asking.with_intervals(asking.asked_table(rows, seed=1, draws=5)) == [{"": "N", "all": "0"}]

@@ -70,12 +70,16 @@ def test_the_losses_are_those_of_the_paper():
     assert inversion.perceptual([x], [y]).tolist() == [0.5 / 8 * 4, 0]  # eq. (4)
     code = torch.zeros(1, 512)
     code[0, :2] = 2.0
-    assert inversion.normality(code).tolist() == pytest.approx([8 / 1024])  # eq. (5)
-    judge = LatentDiscriminator(512, layers=0)
-    torch.nn.init.zeros_(judge.out.weight)
-    torch.nn.init.constant_(judge.out.bias, np.log(3))  # a probability of 3/4
-    assert inversion.foreignness(judge, code).tolist() == pytest.approx([-np.log(0.75)])  # eq. (8)
-    assert inversion.foreignness(judge, code[:, None].repeat(1, 5, 1)).tolist() == pytest.approx([-np.log(0.75)])
+    assert inversion.latent_prior_loss(code).tolist() == pytest.approx([8 / 1024])  # eq. (5)
+    latent_discriminator = LatentDiscriminator(512, layers=0)
+    torch.nn.init.zeros_(latent_discriminator.out.weight)
+    torch.nn.init.constant_(latent_discriminator.out.bias, np.log(3))  # a probability of 3/4
+    assert inversion.latent_adversarial_loss(latent_discriminator, code).tolist() == pytest.approx(
+        [-np.log(0.75)]
+    )  # eq. (8)
+    assert inversion.latent_adversarial_loss(
+        latent_discriminator, code[:, None].repeat(1, 5, 1)
+    ).tolist() == pytest.approx([-np.log(0.75)])
     assert inversion.feature_norms([x, 2 * x], [y, 2 * y]).tolist() == [6, 0]  # eq. (2) of Fetty et al.
 
 
@@ -225,7 +229,7 @@ def test_all_ways_to_a_code_are_compared_on_the_same_bones(model, tmp_path):
     params = EncoderTraining(prior="normal", samples=1, batch=1)
     inverter = inversion._at_rest(inversion._new_inverter(params, model))
     how = Refinement(steps=3)
-    codes, seconds = inversion.ways(volumes, model, inverter, how, state=tmp_path, also=others, say=silent)
+    codes, seconds = inversion.invert_all(volumes, model, inverter, how, state=tmp_path, also=others, say=silent)
     assert {way: tuple(z.shape) for way, z in codes.items()} == {
         "encoder": (5, 8),
         "hybrid": (5, 8),
@@ -254,8 +258,8 @@ def test_codes_are_kept_in_the_shape_of_styles(model, data, tmp_path):
 
 def test_some_stacks_are_spread_over_all():
     rows = [dict(index=i) for i in range(10)]
-    assert [row["index"] for row in inversion.spread(rows, 4)] == [0, 3, 6, 9]
-    assert inversion.spread(rows, None) == inversion.spread(rows, 99) == rows
+    assert [row["index"] for row in inversion.evenly_spaced(rows, 4)] == [0, 3, 6, 9]
+    assert inversion.evenly_spaced(rows, None) == inversion.evenly_spaced(rows, 99) == rows
 
 
 def test_the_texture_of_a_scan_joins_its_code():

@@ -95,14 +95,14 @@ def features(n, name, scale=1.0):
 def test_badness_rises_with_what_each_metric_is_meant_for():
     reference, fake, patients = features(60, "reference"), features(30, "fake"), [f"p{i // 2}" for i in range(60)]
     noise = features(30, "noise")
-    worse = [ladder.badness(reference, fake + s * noise + s, patients) for s in (0, 0.5, 1, 2, 3)]
+    worse = [ladder.set_distances(reference, fake + s * noise + s, patients) for s in (0, 0.5, 1, 2, 3)]
     for metric in ("FD", "kernel distance", "RBF-MMD", "- realism"):
         assert (np.diff([w[metric] for w in worse]) > 0).all(), metric
     assert worse[-1]["C2ST"] > 0.95 > 0.7 > worse[0]["C2ST"]
     copied = fake.copy()
     copied[:15] = reference[:15]
-    assert ladder.badness(reference, copied, patients)["copies"] > worse[0]["copies"] + 0.2
-    repeated = ladder.badness(reference, fake[np.arange(30) % 10], patients)["repeats"]
+    assert ladder.set_distances(reference, copied, patients)["copies"] > worse[0]["copies"] + 0.2
+    repeated = ladder.set_distances(reference, fake[np.arange(30) % 10], patients)["repeats"]
     assert repeated == 1 and worse[0]["repeats"] == 0
 
 

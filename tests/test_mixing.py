@@ -57,7 +57,7 @@ def test_every_attribute_is_found_to_be_carried_by_its_style(oracle):
         for name in TRAITS:
             changes[name][row] = (found[name] - base[name]).numpy()
     changes["Ct.Th"][0] = np.nan  # one that could not be measured
-    for row in mx.carried(changes, [(f"p{i}", f"p{j}") for i, j in pairs], seed=1, draws=50):
+    for row in mx.style_attribution(changes, [(f"p{i}", f"p{j}") for i, j in pairs], seed=1, draws=50):
         assert row["value"] == pytest.approx(float(TRAITS[row["attribute"]][2] == row["style"] - 1), abs=1e-9)
         assert row["N"] == (11 if row["attribute"] == "Ct.Th" else 12)
 
@@ -93,7 +93,7 @@ def test_twins_are_one_bone_with_less_mineral():
         shape=(21, 72, 56), subsample=1, dct_clip=1000, stack_slices=8, stacks_per_scan=3, held_out=0.5,
         intensity=(-500, 1500),
     )  # fmt: skip
-    rich, poor = np.stack([mx._twins(number, 0.8, how, 0.4856, 1) for number in (1, 2)], 1)
+    rich, poor = np.stack([mx._pair_of_phantoms(number, 0.8, how, 0.4856, 1) for number in (1, 2)], 1)
     assert rich.shape == (2, 1, 8, 72, 56) and rich.min() >= 0 and rich.max() <= 1
     density = lambda x: 2000 * x - 500  # noqa: E731
     for a, b, other in zip(density(rich), density(poor), density(poor)[::-1], strict=True):

@@ -101,10 +101,10 @@ def test_densities_and_overlaps_are_judged_in_words():
     bias = [{"grid": "fine", "trait": t, "compared": "measured against seen", "N": 4} for t in ("Tb.BMD", "Ct.BMD")]
     bias = [r | {"off, %": off, "within 3 %": 0.75} for r, off in zip(bias, (-1.0, -3.5), strict=True)]
     dice = [{"compartment": "cortical", "voxel size": "fine", "mean": 0.96, "lowest": 0.94, "all met": "no"}]
-    said = check.faithful(bias, dice)
+    said = check.contour_verdict(bias, dice)
     assert "Ct.BMD -3.5 % (75% of 4 within 3 %), on average not within 3 %" in said
     assert "below 0.95: cortical 0.940 (mean 0.960)" in said
-    good = check.faithful(bias[:1], [dice[0] | {"all met": "yes"}])
+    good = check.contour_verdict(bias[:1], [dice[0] | {"all met": "yes"}])
     assert "average within 3 %" in good and "every Dice is at least 0.95" in good
     truth = check.truth_table([{key: v for key in TRUTH} for v in (0.9, 1.0)])
     assert all(r["mean"] == pytest.approx(0.95) and r["lowest"] == 0.9 and r["N"] == 2 for r in truth)
@@ -115,7 +115,7 @@ def test_what_gives_the_phantom_away_is_what_is_surely_off():
     for i in range(40):
         sex, age = "FM"[i % 2], 20 + 1.5 * i
         row = {"sex": sex, "age": age}
-        for trait in check.SPONGY:
+        for trait in check.TRABECULAR_TRAITS:
             mean, sd = check.expected_at(sex, trait, age), check.REFERENCE[sex][trait][1]
             far = -1.5 if trait == "Tb.N" else 0.0
             row["measured_" + trait] = float(mean + sd * (far + 0.1 * rng.standard_normal()))
@@ -125,10 +125,10 @@ def test_what_gives_the_phantom_away_is_what_is_surely_off():
     assert {r["segmentation"] for r in lines} == {"Gaussian", "Laplace-Hamming"} and len(lines) == 20
     pairs = [{"pair": "a, b", "expected": 0.5, "measured": 0.9, "low": 0.8, "high": 0.95}]
     pairs += [{"pair": "c, d", "expected": 0.5, "measured": 0.7, "low": 0.6, "high": 0.8}]
-    said = check.giveaways(lines, pairs)
+    said = check.discrepancies(lines, pairs)
     assert "Tb.N of F -1.5" in said and "Tb.N of M" in said and "BV/TV" not in said and "Hamming" not in said
     assert "a, b 0.90 for 0.50" in said and "c, d" not in said
-    assert check.giveaways([], []).startswith("Nothing")
+    assert check.discrepancies([], []).startswith("Nothing")
     plain = [{k: v for k, v in row.items() if "sharpened" not in k} for row in rows]
     assert {r["segmentation"] for r in check.by_segmentation(plain)} == {"Gaussian"}
 
@@ -305,7 +305,7 @@ def test_slices_of_crops_have_one_window_and_a_bar_in_mm():
     names = {row["statistic"] for row in crops.table(statistics, statistics)}
     assert {"Tb.BMD", "marrow SD, mg HA/cm3", "noise along x, lag 3"} <= names
     for pictures in ({"genuine": a, "phantom": b}, {"phantom": b}):
-        fig = figures.crops(pictures, (0.1,) * 3, crops.beside(statistics, statistics))
+        fig = figures.crops(pictures, (0.1,) * 3, crops.compare(statistics, statistics))
         images = [axis.images[0] for axis in fig.axes if axis.images]
         assert len(images) == 4 * len(pictures) and {i.get_clim() for i in images} == {figures.WINDOW}
         assert images[0].get_extent() == [0, 4, 3, 0] and images[3].get_extent() == [0, 4, 2, 0]

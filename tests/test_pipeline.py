@@ -246,7 +246,7 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "06_image_transition/progan/film_strip",
         "06_image_transition/progan/densities",
         "06_image_transition/progan/geodesic",
-        "08_attribute_editing/progan/rulers",
+        "08_attribute_editing/progan/surrogate",
         "08_attribute_editing/progan/figure7",
         "08_attribute_editing/progan/figure7_differences",
         "08_attribute_editing/progan/effects",
@@ -283,12 +283,12 @@ def test_the_pipeline_gives_held_out_bones_their_codes(pipeline):
 
 @pytest.mark.pipeline
 def test_the_pipeline_asks_for_bones_that_can_be_measured_and_no_others(pipeline):
-    from bonelib.latent.attribute_model import load_instrument
+    from bonelib.latent.attribute_model import load_attribute_model
     from bonelib.latent.models import load_model
 
     model = load_model(pipeline / "out/tiny/models/progan")
     file = pipeline / "out/tiny/editing/progan/instrument.safetensors"
-    tool = load_instrument(file, model.generator, model.config["data"])
+    tool = load_attribute_model(file, model.generator, model.config["data"])
     metrics = json.loads((pipeline / "out/tiny/metrics/08_attribute_editing_progan.json").read_text())
     read = metrics["samples that can be read"]
     # Where no sample is like the scans that the ruler was fitted to, there is no range

@@ -22,7 +22,7 @@ def test_the_published_weights():
 
 def test_an_arc_keeps_its_distance_from_the_middle_and_turns_evenly():
     middle, first, last = torch.randn(3, 2, 40, generator=torch_rng(4, "test"))
-    path = tr.arc(first, last, np.linspace(0, 1, 9), middle)
+    path = tr.slerp(first, last, np.linspace(0, 1, 9), middle)
     away = (path - middle).flatten(1)
     assert torch.allclose(path[[0, -1]], torch.stack([first, last]), atol=1e-5)
     size = away.norm(dim=1)
@@ -30,7 +30,7 @@ def test_an_arc_keeps_its_distance_from_the_middle_and_turns_evenly():
     turn = torch.arccos((away[1:] * away[:-1]).sum(1) / (size[1:] * size[:-1]))
     assert turn.std() < 1e-3 * turn.mean() and turn.mean() > 0.1
     assert (tr.line(first, last, [0.5])[0] - middle).norm() < 0.95 * size[4]  # where the straight line falls inwards
-    assert torch.equal(tr.arc(first, first, [0, 1], middle), tr.line(first, first, [0, 1]))
+    assert torch.equal(tr.slerp(first, first, [0, 1], middle), tr.line(first, first, [0, 1]))
 
 
 def test_codes_that_share_an_attribute_share_it_with_all_between_them():
@@ -41,7 +41,7 @@ def test_codes_that_share_an_attribute_share_it_with_all_between_them():
     last = last + (first - last) @ along * along  # as dense as the first, and another bone for all the rest
     found = oracle.attributes(tr.line(first, last, np.linspace(0, 1, 9)))
     assert (found["Tb.BMD"] / found["Tb.BMD"][0] - 1).abs().max() < 1e-6
-    assert tr.beyond(found["Tb.BMD"][None].numpy())[0] < 1e-6 * float(found["Tb.BMD"][0])
+    assert tr.overshoot(found["Tb.BMD"][None].numpy())[0] < 1e-6 * float(found["Tb.BMD"][0])
     assert found["Tt.Ar"].std() > 1
 
 
@@ -66,8 +66,8 @@ def test_a_geodesic_of_a_sphere_is_a_great_circle():
 
     straight = tr.line(torch.tensor([0.9, 0.0]), torch.tensor([0.9, 2.0]), np.linspace(0, 1, 25))
     volumes = draw(tr.geodesic(draw, straight, 300))
-    arc = float(torch.acos(volumes[0] @ volumes[-1]))
-    assert float(volumes.diff(dim=0).norm(dim=1).sum()) == pytest.approx(arc, rel=1e-3)
+    slerp = float(torch.acos(volumes[0] @ volumes[-1]))
+    assert float(volumes.diff(dim=0).norm(dim=1).sum()) == pytest.approx(slerp, rel=1e-3)
     normal = torch.linalg.cross(volumes[0], volumes[-1])
     assert (volumes @ normal).abs().max() < 1e-2
 
@@ -92,7 +92,7 @@ def test_smoothness_has_no_unit_and_sees_a_jump():
 
 
 def test_beyond_the_ends():
-    assert tr.beyond([[1, 1.5, 2], [2, 0.5, 1], [1, 5, 2]]).tolist() == [0, 0.5, 3]
+    assert tr.overshoot([[1, 1.5, 2], [2, 0.5, 1], [1, 5, 2]]).tolist() == [0, 0.5, 3]
 
 
 def test_pairs_are_low_and_of_two_patients():
@@ -111,14 +111,14 @@ def test_staying_is_counted_by_path_and_resampled_by_patient():
     patients = [(f"p{i}", f"q{i}") for i in range(10)]
     closed = np.ones((10, 3))
     closed[3:8, 1] = 0.2  # three paths within the ends, and two outside, have an open cortex
-    table = tr.staying(values, closed, patients, low=2.0, margin=0.6, least=0.5, seed=1, draws=200)
+    table = tr.density_retention(values, closed, patients, low=2.0, margin=0.6, least=0.5, seed=1, draws=200)
     rows = {(row["paths"], row[""]): row for row in table}
     exact = rows["contours found", "share of paths within the ends"]
     assert exact["value"] == pytest.approx(6 / 9) and exact["N"] == 9 and exact["low"] < 6 / 9 < exact["high"]
     assert rows["contours found", "share of paths within the ends, up to 0.6"]["value"] == 1
     assert rows["contours found", "share of paths that stay low, up to 0.6"]["value"] == 1
     assert rows["contours found", "distance beyond the ends"]["value"] == pytest.approx(0.5 * 3 / 9)
-    strict = tr.staying(values, closed, patients, low=2.0, margin=0.1, least=0.5, seed=1, draws=20)
+    strict = tr.density_retention(values, closed, patients, low=2.0, margin=0.1, least=0.5, seed=1, draws=20)
     strict = {(row["paths"], row[""]): row["value"] for row in strict}
     assert strict["contours found", "share of paths that stay low, up to 0.1"] == pytest.approx(6 / 9)
     assert rows["contours found", "share of all paths"]["value"] == 0.9
@@ -161,7 +161,7 @@ def test_a_path_is_held_to_its_ends(layers):
     ends = ends[:, :, None].expand(-1, -1, 3, -1) if layers else ends
     paths = torch.stack([tr.line(a, b, weights) for a, b in ends.transpose(0, 1)])
     paths[:, 2] += 0.5 * oracle.direction("Tb.BMD").float()  # off the line
-    found = tr.held(tool, paths, weights, "Tb.BMD")
+    found = tr.density_constrained_path(tool, paths, weights, "Tb.BMD")
     values = torch.stack([read(path)[:, 1] for path in found])
     straight = torch.stack([tr.line(*row[[0, -1]], weights) for row in values])
     assert ((values - straight).abs() <= editing.TOLERANCE * tool.span[1]).all()
@@ -171,7 +171,7 @@ def test_a_path_is_held_to_its_ends(layers):
         values = read(codes)
         return torch.where((values - read(paths[0, :1])).abs() < 1e-3, torch.nan, values)
 
-    assert torch.equal(tr.held(tool._replace(read=blind), paths, weights, "Tb.BMD")[0], paths[0])
+    assert torch.equal(tr.density_constrained_path(tool._replace(read=blind), paths, weights, "Tb.BMD")[0], paths[0])
 
 
 def test_every_path_and_density_is_judged_alike():
@@ -179,8 +179,8 @@ def test_every_path_and_density_is_judged_alike():
     found = {path: {t: (rng.random((5, 3)), np.ones((5, 3))) for t in ("Tb.BMD", "Ct.BMD")} for path in ("a", "b")}
     names = {t: [(str(i), str(i + 1)) for i in range(5)] for t in ("Tb.BMD", "Ct.BMD")}
     limits, how = {t: dict(low=0.5, margin=0.1) for t in names}, dict(least=0.5, seed=1, draws=20)
-    rows = tr.all_staying(found, names, limits, **how)
-    alone = tr.staying(*found["b"]["Ct.BMD"], names["Ct.BMD"], **limits["Ct.BMD"], **how)
+    rows = tr.all_density_retention(found, names, limits, **how)
+    alone = tr.density_retention(*found["b"]["Ct.BMD"], names["Ct.BMD"], **limits["Ct.BMD"], **how)
     assert [row for row in rows if (row["path"], row["density"]) == ("b", "Ct.BMD")] == [
         {"path": "b", "density": "Ct.BMD"} | row for row in alone
     ]

@@ -11,7 +11,7 @@ from bonelib.latent import inversion
 from bonelib.latent import refinement as tuning
 from bonelib.latent.models import Model
 from bonelib.networks import build_critic
-from bonelib.params import CriticNet, Refinement, Tried
+from bonelib.params import CriticNet, Refinement, RefinementGrid
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ guess.statistics = torch.zeros(1)
 def test_what_measures_most_like_the_bones_is_chosen_whatever_its_loss(model, tmp_path):
     codes = model.generator.sample_latent(6, torch_rng(1, "bones")).float()
     volumes = inversion.draw_codes(model, codes)
-    assert tuning.misread(model, volumes, volumes) == pytest.approx(0)
+    assert tuning.morphometric_error(model, volumes, volumes) == pytest.approx(0)
     # A latent term of weight 100 keeps codes at the mean, and steps of 1e-6 where they begin
-    tried = Tried(weights=((1, 0, 100), (1, 0, 0)), rates=(1e-6, 0.05))
+    tried = RefinementGrid(weights=((1, 0, 100), (1, 0, 0)), rates=(1e-6, 0.05))
     chosen, rows = tuning.choose(volumes, model, inversion.Inverter(guess, None), Refinement(steps=60), tried)
     assert (chosen.weights, chosen.rate, chosen.steps) == ((1, 0, 0), 0.05, 60)
     off = [row["attributes, SDs off"] for row in rows]
@@ -47,8 +47,8 @@ def test_what_measures_most_like_the_bones_is_chosen_whatever_its_loss(model, tm
 
 def test_nothing_is_chosen_where_nothing_can_be_read(model, tmp_path):
     empty = torch.zeros(2, 1, 4, 36, 28)
-    assert np.isnan(tuning.misread(model, empty, empty)).all()
-    tried = Tried(weights=((1, 0, 0),), rates=(1e-6,))
+    assert np.isnan(tuning.morphometric_error(model, empty, empty)).all()
+    tried = RefinementGrid(weights=((1, 0, 0),), rates=(1e-6,))
     how = Refinement(steps=1, rate=0.1)
     chosen, rows = tuning.choose(empty, model, inversion.Inverter(guess, None), how, tried)
     assert chosen == how and (rows[0]["N"], rows[0]["chosen"], rows[0]["attributes, SDs off"]) == (0, False, None)

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from bonelib import InputError
 from bonelib.core.parallel import workers
-from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.given import CORTEX, MARROW
 from bonelib.scans.preprocessing import subsample, subsample_labels, to_density
@@ -43,11 +42,7 @@ def _measured(index: int, path: Path, spacing, intensity) -> dict[str, float]:
     volume = Volume(voxels, tuple(spacing))
     step = max(1, int(COARSE_MM / min(spacing)))
     coarse = subsample(volume.with_voxels(voxels[: len(voxels) // step * step]), step)
-    compartments = _given(path.with_name("contours.npy"), index, step)
-    try:
-        return measure(coarse, compartments=compartments)
-    except InputError:
-        return {}
+    return measure_or_none(coarse, compartments=_given(path.with_name("contours.npy"), index, step)) or {}
 
 
 def _given(path: Path, index: int, step: int):

@@ -1,11 +1,10 @@
-"""A fast ruler for loops of thousands of bones: area, densities and cortex read on voxels of about a millimetre.
+"""Differentiable surrogate of morphometry: area, densities and cortex on voxels of about a millimetre.
 
 On such voxels a cortex is one voxel thick and `morphometry` finds no contours. Here rays leave the middle of the bone;
 where they leave the bone, and how dense it is at each depth below its surface, are sums that follow every voxel
-smoothly. Only the window about the radius is cut by thresholds, without a gradient. `fit` learns from measured scans
-how these sums go with what `morphometry` reads on fine voxels. Of so thin a cortex, thickness and density are told
-apart in part only.
-How well it does must be shown on bones of patients that were not fitted (`agreement`).
+smoothly. Only the window about the radius is cut by thresholds, without a gradient. `fit` calibrates these sums against
+`morphometry` on fine voxels; of so thin a cortex, thickness and density can be separated in part only. `agreement`
+shows how well, on patients that were not fitted.
 """
 
 from typing import NamedTuple
@@ -46,7 +45,7 @@ WIDE = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5  # no gap between radius and ulna i
 DISC = np.hypot(*np.mgrid[-3:4, -3:4]) < 3.5  # what joins radius and ulna is narrower
 
 
-class Gauge(NamedTuple):
+class SurrogateMorphometry(NamedTuple):
     """Power laws: each attribute of `FITTED` is a product of powers of `FEATURES`.
 
     `powers` (1 + features, attributes), the constant first; `low`, `high` (attributes,): the range of the fitted scans;
@@ -68,8 +67,8 @@ class Gauge(NamedTuple):
         """`ATTRIBUTES` (n, 5) of densities (n, 1, z, y, x) in mg HA/cm3, differentiable; NaN if no cortex closes."""
         return self.of(features(density, spacing, float(self.closed)))
 
-    def watch(self, density: Tensor, spacing) -> Tensor:
-        """`read`, and behind it (n, 6) how far a bone is from being lost: its `closure` less what a reading needs."""
+    def read_with_margin(self, density: Tensor, spacing) -> Tensor:
+        """`read`, and behind it (n, 6) the share of closed rays less what a reading needs."""
         seen = _look(density, spacing)
         return torch.cat([self.of(_features(seen, float(self.closed))), (_closure(seen) - self.closed)[:, None]], 1)
 
@@ -108,11 +107,6 @@ def _features(seen, closed):
     found = torch.stack([*parts, _rotation(surface)], 1)
     enough = (_closure(seen) >= closed) & (area > SMALL)
     return torch.where(enough[:, None], found, torch.nan)
-
-
-def closure(density: Tensor, spacing) -> Tensor:
-    """Share of the rays that meet cortex in bones (n, 1, z, y, x), (n,), differentiable: softly counted."""
-    return _closure(_look(density, spacing))
 
 
 class _Seen(NamedTuple):
@@ -243,8 +237,8 @@ def _terms(found):
     return torch.cat([torch.ones_like(logs[:, :1]), logs], 1)
 
 
-def fit(found: Tensor, measured: np.ndarray, closed: float = CLOSED) -> Gauge:
-    """A `Gauge` by ridge regression, on logarithms, of what `morphometry` measured (n, `FITTED`) on `features`.
+def fit(found: Tensor, measured: np.ndarray, closed: float = CLOSED) -> SurrogateMorphometry:
+    """Fit by ridge regression, on logarithms, what `morphometry` measured (n, `FITTED`) to `features`.
 
     Scans with NaN on either side are left out. Raises `InputError` if fewer than `LEAST` remain.
     """
@@ -252,13 +246,13 @@ def fit(found: Tensor, measured: np.ndarray, closed: float = CLOSED) -> Gauge:
     kept = x.isfinite().all(1) & y.isfinite().all(1)
     x, y = x[kept], y[kept]
     if len(x) < LEAST:
-        raise InputError(f"{len(x)} measured scans are too few for a gauge; at least {LEAST} are needed")
+        raise InputError(f"{len(x)} measured scans are too few for a fit; at least {LEAST} are needed")
     mean = x.mean(0)
     centred, logs = x - mean, y.log()
     square = centred.T @ centred + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
     powers = torch.linalg.solve(square, centred.T @ (logs - logs.mean(0)))
     powers[0] = logs.mean(0) - mean[1:] @ powers[1:]
-    return Gauge(powers.float(), y.amin(0).float(), y.amax(0).float(), torch.tensor(closed))
+    return SurrogateMorphometry(powers.float(), y.amin(0).float(), y.amax(0).float(), torch.tensor(closed))
 
 
 def of_scans(
@@ -283,7 +277,7 @@ def of_scans(
 
 
 def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: int, draws: int) -> list[dict]:
-    """How a gauge's readings (n, ...) agree with what `morphometry` measured (n, `FITTED`): one row an attribute.
+    """How the surrogate's readings (n, ...) agree with what `morphometry` measured (n, `FITTED`): one row an attribute.
 
     N scans and patients, correlation r, bias (read - measured) and SD of the error, r and bias with 95 % intervals by
     resampling patients.

@@ -40,6 +40,7 @@ __all__ = [
     "fabric",
     "connectivity",
     "measure",
+    "measure_or_none",
     "segment",
     "trabecular",
 ]
@@ -101,6 +102,14 @@ def measure(
             **inside,
             **cortical.result(),
         }
+
+
+def measure_or_none(volume: Volume, **how) -> dict[str, float] | None:
+    """`measure`, or None where no contours are found."""
+    try:
+        return measure(volume, **how)
+    except InputError:
+        return None
 
 
 def trabecular(

@@ -44,6 +44,14 @@ def texture(volume: Volume) -> dict[str, float]:
     }
 
 
+def texture_or_none(volume: Volume) -> dict[str, float] | None:
+    """`texture`, or None where it cannot be measured."""
+    try:
+        return texture(volume)
+    except InputError:
+        return None
+
+
 def measure_textures(stacks: Stacks, folder: str | Path, *, path: str | Path) -> list[dict]:
     """`texture` of the middle stack of each scan of `stacks` in `folder`: one row a scan, also written to `path`.
 
@@ -62,10 +70,8 @@ def _measured(index, path, meta):
     volumes = np.load(path, mmap_mode="r")
     z = (volumes.shape[1] - meta["stack_slices"]) // 2
     voxels = volumes[index, z : z + meta["stack_slices"]].astype(np.float32)
-    try:
-        return texture(Volume(to_density(voxels, meta["intensity"]), tuple(meta["spacing_mm"])))
-    except InputError:
-        return dict.fromkeys(TEXTURE)
+    volume = Volume(to_density(voxels, meta["intensity"]), tuple(meta["spacing_mm"]))
+    return texture_or_none(volume) or dict.fromkeys(TEXTURE)
 
 
 def _autocorrelation(values, mask, axis, lag):

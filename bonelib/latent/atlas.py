@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bonelib.latent.attribute_model import Instrument, readings
+from bonelib.latent.attribute_model import AttributeModel, readings
 
 
 def conditions(rows: list[dict], people: dict[str, dict], density) -> dict[str, np.ndarray]:
@@ -30,7 +30,7 @@ def atlas(codes: Tensor, covariates: np.ndarray, at: np.ndarray) -> Tensor:
     return torch.from_numpy(means).float().reshape(len(at), *codes.shape[1:])
 
 
-def atlases(tool: Instrument, codes: Tensor, known: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], list[dict]]:
+def atlases(tool: AttributeModel, codes: Tensor, known: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], list[dict]]:
     """The mean bone, and mean bones under each of `conditions`: codes by name, and what is read on them as rows.
 
     Sexes are F and M; of numbers the 10th, 50th and 90th percentile are taken.

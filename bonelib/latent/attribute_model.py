@@ -1,4 +1,4 @@
-"""Bones drawn to measure: what a step in latent space does to attributes, and the step that does what is asked.
+"""Edit a latent code so that the decoded volume reaches target attributes.
 
 A *code* is what `synthesize` takes: (n, d), or (n, layers, d) with a style a layer. A *shift* is (n, d); it is added to
 all styles of a code alike. Whatever reads attributes is a function of codes, `read(codes) -> (n, attributes)`, which
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bonelib import InputError
 from bonelib.core.random import torch_rng
-from bonelib.evaluation.differentiable import ATTRIBUTES, UNITS, Gauge
+from bonelib.evaluation.differentiable import ATTRIBUTES, UNITS, SurrogateMorphometry
 from bonelib.networks.encoder import coarsely, trunk
 
 BATCH = 64  # codes that are drawn at a time
@@ -28,21 +28,21 @@ TOLERANCE = 0.01  # of the range: where the closed loop stops
 STEPS = 16  # of the closed loop at most
 LONGEST, ASIDE = 2.5, 0.5  # of its steps in SDs, and how far parts of them are turned
 PARTS = ((1.0, 0.6), (0.3, 0.1))  # of its steps, first and then
-ENOUGH = 0.5  # of what is missing: a step that leaves less is taken at once
-SHUT = 0.02  # margin of a reading below which a step holds it
+SUFFICIENT_DECREASE = 0.5  # of what is missing: a step that leaves less is taken at once
+MARGIN_FLOOR = 0.02  # margin of a reading below which a step holds it
 STARTS, BESIDE = 8, 1.5  # walks of the closed loop at most, and how many SDs beside a place all but one begin
-STORED = ("low", "high", "centre", "shape", "likely", "mean", "spread", "farthest")  # of an instrument's file
+STORED = ("low", "high", "centre", "shape", "max_mahalanobis", "mean", "spread", "max_latent_norm")
 DAMPING = 3e-3  # of the mean squared effect, added before it is inverted
 
 
-class Instrument(NamedTuple):
+class AttributeModel(NamedTuple):
     """A generator whose attributes can be read and asked for.
 
     `read(codes)` gives attributes `names` (n, k). `low`, `high` (k,): the calibrated range, outside of which nothing is
-    drawn. `centre` (k,) and `shape` (k, k), mean and covariance of the attributes of samples, and `likely`, the
-    distance from the mean that `LIKELY` of them do not exceed, say which attributes go together (`unlikeness`).
-    `watch(codes)` (n, k + 1), where readings can be lost: `read`, and behind it how far they are from that, 0.
-    `mean` (d,), `spread` (d, d): of the generator's codes, a code is mean + spread @ white; `farthest`: the norm
+    drawn. `centre` (k,) and `shape` (k, k), mean and covariance of the attributes of samples, and `max_mahalanobis`,
+    the distance from the mean that `LIKELY` of them do not exceed, say which attributes go together (`mahalanobis`).
+    `read_with_margin(codes)` (n, k + 1), where readings can be lost: `read`, and behind it how far they are from that.
+    `mean` (d,), `spread` (d, d): of the generator's codes, a code is mean + spread @ white; `max_latent_norm`: the norm
     of white that `PLAUSIBLE` of them do not exceed.
     """
 
@@ -52,11 +52,11 @@ class Instrument(NamedTuple):
     high: Tensor
     centre: Tensor
     shape: Tensor
-    likely: float
+    max_mahalanobis: float
     mean: Tensor
     spread: Tensor
-    farthest: float
-    watch: Callable[[Tensor], Tensor] | None = None
+    max_latent_norm: float
+    read_with_margin: Callable[[Tensor], Tensor] | None = None
 
     @property
     def span(self) -> Tensor:
@@ -78,21 +78,21 @@ class Instrument(NamedTuple):
             raise InputError(f"attribute {name!r} cannot be asked for; accepted are {', '.join(self.names)}")
         return self.names.index(name)
 
-    def unlikeness(self, values: Tensor) -> float:
+    def mahalanobis(self, values: Tensor) -> float:
         """How far attributes (k,) lie from those of samples: Mahalanobis distance over those that are not NaN."""
         asked = values.isfinite()
         off = (values - self.centre)[asked].double()
         return float((off @ torch.linalg.solve(self.shape[asked][:, asked].double(), off)).sqrt())
 
-    def reachable(self, values: Tensor, k: int) -> tuple[float, float]:
+    def attainable_range(self, values: Tensor, k: int) -> tuple[float, float]:
         """Between which values attribute `k` of a bone with attributes (k,) may be asked for, with all else held.
 
-        The part of the calibrated range where `unlikeness` is at most `likely`, or at most that of the bone itself.
+        The part of the calibrated range where `mahalanobis` is at most `max_mahalanobis`, or that of the bone itself.
         """
         inverse, off = torch.linalg.inv(self.shape.double()), (values - self.centre).double()
         off[k] = 0
         bend, tilt = float(inverse[k, k]), float(inverse[k] @ off)
-        room = max(self.likely, self.unlikeness(values)) ** 2 - float(off @ inverse @ off)
+        room = max(self.max_mahalanobis, self.mahalanobis(values)) ** 2 - float(off @ inverse @ off)
         half = max(tilt**2 + bend * room, 0.0) ** 0.5
         ends = (float(self.centre[k]) + (-tilt - half) / bend, float(self.centre[k]) + (-tilt + half) / bend)
         return max(ends[0], float(self.low[k])), min(ends[1], float(self.high[k]))
@@ -107,7 +107,7 @@ def shifted(codes: Tensor, shift: Tensor) -> Tensor:
     return codes + (shift if codes.dim() == 2 or shift.dim() == 1 else shift[:, None])
 
 
-def reader(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
+def reader(generator, gauge: SurrogateMorphometry, data: dict) -> Callable[[Tensor], Tensor]:
     """`read(codes)` by a gauge on what the generator itself draws, without noise; `data` is of the model's config.json.
 
     Super-resolution is left out: it keeps the mean of every block of voxels, which is all that a gauge looks at.
@@ -116,10 +116,10 @@ def reader(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
     return lambda codes: gauge.read(density(codes), spacing)
 
 
-def watcher(generator, gauge: Gauge, data: dict) -> Callable[[Tensor], Tensor]:
-    """As `reader`, with the margin of the cortex behind the attributes (`Gauge.watch`)."""
+def reader_with_margin(generator, gauge: SurrogateMorphometry, data: dict) -> Callable[[Tensor], Tensor]:
+    """As `reader`, with the margin of the cortex behind the attributes (`SurrogateMorphometry.read_with_margin`)."""
     density, spacing = _coarsely(generator, data)
-    return lambda codes: gauge.watch(density(codes), spacing)
+    return lambda codes: gauge.read_with_margin(density(codes), spacing)
 
 
 def _coarsely(generator, data):
@@ -148,9 +148,17 @@ def jacobian(read: Callable[[Tensor], Tensor], codes: Tensor) -> tuple[Tensor, T
 
 
 def calibrate(
-    read, names, generator, *, seed: int, samples: int, truncation: float | None = None, within=None, watch=None
+    read,
+    names,
+    generator,
+    *,
+    seed: int,
+    samples: int,
+    truncation: float | None = None,
+    within=None,
+    read_with_margin=None,
 ):
-    """An `Instrument` for a generator: range and plausible density from samples of its own, with their readings.
+    """An `AttributeModel` for a generator: range and plausible density from samples of its own, with their readings.
 
     `within` (low, high), each (k,) with NaN for no bound, narrows the range, as to what a gauge was fitted on. If fewer
     than `LEAST` of the samples can be measured, the range is NaN and nothing can be asked for. Returns the instrument,
@@ -175,10 +183,14 @@ def calibrate(
     enough = enough and len(measurable) > 2 * len(names) and bool((high > low).all())
     low, high = (low, high) if enough else torch.full((2, len(names)), torch.nan)
     centre, shape = (measurable.mean(0), torch.cov(measurable.T)) if enough else (low.clone(), torch.eye(len(names)))
-    made = Instrument(read, tuple(names), low, high, centre, shape, 0.0, mean, spread, 0.0, watch)
+    made = AttributeModel(read, tuple(names), low, high, centre, shape, 0.0, mean, spread, 0.0, read_with_margin)
     fresh = made.distance(drawn(8 * codes.shape[-1], "codes of the farthest"))
-    far = torch.tensor([made.unlikeness(values) for values in measurable] if enough else [0.0])
-    return made._replace(farthest=float(fresh.quantile(PLAUSIBLE)), likely=float(far.quantile(LIKELY))), codes, found
+    far = torch.tensor([made.mahalanobis(values) for values in measurable] if enough else [0.0])
+    return (
+        made._replace(max_latent_norm=float(fresh.quantile(PLAUSIBLE)), max_mahalanobis=float(far.quantile(LIKELY))),
+        codes,
+        found,
+    )
 
 
 class Moved(NamedTuple):
@@ -198,29 +210,29 @@ class Moved(NamedTuple):
     def length(self) -> Tensor:
         return self.white.norm(dim=1)
 
-    def bettered(self, rows: Tensor, found: "Moved") -> "Moved":
+    def improved(self, rows: Tensor, found: "Moved") -> "Moved":
         """With those of `found`, of codes `rows`, that come closer."""
         closer = found.error < self.error[rows]
         return Moved(*(old.index_copy(0, rows[closer], new[closer]) for old, new in zip(self, found, strict=True)))
 
 
-def closed_loop(
-    tool: Instrument, codes: Tensor, targets: Tensor, *, seeds=(0,), steps: int = STEPS, starts: int = STARTS
+def optimise_to_target(
+    tool: AttributeModel, codes: Tensor, targets: Tensor, *, seeds=(0,), steps: int = STEPS, starts: int = STARTS
 ) -> Moved:
     """Move each of the codes (n, ...) until its attributes are `targets` (n, k), NaN where one may go anywhere.
 
-    Gauss-Newton on measured values: a step is the shortest, in SDs of the latent distribution, that corrects all errors
-    by the effects measured at the code, so that what is right already is held by their null space; so is the cortex,
-    where the step would open it (`Instrument.watch`). Of its longer parts the better one is taken; if it leaves much,
-    the best of all parts and of parts turned aside at random; if none is better than where it stands, the step is
-    halved. No step leaves the plausible region
-    (`Instrument`, `REACH`); a code that lies outside of it may not move farther out. What a code does to a
-    bone turns on the way, and a walk may end where it turns: up to `starts` walks are made, the later ones from places
-    `BESIDE` the best so far and `BESIDE` the code, by turns. The best of all is returned, whether as asked or not.
-    Codes share passes of the generator and nothing else; `seeds` has one of each.
+    Gauss-Newton on measured values: a step is the shortest, in SDs of the latent distribution, that corrects all
+    errors by the effects measured at the code, so that what is right already is held by their null space; so is the
+    cortex, where the step would open it (`AttributeModel.read_with_margin`). Of its longer parts the better one is
+    taken; if it leaves much, the best of all parts and of parts turned aside at random; if none is better than
+    where it stands, the step is halved. No step leaves the plausible region (`AttributeModel`, `REACH`); a code
+    that lies outside of it may not move farther out. What a code does to a bone turns on the way, and a walk may
+    end where it turns: up to `starts` walks are made, the later ones from places `BESIDE` the best so far and
+    `BESIDE` the code, by turns. The best of all is returned, whether as asked or not. Codes share passes of the
+    generator and nothing else; `seeds` has one of each.
     """
     rngs, white = [torch_rng(seed, "closed loop") for seed in seeds], torch.zeros(len(codes), codes.shape[-1])
-    best, left = _walk(tool, codes, white, targets, steps, rngs), torch.arange(len(codes))
+    best, left = _gauss_newton(tool, codes, white, targets, steps, rngs), torch.arange(len(codes))
     for number in range(1, starts):
         left = left[best.error[left] > TOLERANCE]
         if not len(left):
@@ -228,13 +240,13 @@ def closed_loop(
         aside = torch.stack([torch.randn(codes.shape[-1], generator=rngs[i]) for i in left])
         white = BESIDE * aside / aside.norm(dim=1, keepdim=True) + (best.white[left] if number % 2 else 0)
         some = [rngs[i] for i in left]
-        best = best.bettered(left, _walk(tool, codes[left], white, targets[left], steps, some))
+        best = best.improved(left, _gauss_newton(tool, codes[left], white, targets[left], steps, some))
     return best
 
 
-def _walk(tool, codes, white, targets, steps, rngs) -> Moved:
-    """One walk of `closed_loop` for each code, from the code moved by `white` (n, d) SDs."""
-    limit = tool.distance(codes).clamp(min=tool.farthest)
+def _gauss_newton(tool, codes, white, targets, steps, rngs) -> Moved:
+    """One walk of `optimise_to_target` for each code, from the code moved by `white` (n, d) SDs."""
+    limit = tool.distance(codes).clamp(min=tool.max_latent_norm)
 
     def missing(values, rows):
         wanted = targets[rows]
@@ -266,7 +278,7 @@ def _walk(tool, codes, white, targets, steps, rngs) -> Moved:
         rows = rows[best.error[rows] > TOLERANCE]
         if not len(rows):
             break
-        values, slopes = jacobian(tool.watch or tool.read, shifted(codes[rows], white[rows] @ tool.spread.T))
+        values, slopes = jacobian(tool.read_with_margin or tool.read, shifted(codes[rows], white[rows] @ tool.spread.T))
         usable = values[:, :k].isfinite().all(1) & slopes.isfinite().all(-1).all(-1)
         rows, values, slopes = rows[usable], values[usable], slopes[usable]
         if not len(rows):
@@ -275,7 +287,7 @@ def _walk(tool, codes, white, targets, steps, rngs) -> Moved:
         step = _steps(tool, values, change, slopes, targets[rows].isfinite(), longest[rows])
         length, left = step.norm(dim=1), change.norm(dim=1)
         found = tried(rows, first * step[:, None])
-        if len(poor := (found[0] > ENOUGH * left).nonzero()[:, 0]):
+        if len(poor := (found[0] > SUFFICIENT_DECREASE * left).nonzero()[:, 0]):
             parts = torch.cat([first, then]) * step[poor, None]
             turns = torch.stack([torch.randn(parts.shape[1:], generator=rngs[i]) for i in rows[poor]])
             turns = turns * length[poor, None, None] * ASIDE / step.shape[1] ** 0.5
@@ -288,7 +300,7 @@ def _walk(tool, codes, white, targets, steps, rngs) -> Moved:
         moved, taken = rows[nearer], torch.full((int(nearer.sum()),), number)
         _, white[moved], values = (part[nearer] for part in found)
         at = shifted(codes[moved], white[moved] @ tool.spread.T)
-        best = best.bettered(moved, Moved(at, values, errors(at, values, moved), white[moved], taken))
+        best = best.improved(moved, Moved(at, values, errors(at, values, moved), white[moved], taken))
     return best
 
 
@@ -300,8 +312,8 @@ def _steps(tool, values, change, slopes, asked, longest):
         effect, wanted = effect[known], wanted[known]
         step = _shortened(nearest(effect, wanted), longest[i])
         for margin, its in zip(values[i, k:], slopes[i, k:] @ tool.spread, strict=True):
-            if float(margin + its @ step) < SHUT:  # the cortex would open: hold it shut, as one attribute more
-                step = nearest(torch.cat([effect, its[None]]), torch.cat([wanted, (SHUT - margin)[None]]))
+            if float(margin + its @ step) < MARGIN_FLOOR:  # the cortex would open: hold it shut, as one attribute more
+                step = nearest(torch.cat([effect, its[None]]), torch.cat([wanted, (MARGIN_FLOOR - margin)[None]]))
                 step = _shortened(step, longest[i])
         found.append(step)
     return torch.stack(found)
@@ -319,7 +331,7 @@ def nearest(effect: Tensor, change: Tensor) -> Tensor:
 
 
 def move(
-    tool: Instrument, code: Tensor, targets: dict[str, float], hold: bool = True
+    tool: AttributeModel, code: Tensor, targets: dict[str, float], hold: bool = True
 ) -> tuple[Tensor, dict[str, float]]:
     """A code whose bone measures `targets`, {attribute: value in `UNITS`}, and what is measured on it, attribute by
     attribute. With `hold` all attributes that are not named stay as they are on `code` (1, ...), a sample or a scan's.
@@ -341,10 +353,12 @@ def move(
                 f"{name} {value:g} {unit} is outside of the calibrated range {low:.4g} to {high:.4g} {unit}"
             )
         wanted[i] = value
-    if tool.unlikeness(wanted) > max(tool.likely, tool.unlikeness(torch.where(wanted.isfinite(), start, torch.nan))):
+    if tool.mahalanobis(wanted) > max(
+        tool.max_mahalanobis, tool.mahalanobis(torch.where(wanted.isfinite(), start, torch.nan))
+    ):
         held = ", with all else held," if hold else ""
         raise InputError(f"{targets}{held} goes with no bone that this model draws; ask for less, or hold less")
-    found = closed_loop(tool, code, wanted[None])
+    found = optimise_to_target(tool, code, wanted[None])
     if found.error > 2 * TOLERANCE:
         got = ", ".join(f"{name} {float(found.measured[0, tool.index(name)]):.4g}" for name in targets)
         raise InputError(
@@ -353,21 +367,25 @@ def move(
     return found.codes, dict(zip(tool.names, found.measured[0].tolist(), strict=True))
 
 
-def save_instrument(tool: Instrument, gauge: Gauge, path: str | Path) -> None:
-    """Write all of an instrument but the generator, for `load_instrument`; safetensors."""
+def save_attribute_model(tool: AttributeModel, gauge: SurrogateMorphometry, path: str | Path) -> None:
+    """Write all of an instrument but the generator, for `load_attribute_model`; safetensors."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: torch.as_tensor(getattr(tool, key)).contiguous() for key in STORED}
     save_file(tensors | {f"gauge.{key}": value.contiguous() for key, value in gauge._asdict().items()}, path)
 
 
-def load_instrument(path: str | Path, generator, data: dict) -> Instrument:
+def load_attribute_model(path: str | Path, generator, data: dict) -> AttributeModel:
     """The instrument that stage `attribute_editing` wrote, for the generator it was calibrated with."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; it is written by 08_attribute_editing")
     tensors = load_file(path)
-    gauge = Gauge(**{key.removeprefix("gauge."): value for key, value in tensors.items() if key.startswith("gauge.")})
+    gauge = SurrogateMorphometry(
+        **{key.removeprefix("gauge."): value for key, value in tensors.items() if key.startswith("gauge.")}
+    )
     rest = {key: tensors[key] if tensors[key].dim() else float(tensors[key]) for key in STORED}
-    return Instrument(reader(generator, gauge, data), ATTRIBUTES, **rest, watch=watcher(generator, gauge, data))
+    return AttributeModel(
+        reader(generator, gauge, data), ATTRIBUTES, **rest, read_with_margin=reader_with_margin(generator, gauge, data)
+    )
 
 
 def _flat(codes: Tensor) -> Tensor:

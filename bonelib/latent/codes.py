@@ -1,4 +1,4 @@
-"""Codes of bones: those that inversion wrote, and the bones they stand for, always drawn with the same noise."""
+"""Load latent codes and decode them to volumes with fixed noise."""
 
 import math
 import time
@@ -57,7 +57,7 @@ def scan_of(data: Stacks, row: dict) -> Volume:
     return calibrated(data.pooled(found[:1], 0)[0, 0].float().numpy(), {"unit": "mgHA"} | data.meta)
 
 
-def draw_bone(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> Volume:
+def decode(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> Volume:
     """The bone of one code in mg HA/cm3, on the grid of the scans or, up to `voxel_mm`, on a coarser one.
 
     All bones of a seed get the same noise, so that two of them differ by their codes alone. The coarser grid holds the
@@ -82,7 +82,7 @@ def each_measured(
     with workers() as pool:
         jobs = []
         for i, code in enumerate(codes):
-            jobs.append(pool.submit(measure, draw_bone(model, code, seed, voxel_mm)))
+            jobs.append(pool.submit(measure, decode(model, code, seed, voxel_mm)))
             if time.monotonic() - last > PROGRESS_S:
                 last = time.monotonic()
                 print(f"{i + 1} of {len(codes)} bones drawn", flush=True)

@@ -105,13 +105,6 @@ def accuracy(odds: Tensor, labels: Tensor) -> float:
     return float(((odds > 0) == labels.bool()).float().mean())
 
 
-def apart_from(vector: Tensor, others: Tensor) -> Tensor:
-    """The part of a direction (d,) at right angles to `others` (k, d), of length one (conditional manipulation)."""
-    basis = torch.linalg.qr(others.T.double())[0]
-    rest = vector.double() - basis @ (basis.T @ vector.double())
-    return (rest / rest.norm()).float()
-
-
 class Trained(NamedTuple):
     """A network and the score it was chosen by on left-out codes: accuracy of a classifier, R2 of a reverse model."""
 
@@ -194,18 +187,7 @@ def hidden(network: nn.Sequential, codes: Tensor) -> Tensor:
     return network[:-1](codes)
 
 
-def manipulated(
-    codes: Tensor, mean: Tensor, forward, reverse, direction: Tensor, alpha: float, tau: float = 1.0
-) -> Tensor:
-    """Formula (3): Reverse(m + tau (Forward(w) - m) + alpha direction), with m = Forward(mean code).
-
-    `direction` are the weights of the classifier's last layer. With both networks the identity it is a straight walk.
-    """
-    middle = forward(mean[None])
-    return reverse(middle + tau * (forward(codes) - middle) + alpha * direction)
-
-
-def straight_or_bent(
+def compare_linear_nonlinear(
     codes: Tensor, values: Tensor, *, seed: int, tries: int, epochs: int, points: int, tangents: int
 ) -> dict:
     """Logistic regression and networks on codes (n, d) with the lowest and highest 40 % of `values` (n,), as one row.

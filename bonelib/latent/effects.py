@@ -1,7 +1,7 @@
 """What directions of a latent space do to attributes, and how far they do it evenly.
 
-`read`, codes, shifts and `Instrument` are those of `editing`. Intervals are of 95 %, by resampling patients (or, of
-samples, the samples).
+`read`, codes, shifts and `AttributeModel` are those of `attribute_model`. Intervals are of 95 %, by resampling
+patients (or, of samples, the samples).
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.differentiable import UNITS
 from bonelib.evaluation.statistics import patient_draws, patient_interval, quantiles
-from bonelib.latent.attribute_model import Instrument, jacobian, readings, shifted
+from bonelib.latent.attribute_model import AttributeModel, jacobian, readings, shifted
 from bonelib.latent.directions import Direction
 
 EVEN = 0.1  # deviation from a straight line, as a share of the response, that still counts as linear
@@ -28,7 +28,7 @@ class Subjects(NamedTuple):
     sources: list[str]
 
 
-def subjects(tool: Instrument, inverted: Tensor, patients: list[str], samples: Tensor, n: int) -> Subjects:
+def subjects(tool: AttributeModel, inverted: Tensor, patients: list[str], samples: Tensor, n: int) -> Subjects:
     """Up to `n` inverted codes and as many samples, those that can be read; inverted ones first.
 
     Where none can be read, the first ones are taken: they can be drawn, and whatever is read on them is NaN.
@@ -46,7 +46,7 @@ def subjects(tool: Instrument, inverted: Tensor, patients: list[str], samples: T
 
 
 def effect_matrix(
-    tool: Instrument, codes: Tensor, vectors: dict[str, Tensor], groups, *, step: float, seed: int, draws: int
+    tool: AttributeModel, codes: Tensor, vectors: dict[str, Tensor], groups, *, step: float, seed: int, draws: int
 ) -> list[dict]:
     """The effect of every direction on every attribute, per unit of the code: central differences over +-`step`.
 
@@ -91,7 +91,7 @@ def scaled(straight: dict[str, Direction], matrix: list[dict]) -> dict[str, Dire
     return {n: straight[n]._replace(slope=effect) for n, effect in found.items() if np.isfinite(effect) and effect}
 
 
-def responses(tool: Instrument, codes: Tensor, vector: Tensor, alphas) -> np.ndarray:
+def responses(tool: AttributeModel, codes: Tensor, vector: Tensor, alphas) -> np.ndarray:
     """Mean change of the attributes (alphas, k) over codes that are moved by alpha along a direction."""
     start = readings(tool.read, codes)
     return np.stack([_mean((readings(tool.read, shifted(codes, float(a) * vector)) - start).numpy()) for a in alphas])
@@ -116,7 +116,7 @@ def linear_range(alphas, response: np.ndarray) -> float:
     return even
 
 
-def reaches(tool: Instrument, codes: Tensor, vectors: dict[str, Tensor], matrix: list[dict], alphas) -> list[dict]:
+def reaches(tool: AttributeModel, codes: Tensor, vectors: dict[str, Tensor], matrix: list[dict], alphas) -> list[dict]:
     """Of every direction: the attribute it moves most, its row of `effect_matrix`, and how far it does so evenly.
 
     `alphas` are the steps, mirrored about 0, at which responses are read.
@@ -131,7 +131,7 @@ def reaches(tool: Instrument, codes: Tensor, vectors: dict[str, Tensor], matrix:
 
 
 def by_rank(
-    tool: Instrument, codes: Tensor, vectors: Tensor, groups, *, seed: int, draws: int
+    tool: AttributeModel, codes: Tensor, vectors: Tensor, groups, *, seed: int, draws: int
 ) -> tuple[np.ndarray, list[dict]]:
     """Effects (directions, k) of all directions (d, d), strongest eigenvalue first, and what goes with their rank.
 
@@ -167,7 +167,7 @@ def by_rank(
 
 
 def sliders(
-    tool: Instrument, straight: dict[str, Direction], others: dict[str, Tensor], most: float
+    tool: AttributeModel, straight: dict[str, Direction], others: dict[str, Tensor], most: float
 ) -> dict[str, tuple]:
     """{label: (direction (d,), low, high)} for editing by hand: attributes in their units, over half a range each way.
 

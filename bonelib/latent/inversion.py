@@ -52,7 +52,7 @@ class Inverter(NamedTuple):
     """A trained encoder, and the latent discriminator it was trained against (None where codes are Gaussian)."""
 
     encoder: Encoder
-    judge: LatentDiscriminator | None
+    latent_discriminator: LatentDiscriminator | None
 
 
 # The losses, each (n,)
@@ -68,14 +68,14 @@ def perceptual(real: list[Tensor], drawn: list[Tensor]) -> Tensor:
     return 0.5 * torch.cat([(a - b).flatten(1) for a, b in zip(real, drawn, strict=True)], 1).square().mean(1)
 
 
-def normality(codes: Tensor) -> Tensor:
+def latent_prior_loss(codes: Tensor) -> Tensor:
     """Eq. (5): half the mean square of codes that should follow N(0, I)."""
     return 0.5 * codes.square().flatten(1).mean(1)
 
 
-def foreignness(judge: LatentDiscriminator, codes: Tensor) -> Tensor:
+def latent_adversarial_loss(latent_discriminator: LatentDiscriminator, codes: Tensor) -> Tensor:
     """Eq. (8): -log D_W of the codes, whose 512 summands are all the same; of several styles a code their mean."""
-    return F.softplus(-judge(codes.flatten(0, -2))).reshape(len(codes), -1).mean(1)
+    return F.softplus(-latent_discriminator(codes.flatten(0, -2))).reshape(len(codes), -1).mean(1)
 
 
 def feature_norms(real: list[Tensor], drawn: list[Tensor]) -> Tensor:
@@ -83,10 +83,10 @@ def feature_norms(real: list[Tensor], drawn: list[Tensor]) -> Tensor:
     return sum((a - b).flatten(1).norm(dim=1) for a, b in zip(real, drawn, strict=True))
 
 
-def told_apart(judge: LatentDiscriminator, mapped: Tensor, encoded: Tensor) -> float:
+def told_apart(latent_discriminator: LatentDiscriminator, mapped: Tensor, encoded: Tensor) -> float:
     """How surely codes of the mapping network and of the encoder are told apart: the area under the ROC curve."""
     with torch.no_grad():
-        difference = judge(mapped)[:, None] - judge(encoded)
+        difference = latent_discriminator(mapped)[:, None] - latent_discriminator(encoded)
     return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
 
 
@@ -118,7 +118,7 @@ def targets(model: Model, data: Stacks, rows: list[dict]) -> Tensor:
     return data.pooled(rows, halvings(model, data.meta["stack_slices"])).float()
 
 
-def spread(rows: list[dict], count: int | None) -> list[dict]:
+def evenly_spaced(rows: list[dict], count: int | None) -> list[dict]:
     """`count` of the rows of stacks (None or too many: all), evenly spread, so that they are of many patients."""
     if count is None or count >= len(rows):
         return rows
@@ -150,7 +150,7 @@ def as_styles(model: Model, codes: Tensor) -> Tensor:
     return codes if layers is None or codes.dim() == 3 else codes[:, None].expand(-1, layers, -1).contiguous()
 
 
-def finished(model: Model, coarse: Tensor, seed: int) -> np.ndarray:
+def decode_full_resolution(model: Model, coarse: Tensor, seed: int) -> np.ndarray:
     """Volumes of the generator's own grid (n, 1, z, y, x) at full size (n, z, y, x), through its super-resolution.
 
     The noise of number i is the same for all volumes of one seed, so that two volumes differ by what was given alone.
@@ -231,8 +231,8 @@ def _new_inverter(params: EncoderTraining, model: Model) -> Inverter:
         statistics=None if statistics is None else statistics[-1],
     )
     code = encoder.to_code.weight.shape[0]
-    judge = LatentDiscriminator(code).to(_place(model)) if params.prior == "discriminator" else None
-    return Inverter(encoder.to(_place(model)), judge)
+    latent_discriminator = LatentDiscriminator(code).to(_place(model)) if params.prior == "discriminator" else None
+    return Inverter(encoder.to(_place(model)), latent_discriminator)
 
 
 def _at_rest(inverter: Inverter) -> Inverter:
@@ -246,14 +246,14 @@ def _train_encoder(params, model, data, state, identity, seed, say) -> tuple[Inv
     augment = section(Train, model.config["train"], "train").augment
     generator, critic, place = trunk(model.generator), model.critic, _place(model)
     torch.manual_seed(torch_rng(seed, "encoder weights").initial_seed())
-    encoder, judge = _new_inverter(params, model)
+    encoder, latent_discriminator = _new_inverter(params, model)
     average = copy.deepcopy(encoder).requires_grad_(False)
     optimiser = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[params.optimiser]
     adam_e = optimiser(encoder.parameters(), lr=params.rate, betas=params.betas)
     objects = dict(encoder=encoder, average=average, adam_e=adam_e)
-    if judge is not None:
-        adam_j = optimiser(judge.parameters(), lr=params.rate, betas=params.betas)
-        objects |= dict(judge=judge, adam_j=adam_j)
+    if latent_discriminator is not None:
+        adam_j = optimiser(latent_discriminator.parameters(), lr=params.rate, betas=params.betas)
+        objects |= dict(latent_discriminator=latent_discriminator, adam_j=adam_j)
     n, times = params.batch, halvings(model, data.meta["stack_slices"])
     # On a grid once finer than needed, so that rotations are interpolated before the last halving
     pool = data.pooled(data.of("train"), max(0, times - 1))
@@ -284,34 +284,38 @@ def _train_encoder(params, model, data, state, identity, seed, say) -> tuple[Inv
                 features = critic_features(critic, volumes)
             codes = encoder(volumes)
             drawn = generator.synthesize(codes)
-            if judge is not None:
-                judge.requires_grad_(False)
-            latent = normality(codes) if judge is None else foreignness(judge, codes)
+            if latent_discriminator is not None:
+                latent_discriminator.requires_grad_(False)
+            latent = (
+                latent_prior_loss(codes)
+                if latent_discriminator is None
+                else latent_adversarial_loss(latent_discriminator, codes)
+            )
             shown = distortion(volumes, drawn), perceptual(features, critic_features(critic, drawn)), latent
             loss = sum(w * term.mean() for w, term in zip(params.weights, shown, strict=True))  # eqs. (6), (9)
         at.count(run.update(adam_e, loss, params.clip))
-        if judge is not None:
-            judge.requires_grad_(True)
+        if latent_discriminator is not None:
+            latent_discriminator.requires_grad_(True)
             codes = codes.detach()
-            loss_j = F.softplus(-judge(mapped)).mean() + F.softplus(judge(codes)).mean()
+            loss_j = F.softplus(-latent_discriminator(mapped)).mean() + F.softplus(latent_discriminator(codes)).mean()
             at.count(run.update(adam_j, loss_j, params.clip))
         run.update_ema(average, encoder, params.ema, at.seen // n)
         at.seen += n
         with torch.no_grad():
             now = generator.synthesize(average(watched))
             unseen = distortion(watched, now), perceptual(watched_features, critic_features(critic, now))
-        auc = told_apart(judge, mapped, codes) if judge is not None else 0.5
+        auc = 0.5 if latent_discriminator is None else told_apart(latent_discriminator, mapped, codes)
         return dict(zip(CURVES[1:], [*(float(term.detach().mean()) for term in (*shown, *unseen)), auc], strict=True))
 
     at = run.run(train_step, objects, end=params.samples, state=state, fingerprint=identity, name="encoder", say=say)
-    return _at_rest(Inverter(average, judge)), at.curves
+    return _at_rest(Inverter(average, latent_discriminator)), at.curves
 
 
 # Refinement
 
 
 def objective(
-    how: Refinement, model: Model, volumes: Tensor, judge: LatentDiscriminator | None = None
+    how: Refinement, model: Model, volumes: Tensor, latent_discriminator: LatentDiscriminator | None = None
 ) -> partial[Tensor]:
     """The function of codes (n, code) or (n, layers, code) that refinement minimises, one value a volume, (n,).
 
@@ -321,30 +325,38 @@ def objective(
     volumes = volumes.to(_place(model))
     with torch.no_grad():
         features = critic_features(model.critic, volumes, _features(how))
-    return partial(_objective, how, model, volumes, features, judge)
+    return partial(_objective, how, model, volumes, features, latent_discriminator)
 
 
 def _features(how: Refinement) -> str:
     return "penultimate" if how.loss == "squares" else "first"
 
 
-def _objective(how, model, volumes, features, judge, codes) -> Tensor:
+def _objective(how, model, volumes, features, latent_discriminator, codes) -> Tensor:
     drawn = trunk(model.generator).synthesize(codes)
     seen = critic_features(model.critic, drawn, _features(how))
     if how.loss == "norms":
         return feature_norms(features, seen) + (volumes - drawn).flatten(1).norm(dim=1)
-    latent = normality(codes) if judge is None else foreignness(judge, codes)
+    latent = (
+        latent_prior_loss(codes)
+        if latent_discriminator is None
+        else latent_adversarial_loss(latent_discriminator, codes)
+    )
     terms = distortion(volumes, drawn), perceptual(features, seen), latent
     return 2 * sum(w * term for w, term in zip(how.weights, terms, strict=True))
 
 
 def losses(
-    how: Refinement, model: Model, volumes: Tensor, codes: Tensor, judge: LatentDiscriminator | None = None
+    how: Refinement,
+    model: Model,
+    volumes: Tensor,
+    codes: Tensor,
+    latent_discriminator: LatentDiscriminator | None = None,
 ) -> Tensor:
     """What `objective` says of codes, (n,)."""
     with torch.no_grad():
         parts = zip(volumes.split(AT_ONCE), codes.split(AT_ONCE), strict=True)
-        return torch.cat([objective(how, model, x, judge)(z.to(_place(model))).cpu() for x, z in parts])
+        return torch.cat([objective(how, model, x, latent_discriminator)(z.to(_place(model))).cpu() for x, z in parts])
 
 
 class Inverted(NamedTuple):
@@ -361,7 +373,7 @@ def refine(
     model: Model,
     how: Refinement,
     *,
-    judge: LatentDiscriminator | None = None,
+    latent_discriminator: LatentDiscriminator | None = None,
     state: str | Path | None = None,
     say=print,
 ) -> Inverted:
@@ -379,7 +391,7 @@ def refine(
     optimiser = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[how.optimiser]
     adam = optimiser([codes], lr=how.rate, betas=how.betas)
     cuts = [slice(i, i + AT_ONCE) for i in range(0, len(codes), AT_ONCE)]
-    values = [objective(how, model, volumes[cut], judge) for cut in cuts]
+    values = [objective(how, model, volumes[cut], latent_discriminator) for cut in cuts]
     identity, done, before = None, 0, 0.0
     if state is not None:
         state = Path(state)
@@ -410,7 +422,7 @@ def refine(
     return Inverted(codes.detach().cpu(), before + time.monotonic() - begun)
 
 
-def ways(
+def invert_all(
     volumes: Tensor,
     model: Model,
     inverter: Inverter,
@@ -433,7 +445,9 @@ def ways(
 
     def refined(name, start, of, how=how, after=0.0):
         say(f"{name}: {how.steps} steps for {len(of)} volumes", flush=True)
-        found = refine(start, of, model, how, judge=inverter.judge, state=Path(state) / name, say=say)
+        found = refine(
+            start, of, model, how, latent_discriminator=inverter.latent_discriminator, state=Path(state) / name, say=say
+        )
         codes[name], seconds[name] = found.codes, after + found.seconds / len(of)
 
     refined("hybrid", first, every, after=seconds["encoder"])
@@ -445,15 +459,15 @@ def ways(
 
 
 def further_measures(
-    how: Refinement, model: Model, volumes: Tensor, codes: Tensor, judge: LatentDiscriminator | None
+    how: Refinement, model: Model, volumes: Tensor, codes: Tensor, latent_discriminator: LatentDiscriminator | None
 ) -> dict[str, np.ndarray]:
     """Of every reconstruction (n,): the loss that refinement minimises, the critic's eq. (4), and eq. (5) or (8)."""
     eq4 = losses(Refinement(weights=(0, 0.5, 0)), model, volumes, codes)
-    latent = losses(Refinement(weights=(0, 0, 0.5)), model, volumes, codes, judge)
+    latent = losses(Refinement(weights=(0, 0, 0.5)), model, volumes, codes, latent_discriminator)
     return {
-        "refinement loss": losses(how, model, volumes, codes, judge).numpy(),
+        "refinement loss": losses(how, model, volumes, codes, latent_discriminator).numpy(),
         "critic features, eq. (4)": eq4.numpy(),
-        "latent, eq. (5)" if judge is None else "latent, eq. (8)": latent.numpy(),
+        "latent, eq. (5)" if latent_discriminator is None else "latent, eq. (8)": latent.numpy(),
     }
 
 

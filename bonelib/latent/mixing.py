@@ -122,7 +122,9 @@ def swaps(model: Model, codes: Tensor, pairs: list[tuple[int, int]], seed: int) 
     return changes
 
 
-def carried(changes: dict[str, np.ndarray], names: list[tuple[str, str]], *, seed: int, draws: int) -> list[dict]:
+def style_attribution(
+    changes: dict[str, np.ndarray], names: list[tuple[str, str]], *, seed: int, draws: int
+) -> list[dict]:
     """Which style carries which attribute: one row each, with value, low, high, N and patients.
 
     The mean squared change when this style alone is another bone's, over the mean squared difference of the two bones,
@@ -155,7 +157,7 @@ def injected(draw, source: Tensor, target: Tensor, images: Tensor, intensity) ->
 
 
 def by_style(rows: list[dict]) -> list[dict]:
-    """The rows of `carried` of several models as a table to be read: a row an attribute, a column a style."""
+    """The rows of `style_attribution` of several models as a table to be read: a row an attribute, a column a style."""
     table = {}
     for row in rows:
         line = table.setdefault(
@@ -168,7 +170,7 @@ def by_style(rows: list[dict]) -> list[dict]:
     return [{key: line.get(key, "") for key in columns} for line in table.values()]
 
 
-def twins(count: int, mineral: float, how: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Tensor:
+def paired_phantoms(count: int, mineral: float, how: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Tensor:
     """Phantoms in two contrasts (2, count, 1, z, y, x) in [0, 1]: as they are, and with `mineral` times the density of
     both compartments, or the least that a phantom may have, in an otherwise equal bone, pose and scan. No cohort
     holds these patients.
@@ -180,14 +182,14 @@ def twins(count: int, mineral: float, how: Preprocess, spacing_mm: float, halvin
     shape = tuple(n // (how.subsample * 2**drawn) for n in how.shape)
     coarse = how.model_copy(update=dict(shape=shape, subsample=1, stack_slices=how.stack_slices // 2**drawn))
     with workers() as pool:
-        jobs = [pool.submit(_twins, k, mineral, coarse, spacing_mm * 2**drawn, seed) for k in range(count)]
+        jobs = [pool.submit(_pair_of_phantoms, k, mineral, coarse, spacing_mm * 2**drawn, seed) for k in range(count)]
         stacks = torch.from_numpy(np.concatenate([job.result() for job in jobs]))
     for _ in range(halvings - drawn):
         stacks = downsample(stacks)
     return stacks.reshape(count, 2, *stacks.shape[1:]).transpose(0, 1)
 
 
-def _twins(number, mineral, how, voxel_mm, seed) -> np.ndarray:
+def _pair_of_phantoms(number, mineral, how, voxel_mm, seed) -> np.ndarray:
     """Both twins of one patient, (2, 1, z, y, x)."""
     patient, stacks = UNSEEN + number, []
     volume, truth = make_radius(seed, voxel_mm=voxel_mm, patient=patient)

@@ -1,4 +1,4 @@
-"""How codes are refined, chosen on bones of patients set apart, so that no bone that is reported on had a say."""
+"""Choose refinement settings on validation patients only."""
 
 import json
 from itertools import product
@@ -14,13 +14,13 @@ from bonelib.evaluation.similarity import psnr
 from bonelib.latent.inversion import Inverter, draw_codes, encode, further_measures, refine
 from bonelib.latent.models import Model
 from bonelib.networks.encoder import trunk
-from bonelib.params import Refinement, Tried, section
+from bonelib.params import Refinement, RefinementGrid, section
 
 FILE = "refinement.json"
 
 
-def misread(model: Model, real: Tensor, drawn: Tensor) -> np.ndarray:
-    """How wrong the measures of reconstructions are, (n,): RMS over `gauge.FEATURES`, each in SDs over the real bones.
+def morphometric_error(model: Model, real: Tensor, drawn: Tensor) -> np.ndarray:
+    """Error of reconstructions (n,): RMS over `differentiable.FEATURES`, each in SDs over the real volumes.
 
     `real` and `drawn` (n, 1, z, y, x) are on the generator's grid. What is measured are area, outline and
     densities of core and rim, of which no loss of an inversion knows. NaN where no bone is found.
@@ -34,21 +34,23 @@ def misread(model: Model, real: Tensor, drawn: Tensor) -> np.ndarray:
 
 
 def choose(
-    volumes: Tensor, model: Model, inverter: Inverter, how: Refinement, tried: Tried
+    volumes: Tensor, model: Model, inverter: Inverter, how: Refinement, tried: RefinementGrid
 ) -> tuple[Refinement, list[dict]]:
     """`how` with the weights and the rate of `tried` whose reconstructions of `volumes` measure most like them.
 
-    Rows: weights, rate, `misread` (mean over the bones that can be read in all of them, and how many these are), PSNR,
-    latent loss, share of bones whose loss was lowered, whether it was chosen. If no bone can be read, none is chosen,
-    and `how` stays as it is.
+    Rows: weights, rate, `morphometric_error` (mean over the bones that can be read in all of them, and how many
+    these are), PSNR, latent loss, share of bones whose loss was lowered, whether it was chosen. If no bone can be
+    read, none is chosen, and `how` stays as it is.
     """
     start, rows, ways, wrong = encode(inverter.encoder, volumes), [], [], []
     for weights, rate in product(tried.weights, tried.rates):
         way = how.model_copy(update=dict(weights=weights, rate=rate))
-        codes = refine(start, volumes, model, way, judge=inverter.judge).codes
-        before, after = (further_measures(way, model, volumes, c, inverter.judge) for c in (start, codes))
+        codes = refine(start, volumes, model, way, latent_discriminator=inverter.latent_discriminator).codes
+        before, after = (
+            further_measures(way, model, volumes, c, inverter.latent_discriminator) for c in (start, codes)
+        )
         drawn = draw_codes(model, codes)
-        wrong.append(misread(model, volumes, drawn))
+        wrong.append(morphometric_error(model, volumes, drawn))
         latent = next(float(v.mean()) for key, v in after.items() if key.startswith("latent"))
         lowered = float((after["refinement loss"] < before["refinement loss"]).mean())
         quality = float(psnr(volumes[:, 0].numpy(), drawn[:, 0].numpy()).mean())

@@ -1,4 +1,4 @@
-"""Bones asked for: what the closed loop meets, what it refuses, and what the slow ruler says of the bones it drew.
+"""Targets for edited volumes: which are reached, which are refused, and what morphometry says of the results.
 
 Intervals are of 95 %, by resampling patients (or, of samples, the samples).
 """
@@ -13,19 +13,28 @@ from bonelib import InputError
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import CLOSED, read
 from bonelib.evaluation.differentiable import UNITS
-from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import patient_interval
-from bonelib.latent.attribute_model import BATCH, TOLERANCE, Instrument, Moved, closed_loop, move, readings, shifted
+from bonelib.latent.attribute_model import (
+    BATCH,
+    TOLERANCE,
+    AttributeModel,
+    Moved,
+    move,
+    optimise_to_target,
+    readings,
+    shifted,
+)
 from bonelib.latent.directions import Direction
 from bonelib.scans.volumes import Volume
 
 
-def asked(
-    tool: Instrument, codes: Tensor, groups, sources, n: int, straight: dict[str, Direction], *, seed: int
+def search_targets(
+    tool: AttributeModel, codes: Tensor, groups, sources, n: int, straight: dict[str, Direction], *, seed: int
 ) -> tuple[list[dict], Tensor]:
     """`n` targets asked of codes in random order, met by the closed loop and, beside it, by one open step.
 
-    A target is one attribute of `straight`, uniform over what is `reachable`; all others are to stay. The open step
+    A target is one attribute of `straight`, uniform over its `attainable_range`; all others are to stay. The open step
     goes along that attribute's direction. Rows: number of the code, its patient and source, attribute, start, asked,
     measured; error and side effect (mean change of the others), in shares of the ranges, of both ways; length of the
     move in SDs, whether the loop met all within 2 %. And the codes (n, ...) it ended at. Nothing is asked where no code
@@ -33,7 +42,7 @@ def asked(
     """
     start = readings(tool.read, codes)
     fit = start.isfinite().all(1).nonzero()[:, 0].tolist() if tool.calibrated else []
-    room = {(i, name): tool.reachable(start[i], tool.index(name)) for i, name in product(fit, straight)}
+    room = {(i, name): tool.attainable_range(start[i], tool.index(name)) for i, name in product(fit, straight)}
     pairs = [pair for pair, (low, high) in room.items() if low < high]
     order = numpy_rng(seed, "asked").permutation(len(pairs))
     picked = [pairs[order[number % len(pairs)]] for number in range(n if pairs else 0)]
@@ -53,13 +62,18 @@ def asked(
     )
     opened, parts = readings(tool.read, shifted(codes[index], opened)), []
     for some in torch.arange(n).split(BATCH):
-        parts.append(closed_loop(tool, codes[index[some]], wanted[some], seeds=some.tolist()))
+        parts.append(optimise_to_target(tool, codes[index[some]], wanted[some], seeds=some.tolist()))
         print(f"{int(some[-1]) + 1} of {n} targets", flush=True)
     found, rows = Moved(*(torch.cat(values) for values in zip(*parts, strict=True))), []
     for number, ((i, name), target) in enumerate(zip(picked, targets, strict=True)):
         k = int(which[number])
         row = dict(
-            number=i, patient=groups[i], source=sources[i], attribute=name, start=float(start[i, k]), asked=target
+            number=i,
+            patient=groups[i],
+            source=sources[i],
+            attribute=name,
+            start=float(start[i, k]),
+            asked=target,
         )
         for way, values in (("closed", found.measured[number]), ("open", opened[number])):
             off = ((values - wanted[number]) / tool.span).abs()
@@ -75,7 +89,7 @@ def asked(
 
 
 def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float]:
-    """Of rows of `asked`: shares met within 2 % and medians of side effects, with intervals by patient."""
+    """Of rows of `search_targets`: shares met within 2 % and medians of side effects, with intervals by patient."""
     if not rows:
         return {"N": 0}
     keys = ("closed error", "open error", "closed side", "open side", "met")
@@ -112,7 +126,7 @@ def asked_table(rows: list[dict], *, seed: int, draws: int) -> dict[str, dict[st
     return {name: asked_summary(part, seed=seed, draws=draws) for name, part in parts.items()}
 
 
-def impossible(tool: Instrument, codes: Tensor, n: int, names, *, seed: int) -> list[dict]:
+def infeasible_targets(tool: AttributeModel, codes: Tensor, n: int, names, *, seed: int) -> list[dict]:
     """`n` targets outside of the calibrated range, by a tenth to a whole range, and what `move` says to them.
 
     No rows where nothing is calibrated: then no target is farther out than any other.
@@ -144,8 +158,8 @@ def with_intervals(columns: dict[str, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def panels(tool: Instrument, rows: list[dict], names) -> list[dict]:
-    """For `figures.scatter`: asked against measured of rows of `asked`, one panel for each attribute of `names`."""
+def panels(tool: AttributeModel, rows: list[dict], names) -> list[dict]:
+    """For `figures.scatter`: targets against measured values, one panel for each attribute of `names`."""
     drawn = []
     for name in names:
         mine, unit = [row for row in rows if row["attribute"] == name], UNITS.get(name, "")
@@ -155,21 +169,19 @@ def panels(tool: Instrument, rows: list[dict], names) -> list[dict]:
     return drawn
 
 
-def by_ruler(volume: Volume) -> dict[str, float] | None:
+def measure_with_closure(volume: Volume) -> dict[str, float] | None:
     """`morphometry.measure` of a bone and its share of closed slices, None where no contours are found."""
-    try:
-        return measure(volume, anisotropy=False) | {CLOSED: read(volume).traits[CLOSED]}
-    except InputError:
-        return None
+    found = measure_or_none(volume, anisotropy=False)
+    return found and found | {CLOSED: read(volume).traits[CLOSED]}
 
 
-def confirmed(rows: list[dict], before: list, after: list, names, *, least: float) -> list[dict]:
-    """What the slow ruler says of the bones of `asked` (rows), drawn whole before and after the move.
+def verified_by_morphometry(rows: list[dict], before: list, after: list, names, *, least: float) -> list[dict]:
+    """What morphometry says of the bones of `search_targets` (rows), drawn whole before and after the move.
 
-    `before`, `after`: of every row what `by_ruler` found. Rows: attribute (of `names`), of all bones with contours and
-    of those whose cortex is closed in the share `least` of their slices, both before and after, as contours forced over
-    a gap may leave out part of a bone; N of how many; the mean change read, and measured over it (1: the slow ruler
-    sees all of it): slope through 0; correlation.
+    `before`, `after`: of every row what `measure_with_closure` found. Rows: attribute (of `names`), of all bones
+    with contours and of those whose cortex is closed in the share `least` of their slices, both before and after,
+    as contours forced over a gap may leave out part of a bone; N of how many; the mean change read, and measured
+    over it (1: morphometry sees all of it): slope through 0; correlation.
     """
     table = []
     for name, (bones, limit) in product(names, {"contours found": 0.0, "cortex closed": least}.items()):

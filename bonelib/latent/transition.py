@@ -15,7 +15,7 @@ from bonelib import InputError
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import TRAITS, read
 from bonelib.evaluation.statistics import pair_mean
-from bonelib.latent.attribute_model import Instrument, closed_loop, readings
+from bonelib.latent.attribute_model import AttributeModel, optimise_to_target, readings
 from bonelib.latent.codes import along
 from bonelib.latent.models import Model
 
@@ -26,7 +26,7 @@ def line(first: Tensor, last: Tensor, weights) -> Tensor:
     return (1 - weights) * first + weights * last
 
 
-def arc(first: Tensor, last: Tensor, weights, centre: Tensor) -> Tensor:
+def slerp(first: Tensor, last: Tensor, weights, centre: Tensor) -> Tensor:
     """The path on a sphere about `centre` (weights, *code): the direction from it turns evenly, and the distance from
     it changes evenly, so that no code between two lies nearer to the mean than both do. For codes of one shape."""
     a, b = first - centre, last - centre
@@ -91,7 +91,7 @@ def smoothness(features: np.ndarray) -> dict[str, float]:
     }
 
 
-def beyond(values: np.ndarray) -> np.ndarray:
+def overshoot(values: np.ndarray) -> np.ndarray:
     """How far an attribute leaves the interval of its two ends: paths (n, points) to (n,), 0 where it never does."""
     values = np.asarray(values, float)
     ends = values[:, [0, -1]]
@@ -116,11 +116,12 @@ def low_pairs(values, patients, share: float, count: int, rng: np.random.Generat
     return [pairs[k] if rng.random() < 0.5 else pairs[k][::-1] for k in chosen]
 
 
-def held(tool: Instrument, paths: Tensor, weights, name: str) -> Tensor:
+def density_constrained_path(tool: AttributeModel, paths: Tensor, weights, name: str) -> Tensor:
     """Paths (n, weights, *code) whose inner codes are moved until attribute `name` runs straight from end to end.
 
-    Each goes as short a way as it can (`editing.closed_loop`), with all other attributes left free; where the loop does
-    not get there, it ends as near as it came. Where an end cannot be read, the path stays as it is.
+    Each goes as short a way as it can (`attribute_model.optimise_to_target`), with all other attributes left free;
+    where the loop does not get there, it ends as near as it came. Where an end cannot be read, the path stays as it
+    is.
     """
     ends = torch.stack([readings(tool.read, paths[:, k])[:, tool.index(name)] for k in (0, -1)], 1)
     known, inner = ends.isfinite().all(1), weights[1:-1]
@@ -128,7 +129,7 @@ def held(tool: Instrument, paths: Tensor, weights, name: str) -> Tensor:
         return paths
     wanted = torch.full((int(known.sum()) * len(inner), len(tool.names)), torch.nan)
     wanted[:, tool.index(name)] = line(*ends[known].T, inner).T.flatten()
-    found = closed_loop(tool, paths[known, 1:-1].flatten(0, 1), wanted, seeds=range(len(wanted)))
+    found = optimise_to_target(tool, paths[known, 1:-1].flatten(0, 1), wanted, seeds=range(len(wanted)))
     paths = paths.clone()
     paths[known, 1:-1] = found.codes.unflatten(0, (-1, len(inner)))
     return paths
@@ -146,7 +147,7 @@ def measured(
     return {trait: np.array([[reading.traits[trait] for reading in path] for path in bones]) for trait in TRAITS}
 
 
-def staying(
+def density_retention(
     values: np.ndarray,
     closed: np.ndarray,
     patients: list[tuple[str, str]],
@@ -166,7 +167,7 @@ def staying(
     the density can be trusted. `patients` names the two of a path.
     """
     values, closed = np.asarray(values, float), np.asarray(closed, float)
-    away, measured = beyond(values), np.isfinite(values).all(axis=1)
+    away, measured = overshoot(values), np.isfinite(values).all(axis=1)
     middle = values[:, values.shape[1] // 2] - values[:, [0, -1]].mean(axis=1)
     numbers = {
         f"share of paths that stay low, up to {margin:.3g}": values.max(axis=1) <= low + margin,
@@ -185,8 +186,8 @@ def staying(
     return rows
 
 
-def all_staying(found: dict, names: dict[str, list], limits: dict[str, dict], **how) -> list[dict]:
-    """The rows of `staying` for every kind of path and density of `found` {path: {density: (values, closed)}}.
+def all_density_retention(found: dict, names: dict[str, list], limits: dict[str, dict], **how) -> list[dict]:
+    """The rows of `density_retention` for every path and density of `found` {path: {density: (values, closed)}}.
 
     `names` and `limits` (low and margin) are those of a density; `how` is the same for all.
     """
@@ -194,7 +195,7 @@ def all_staying(found: dict, names: dict[str, list], limits: dict[str, dict], **
     return [
         {"path": path, "density": t} | row
         for path, t, table in every
-        for row in staying(*table, names[t], **limits[t], **how)
+        for row in density_retention(*table, names[t], **limits[t], **how)
     ]
 
 

@@ -38,7 +38,7 @@ def drawn_by_all(
     return np.concatenate(volumes), [(name, seed + i) for name, count in counts.items() for i in range(count)]
 
 
-def beside(scores: np.ndarray, of_real: np.ndarray) -> dict[str, float]:
+def compare(scores: np.ndarray, of_real: np.ndarray) -> dict[str, float]:
     """Realism of samples beside that of held-out bones: medians, numbers, and the share above the median real one."""
     middle = float(np.median(of_real))
     return {

@@ -1,6 +1,6 @@
-"""The corruption ladder: which metric rises when real bones are spoiled step by step, and which is blind to what.
+"""Metric sensitivity: how each metric responds to graded corruptions of real scans.
 
-Held-out stacks are spoiled in eight ways (`corruption`) at rising strength and compared with stacks of training
+Held-out stacks are corrupted in eight ways (`corruption`) at rising strength and compared with stacks of training
 patients. Every metric is turned so that it rises with damage.
 """
 
@@ -52,7 +52,7 @@ def stillest(rows: list[dict], grade: dict[str, int], seed: int) -> list[dict]:
     return sorted((rows[i] for i in order), key=lambda row: (grade[row["scan"]], row["start"]))
 
 
-def badness(reference: np.ndarray, fake: np.ndarray, patients, seed: int = 0) -> dict[str, float]:
+def set_distances(reference: np.ndarray, fake: np.ndarray, patients, seed: int = 0) -> dict[str, float]:
     """Metrics of a set of features (m, d) against `reference` (n, d) of `patients`, each rising with damage.
 
     `copies` is the share of samples nearer to a training sample than that one is to any other (one minus the
@@ -85,7 +85,7 @@ def connectivity(volume: Volume, interior: np.ndarray) -> float:
     return loops((smoothed(volume) > BONE) & interior) / float(interior.sum() * np.prod(volume.spacing))
 
 
-def spoiled(values: np.ndarray, data: dict, number: int, strengths: tuple, grading_dir, seed: int) -> list[dict]:
+def corrupt(values: np.ndarray, data: dict, number: int, strengths: tuple, grading_dir, seed: int) -> list[dict]:
     """One stack (z, y, x) in [0, 1], spoiled in the five ways that change a volume: one row a way and strength.
 
     Rows: corruption, strength, `Conn.D`, and under the name of each family the features (d,) of the spoiled stack.
@@ -116,7 +116,7 @@ def _extractors(grading_dir, seed):
     return own | (dict(vgs=partial(features.graded, grader=grader)) if grader else {})
 
 
-def climb(
+def run(
     reference: np.ndarray,
     patients: list[str],
     pool: np.ndarray,
@@ -139,7 +139,7 @@ def climb(
     base = start[:volumes]
     with workers() as pool_of_workers:
         how = (data, grading_dir, seed)
-        jobs = [pool_of_workers.submit(spoiled, pool[i], data, int(i), strengths, *how[1:]) for i in base]
+        jobs = [pool_of_workers.submit(corrupt, pool[i], data, int(i), strengths, *how[1:]) for i in base]
         clean = [pool_of_workers.submit(described, pool[i], *how) for i in range(len(pool))]
         known = [pool_of_workers.submit(described, v, *how, i < volumes) for i, v in enumerate(reference)]
         jobs, clean, known = ([job.result() for job in group] for group in (jobs, clean, known))
@@ -148,7 +148,7 @@ def climb(
     unscaled = {f: np.array([k[f] for k in known]) for f in families}
 
     def matrix(found):
-        """As `quality.extracted` scales them."""
+        """As `image_quality.extracted` scales them."""
         sets = {f: {"real": unscaled[f], "these": np.array([row[f] for row in found])} for f in families}
         return {f: scaled(f, of_family)["these"] for f, of_family in sets.items()}
 
@@ -157,7 +157,9 @@ def climb(
     real_loops = np.array([c[CONNECTIVITY] for c in clean])
 
     def measured(sets, of_loops):
-        found = {f"{f} {k}": v for f in families for k, v in badness(training[f], sets[f], patients, seed).items()}
+        found = {
+            f"{f} {k}": v for f in families for k, v in set_distances(training[f], sets[f], patients, seed).items()
+        }
         return found | {"Conn.D distance": float(stats.wasserstein_distance(loops, of_loops))}
 
     rngs = (numpy_rng(seed, "ladder noise", i) for i in range(draws))

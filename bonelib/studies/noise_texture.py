@@ -97,7 +97,7 @@ def phantom_crop(seed: int, density: float, shape: tuple[int, int, int]) -> Volu
     return Volume(np.ascontiguousarray(seen.voxels[part]), seen.spacing)
 
 
-def beside(genuine: dict, phantom: dict) -> list[dict]:
+def compare(genuine: dict, phantom: dict) -> list[dict]:
     """Panels for `figures.scatter` of two `crop_statistics`: histograms, and autocorrelations along z, y and x."""
     middle = (HISTOGRAM[1:] + HISTOGRAM[:-1]) / 2
     both = {"genuine": genuine, "phantom": phantom}

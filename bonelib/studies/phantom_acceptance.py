@@ -11,7 +11,7 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation.statistics import patient_interval
 from bonelib.scans.phantom.scanner import NATIVE_MM
 from bonelib.studies.noise_texture import NOISE_SD
-from bonelib.studies.phantom_validation import MEAN_SDS, PAIR_R, SEGMENTED, SPONGY, off_curve
+from bonelib.studies.phantom_validation import MEAN_SDS, PAIR_R, SEGMENTED, TRABECULAR_TRAITS, off_curve
 
 LEAST = 3  # patients; of fewer nothing is said
 OLD = 60.0  # years, from which on women stand for those of 70
@@ -130,7 +130,7 @@ def _from_tables(tables):
 def _trabeculae(rows):
     for by, name in SEGMENTED.items():
         own = [r for r in rows if f"{by}_BV/TV" in r]
-        for trait in SPONGY:
+        for trait in TRABECULAR_TRAITS:
             off = off_curve(own, trait, by=by)
             yield line(6, f"{trait} off its curve in SDs, {name}", off, -MEAN_SDS, MEAN_SDS)
         ratio = [r[f"{by}_BV/TV"] / (r[f"{by}_Tb.BMD"] / 1200) for r in own]

@@ -232,7 +232,7 @@ def off_z(axis: np.ndarray) -> float:
 
 
 def marrow_columns(found: dict | None) -> dict[str, float]:
-    """What `crops.marrow` returns as columns of a row; `marrow_thirds` is the largest over the least SD, less 1."""
+    """`noise_texture.marrow` as columns of a row; `marrow_thirds` is the largest over the least SD, less 1."""
     if found is None:
         return {}
     row = {"marrow_mean": found["mean"], "marrow_sd": found["sd"]}

@@ -53,7 +53,7 @@ YOUNG = (20.0, PLATEAU_AGE)  # years
 LEAST_BMD_BVTV = 0.95  # correlation of Tb.BMD and BV/TV, whose p-value was too small to be printed
 COARSE_TRAITS = ("Tt.Ar", "Tt.BMD", "Ct.BMD", "Tb.BMD", "Ct.Th", "Rel.Ct.Th")
 FINE_TRAITS = (*COARSE_TRAITS, "BV/TV", "Tb.N", "Tb.Th", "Tb.Sp", "Ct.Po", "DA")
-SPONGY = ("BV/TV", "Tb.N", "Tb.Th", "Tb.Sp", "DA")
+TRABECULAR_TRAITS = ("BV/TV", "Tb.N", "Tb.Th", "Tb.Sp", "DA")
 SEGMENTED = MappingProxyType({"measured": "Gaussian", "sharpened": "Laplace-Hamming"})  # columns of a survey, by name
 AGED_TRAITS = ("Tt.BMD", "Ct.BMD", "Tb.BMD", "Rel.Ct.Th")
 PAIRS = (
@@ -140,11 +140,11 @@ def by_segmentation(rows: list[dict]) -> list[dict]:
     return [
         {"segmentation": name} | {key: line[key] for key in kept}
         for by, name in SEGMENTED.items()
-        for line in against_reference(rows, SPONGY, by=by)
+        for line in against_reference(rows, TRABECULAR_TRAITS, by=by)
     ]
 
 
-def giveaways(lines: list[dict], pairs: list[dict]) -> str:
+def discrepancies(lines: list[dict], pairs: list[dict]) -> str:
     """In a sentence or two: what is surely unlike published bones, the furthest off first.
 
     Of the `lines` of `by_segmentation` those whose interval lies beyond `MEAN_SDS`, of `pairs` (`correlations`) those
@@ -244,7 +244,7 @@ def truth_table(rows: list[dict]) -> list[dict]:
     return [{"": name, "N": len(v), "mean": float(np.mean(v)), "lowest": min(v)} for name, v in values.items()]
 
 
-def faithful(bias: list[dict], overlap: list[dict]) -> str:
+def contour_verdict(bias: list[dict], overlap: list[dict]) -> str:
     """In a sentence a grid: whether densities are read within `MOST_BIAS` and contours found to `LEAST_DICE`."""
     said = []
     for grid in dict.fromkeys(row["grid"] for row in bias):

@@ -68,13 +68,13 @@ def chance(members: np.ndarray, others: np.ndarray) -> float:
     return float(stats.hypergeom.cdf(allowed, n, len(others), found + allowed))
 
 
-def nearness(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
+def nn_score(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
     """Minus the distance of every real sample (n, d) to the nearest drawn one (m, d), features of mean 0 and SD 1."""
     real, fake = standardised(real, fake)
     return -np.sqrt(np.maximum([((fake - row) ** 2).sum(axis=1).min() for row in real], 0))
 
 
-def likeness(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
+def max_ncc(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
     """The highest correlation of every real volume (n, z, y, x) with a drawn one, best over shifts in plane."""
 
     def spectra(volumes):
@@ -133,7 +133,7 @@ def copies(volumes: np.ndarray, seed: int, noise: float) -> np.ndarray:
     return np.stack(out)
 
 
-class Memory:
+class MemorisingGenerator:
     """A generator that knows its training volumes (n, 1, z, y, x) by heart: all that lies between them, and no more."""
 
     def __init__(self, volumes: torch.Tensor):
@@ -216,21 +216,21 @@ def examine(
         real = {group: features.cached(family, extract, v, cache) for group, v in volumes.items()}
         drawn = {kind: features.cached(family, extract, v, cache) for kind, v in fake.items()}
         both, first = np.concatenate(list(real.values())), len(real["members"])
-        near = {kind: nearness(both, f) for kind, f in drawn.items()}
+        near = {kind: nn_score(both, f) for kind, f in drawn.items()}
         parts = {kind: {"members": n[:first], "others": n[first:]} for kind, n in near.items()}
         compare(f"nearest sample, {family}", lambda group, kind, parts=parts: parts[kind][group])
     coarse = {group: data.pooled(rows, how.halvings)[:, 0].numpy() for group, rows in groups.items()}
     small = {kind: _pooled(v, how.halvings)[:, 0].numpy() for kind, v in fake.items()}
-    compare("nearest sample, registered voxels", lambda group, kind: likeness(coarse[group], small[kind]))
+    compare("nearest sample, registered voxels", lambda group, kind: max_ncc(coarse[group], small[kind]))
 
     params = section(Train, model.config["train"], "train")
     stage = len(params.schedule.samples)
     halvings = int(np.log2(volumes["members"].shape[1])) - stage
     own = {group: _pooled(v, halvings) for group, v in volumes.items()}
     in_leak = torch.from_numpy(known)
-    by_heart = {"planted": Memory(own["members"][in_leak])}
+    by_heart = {"planted": MemorisingGenerator(own["members"][in_leak])}
     if strangers:
-        by_heart["strangers"] = Memory(_pooled(fake["strangers"], halvings))
+        by_heart["strangers"] = MemorisingGenerator(_pooled(fake["strangers"], halvings))
 
     def reconstructed(group, kind):
         if kind == "scores":
@@ -294,7 +294,7 @@ def verdict(rows: list[dict]) -> str:
     return "released" if all(row["can tell"] for row in rows) else "undecided"
 
 
-def holds_nobody(source: str, trained_on: str, stacks: str) -> bool:
+def phantom_only(source: str, trained_on: str, stacks: str) -> bool:
     """Whether a model knows no person: `cohort.source` is the phantom generator, and it was trained on those stacks.
 
     `trained_on` and `stacks` are the data hashes of the model and of the stacks at hand.
@@ -302,62 +302,22 @@ def holds_nobody(source: str, trained_on: str, stacks: str) -> bool:
     return source == PHANTOM and trained_on == stacks
 
 
-def page(rows: list[dict], model: str, samples: int, *, tolerated: float, nobody: bool) -> str:
-    """One page for a data-protection officer, in Markdown: the verdict, whose data, the evidence, the limits."""
-    m, n, found = rows[0]["n_members"], rows[0]["n_others"], verdict(rows)
-    by_chance = (int(FPR * n) + 1) / (n + 1)
-    leaks = [row["attack"] for row in rows if row["leaks"]]
-    says = {
-        "released": "No attack tells the patients of the training set from others beyond what is tolerated, and the "
-        "audit was able to find a leak where one was planted.",
-        "blocked": f"Patients of the training set are recognised, by: {'; '.join(leaks)}.",
-        "undecided": f"No attack recognises more patients than chance explains, but {n} patients outside of the "
-        f"training set are too few to say so: by chance alone {by_chance:.0%} of the members score above all of them, "
-        f"and {tolerated:.0%} is tolerated. Hold out at least {round(1 / tolerated) - 1} patients.",
-        "audit failed": "A control was missed, so that the audit proves nothing, neither safety nor a leak.",
-    }[found]
-    may = "may" if found == "released" or nobody else "must not"
-    whose = (
-        "Nobody's. The model was trained on phantoms, bones that the generator of this project draws from numbers, and "
-        "for this reason alone its weights may be released. What follows is the audit at work, with phantoms in the "
-        "place of patients; it would decide if they were persons."
-        if nobody
-        else "Patients', as far as is known here: only a cohort that the phantom generator made, and that this model "
-        "was trained on, holds nobody."
-    )
-    lines = [
-        f"## Verdict on {model}: {'no person in it; as if phantoms were patients, ' if nobody else ''}{found}",
-        f"{says} The weights {may} be released.",
-        "## Whose data",
-        whose,
-        "## Evidence",
-        f"{samples} samples of the model, {m} patients it was trained on, {n} it never saw. Each attack tries to tell "
-        "the two groups apart; 0.5 is a coin, 1 is certainty. In brackets the 95 % interval. *By chance*: how probable "
-        "as many recognised patients are if nobody can be told apart; an attack counts as a leak below "
-        f"{(1 - LEVEL) / 2:.3g}. The columns on the right show that the attack finds nothing where nothing is (members "
-        "against members, near 0.5), what it finds in bones of strangers, who are in neither group (how far the groups "
-        f"differ by themselves, near 0.5), and that it finds a leak that was planted (at least {CAUGHT:g}).",
-    ]
-    table = [
-        "| attack | AUC | recognised at 1 % false alarms | by chance | members alone | strangers | planted leak |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def evidence(rows: list[dict]) -> list[dict]:
+    """The rows of `audit` as a table to be read: each attack with its intervals and its controls."""
+    table = []
     for row in rows:
-        cells = [f"{row['AUC']:.2f} [{row['AUC low']:.2f}, {row['AUC high']:.2f}]"]
-        cells += [f"{row['TPR']:.0%} [{row['TPR low']:.0%}, {row['TPR high']:.0%}]", f"{row['by chance']:.3f}"]
-        cells += [f"{row['negative AUC']:.2f}{'' if row['negative holds'] else ' MISSED'}"]
-        cells += [f"{row['strangers AUC']:.2f}" if "strangers AUC" in row else "none"]
-        cells += [f"{row['planted AUC']:.2f}{'' if row['positive holds'] else ' MISSED'}"]
-        table.append(f"| {row['attack']} | " + " | ".join(cells) + " |")
-    above = sum(row["AUC low"] > 0.5 for row in rows)
-    limits = [
-        f"{above} of {len(rows)} attacks have an AUC whose interval lies above 0.5; one in forty does where there is "
-        "nothing to find.",
-        "## Limits",
-        f"With {n} patients outside of the training set, 1 % of false alarms cannot be told from none: by chance alone "
-        f"{by_chance:.0%} of the members score above all of them, and the interval of the recognised, which resamples "
-        "patients, lies too high. The audit is of the attacks named above and of no others; a stronger one may exist. "
-        "Attributes of a person that are not in the image are not looked at. A distance to the nearest sample alone is "
-        "no proof of privacy.",
-    ]
-    return "\n\n".join([*lines, "\n".join(table), *limits])
+        line = {"attack": row["attack"]}
+        line["AUC"] = f"{row['AUC']:.2f} [{row['AUC low']:.2f}, {row['AUC high']:.2f}]"
+        line["recognised at 1 % false alarms"] = f"{row['TPR']:.0%} [{row['TPR low']:.0%}, {row['TPR high']:.0%}]"
+        line["by chance"] = f"{row['by chance']:.3f}"
+        line["members alone"] = f"{row['negative AUC']:.2f}" + ("" if row["negative holds"] else " MISSED")
+        line["non-members"] = f"{row['strangers AUC']:.2f}" if "strangers AUC" in row else "none"
+        line["planted leak"] = f"{row['planted AUC']:.2f}" + ("" if row["positive holds"] else " MISSED")
+        table.append(line)
+    return table
+
+
+def members_by_chance(rows: list[dict]) -> float:
+    """The share of members that score above all others by chance alone, at 1 % false alarms."""
+    n = rows[0]["n_others"]
+    return (int(FPR * n) + 1) / (n + 1)

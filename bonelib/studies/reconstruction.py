@@ -1,12 +1,11 @@
-"""How like a bone its reconstruction is: in voxels, in features, in what is measured, and in whose bone it is."""
+"""Reconstruction error: voxels, features, morphometry and re-identification."""
 
 import numpy as np
 
-from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
-from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.similarity import psnr, ssim
 from bonelib.evaluation.statistics import patient_mean
 from bonelib.scans.volumes import Volume
@@ -102,7 +101,4 @@ def attribute_errors(
 
 
 def _measured(volume):
-    try:
-        return measure(volume, anisotropy=False)  # none of what is shown
-    except InputError:
-        return {}
+    return measure_or_none(volume, anisotropy=False) or {}  # no anisotropy is shown

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng, torch_rng
-from bonelib.evaluation.morphometry import measure
-from bonelib.evaluation.texture import texture
+from bonelib.evaluation.morphometry import measure_or_none
+from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.texture import texture_or_none
 from bonelib.latent.models import calibrated, enlarge
 from bonelib.scans.dataset import TEXTURE
 from bonelib.scans.volumes import Volume
@@ -36,7 +36,7 @@ def traits(real: list[Volume], others: dict[str, list[Volume]], *, seed: int, dr
     no contours in any of the groups are left out of all.
     """
     groups = {"real": real, **others}
-    found = {name: _all(measure, volumes) for name, volumes in groups.items()}
+    found = {name: _all(measure_or_none, volumes) for name, volumes in groups.items()}
     kept = [i for i in range(len(real)) if all(found[name][i] for name in groups)]
     rows = []
     for trait in SHOWN if kept else ():
@@ -44,14 +44,16 @@ def traits(real: list[Volume], others: dict[str, list[Volume]], *, seed: int, dr
         row = {"trait": trait, "N": len(kept), "real": values["real"].mean()}
         for name in others:
             rng = numpy_rng(seed, "superres interval", trait, name)
-            picks = rng.integers(len(kept), size=(draws, len(kept)))
-            relative = [_relative(values[name][p], values["real"][p]) for p in picks]
-            low, high = np.quantile(relative, [0.025, 0.975])
+
+            def relative(rows, drawn=values[name], real=values["real"]):
+                return _relative(drawn[rows], real[rows])
+
+            change = patient_interval(relative, range(len(kept)), rng=rng, draws=draws)
             row |= {
                 name: values[name].mean(),
-                f"{name}, difference %": _relative(values[name], values["real"]),
-                f"{name}, low": low,
-                f"{name}, high": high,
+                f"{name}, difference %": change.value,
+                f"{name}, low": change.low,
+                f"{name}, high": change.high,
                 f"{name}, r": float(np.corrcoef(values[name], values["real"])[0, 1]) if len(kept) > 2 else None,
             }
         rows.append(row)
@@ -60,7 +62,7 @@ def traits(real: list[Volume], others: dict[str, list[Volume]], *, seed: int, dr
 
 def spread(groups: dict[str, list[Volume]]) -> list[dict]:
     """Median and 10th to 90th percentile of the texture of groups of volumes: one row a number of `TEXTURE`."""
-    found = {name: [one for one in _all(texture, volumes) if one] for name, volumes in groups.items()}
+    found = {name: [one for one in _all(texture_or_none, volumes) if one] for name, volumes in groups.items()}
     rows = []
     for number in TEXTURE if all(found.values()) else ():
         row = {"number": number}
@@ -81,7 +83,7 @@ def obedience(superres, coarse: np.ndarray, data: dict, *, seed: int, count: int
     asked = torch.rand(count, len(ASKED), generator=torch_rng(seed, "asked textures")) * 2 * RANGE - RANGE
     code = completed(superres, given, asked)
     drawn = enlarge(superres, given[:, 0].numpy(), seed, code.numpy())
-    found = _all(texture, [calibrated(v, data) for v in drawn])
+    found = _all(texture_or_none, [calibrated(v, data) for v in drawn])
     rows = []
     for i, number in enumerate(ASKED):
         pairs = [(float(asked[k, i]), one[number]) for k, one in enumerate(found) if one]
@@ -119,17 +121,9 @@ def lines(volumes: np.ndarray) -> dict[str, float | None]:
 
 
 def _all(function, volumes: list[Volume]) -> list:
-    """`function` of every volume in parallel, None where it is refused."""
+    """`function` of every volume, in parallel."""
     with workers() as pool:
-        jobs = [pool.submit(_or_none, function, volume) for volume in volumes]
-        return [job.result() for job in jobs]
-
-
-def _or_none(function, volume):
-    try:
-        return function(volume)
-    except InputError:
-        return None
+        return list(pool.map(function, volumes))
 
 
 def _relative(a, b):

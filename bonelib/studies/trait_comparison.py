@@ -1,4 +1,4 @@
-"""Real against drawn bones by the ruler: morphometry, interiors at the same voxels, and power spectra by region."""
+"""Real against generated volumes: morphometry, fixed patterns in the interior, and power spectra by region."""
 
 import numpy as np
 from scipy import ndimage, stats
@@ -24,7 +24,7 @@ SPECTRUM_FLOOR = 1e-3  # (mg HA/cm3)^2
 
 
 def measured(volume: Volume) -> dict | None:
-    """What the ruler says of a volume, or None where no contours are found.
+    """What morphometry says of a volume, or None where no contours are found.
 
     `traits` (`morphometry.measure`, and the share of slices with a closed ring), `interior` (mask of the trabecular
     interior), `spectra` {region: log10 power (BINS,)}.
@@ -71,7 +71,7 @@ def spectrum(volume: Volume, region: np.ndarray, bins: int = BINS) -> np.ndarray
 def summary(
     volumes: list[Volume], found: list[dict | None], groups, *, seed: int, draws: int
 ) -> dict[str, dict[str, float | int | None]]:
-    """What the ruler says of a group: {quantity: value, low, high, n}, the interval by halves of `groups` (patients).
+    """What morphometry says of a group: {quantity: value, low, high, n}, the interval by halves of `groups` (patients).
 
     Shares with contours and of closed slices, stamp, mean and SD of the traits. The stamp
     (`metrics.fixed_pattern_correlation`, of different patients) is None where no two interiors share voxels, and
@@ -88,7 +88,8 @@ def summary(
             np.stack(values), np.stack(inside), groups=owners, sigma=1.5, seed=seed
         )
     alike = pair_mean(pairs, np.stack([owners[first], owners[second]], 1), rng=rng, draws=draws)
-    out["stamp"] = dict(value=alike.value, low=alike.low, high=alike.high, n=len(owners))
+    low, high = (alike.low, alike.high) if alike.patients >= FEWEST else (None, None)
+    out["stamp"] = dict(value=alike.value, low=low, high=high, n=len(owners))
     for key in (CLOSED, *TRAITS):
         traits = np.array([np.nan if result is None else result["traits"][key] for result in found], float)
         out[key] = _of(traits, groups, np.mean, seed, draws)

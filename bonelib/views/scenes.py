@@ -193,7 +193,7 @@ def bone(scene: Scene, state: dict, preview: bool = False) -> Bone:
 
 
 def cohort(stacks: Stacks, attributes: str | Path, *, count: int = 96, seed: int = 1) -> Cohort:
-    """Traits of all patients of a table of `evaluation.attributes`, and what `count` real stacks look like.
+    """Traits of all patients of a table of `evaluation.cohort_morphometry`, and what `count` real stacks look like.
 
     Half of the stacks are the reference of the realism score, half show what real bones score against it.
     """
@@ -216,7 +216,7 @@ def _features(values: np.ndarray) -> np.ndarray:
 
 
 def readings(found: Bone, known: Cohort) -> list[dict]:
-    """What a ruler says of a bone and where it stands: rows of what, value, unit, and the share of real ones below.
+    """Traits of a bone and where it stands: rows of what, value, unit, and the share of real ones below.
 
     Measured as the cohort's table is, on means over blocks of up to 0.25 mm. A bone without contours has no traits.
     """

@@ -48,11 +48,6 @@ def noise_covariance(spacing_mm: float, lags: int = 32) -> np.ndarray:
     return np.exp(-(distance**2) / (4 * NOISE_SIGMA**2)) @ (weights / weights.sum())
 
 
-def noise_sd_on_grid(noise_sd: float, spacing: tuple[float, float, float]) -> float:
-    """Noise SD on a grid of `spacing` mm whose SD on the native grid is `noise_sd`, in the unit of `noise_sd`."""
-    return float(noise_sd * np.prod([noise_covariance(mm)[0] for mm in spacing]) ** 0.5)
-
-
 def noise_kernel(spacing_mm: float) -> np.ndarray:
     """Weights that turn white noise of SD 1 into the covariance of `noise_covariance`: the root of its spectrum."""
     covariance = noise_covariance(spacing_mm)
