@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonelib.core.parallel import THREAD_SETTINGS, workers
+from bonelib.core.parallel import THREAD_SETTINGS, cores, workers
 
 OWNER = """
 import os, time
@@ -40,6 +40,41 @@ def test_workers_and_what_starts_them_die_with_their_owner():
     while any(_alive(number) for number in found) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(_alive(number) for number in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
+def test_workers_follow_the_cores_that_the_job_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert 1 <= cores() <= len(allowed)
+
+
+STAGE = """
+import os, time
+from bonelib.core.parallel import die_with_run
+die_with_run()
+print(os.getpid(), os.getppid(), flush=True)
+time.sleep(60)
+"""
+RUN = "import subprocess, sys; subprocess.run(['/bin/sh', '-c', sys.executable + ' -c \"$STAGE\"; true'])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills processes with their parent")
+def test_a_stage_ends_with_its_run_though_a_shell_stands_between():
+    how = dict(stdout=subprocess.PIPE, text=True, env=os.environ | {"STAGE": STAGE})
+    run = subprocess.Popen([sys.executable, "-c", RUN], **how)
+    stage, shell = (int(number) for number in run.stdout.readline().split())
+    assert shell != run.pid and _alive(stage)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    until = time.monotonic() + 30
+    while (_alive(stage) or _alive(shell)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _alive(stage) and not _alive(shell)
 
 
 def _alive(number):

@@ -53,3 +53,15 @@ def test_only_the_whole_pipeline_without_a_gpu_is_shared_out(monkeypatch):
     ran.clear()
     monkeypatch.setattr(repro, "_cores_alone", lambda: False)
     assert repro.repro(["a", "b"], []) == 0 and ran == [[]]
+
+
+def test_dvc_does_without_git_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    repro.without_git()
+    assert "no_scm = true" in (tmp_path / ".dvc/config.local").read_text()
+    repro.without_git()  # a second time changes nothing
+    (tmp_path / ".dvc/config.local").unlink()
+    (tmp_path / ".git").mkdir()
+    repro.without_git()
+    assert not (tmp_path / ".dvc/config.local").exists()

@@ -24,7 +24,7 @@ from bonelib.scans.listing import SITES, Listing, listed, summary
 from bonelib.scans.tables import write_table
 from bonelib.scans.volumes import Volume, convert, mirrored, oriented, read_volume, upside_down, write_volume
 
-PHANTOM = "bonelib/scans/phantom.py"  # what cohort.source names where the scans are to be drawn
+PHANTOM = "bonelib/scans/phantom"  # what cohort.source begins with where the scans are to be drawn
 LEAST_PATIENTS = 6  # with two of them held out, the rest can still be split for training and choosing
 SAY_EVERY = 20
 
@@ -226,7 +226,7 @@ def _agreed(path: Path, what: str, header: str | None, said: str) -> str | None:
 
 def check_source(source: str) -> bool:
     """Whether cohort.source names a folder of scans, and not the phantom generator; raises `InputError` for else."""
-    if source == PHANTOM:
+    if source.startswith(PHANTOM):
         return False
     if not Path(source).is_dir():
         kind = "a file" if Path(source).exists() else "not there"

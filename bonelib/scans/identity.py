@@ -50,6 +50,11 @@ ENTITY = re.compile(
     r"(?:^|[_\s\-])(sub|ses|hemi|side)-(.+?)(?=[_\s]|-(?:ses|hemi|side|acq|run|rec|task|desc)-|$)", re.IGNORECASE
 )
 
+# What follows a patient's label must be another entity: of sub-case_1_ses-2 it is not clear where the name ends
+OPEN_LABEL = re.compile(
+    r"(?:^|[_\s])sub-[^_\s]+[_\s](?:\d+(?=[_\s]|$)|[^_\s\-]+(?=[_\s](?:ses|hemi|side)-))", re.IGNORECASE
+)
+
 
 class Who(NamedTuple):
     """Patient, visit ("" where the path names none) and side (left, right or None); `parts` is what could be names."""
@@ -89,6 +94,8 @@ def who(parts: tuple[str, ...]) -> Who:
     parts = tuple(normal(part) for part in parts)
     said = defaultdict(set)
     for part in parts:
+        if OPEN_LABEL.search(part):
+            raise InputError(f"{'/'.join(parts)}: it is not clear where the patient's label ends; {TELL}")
         for key, value in ENTITY.findall(part):
             said["side" if key.lower() == "hemi" else key.lower()].add(value)
     read = [_read(part) for part in parts]

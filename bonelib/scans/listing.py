@@ -95,7 +95,7 @@ def _walk(source: Path) -> tuple[list[Path], list[Path], Counter]:
         hidden = [f for f in folders if f.startswith(".") or f == "__MACOSX"]
         folders[:] = sorted(f for f in folders if f not in hidden) if real not in seen else []
         if real in seen:
-            skipped["folders linked twice"] += 1
+            skipped[f"folder that is a link to another one ({here.relative_to(source)})"] += 1
             continue
         seen.add(real)
         skipped["hidden"] += len(hidden)

@@ -166,26 +166,8 @@ def preprocess_cohort(
     splits = split_patients([scan["patient"] for scan in fit], how.held_out, seed)
     split = {scan["scan"]: splits[scan["patient"]] for scan in fit}
     folder.mkdir(parents=True, exist_ok=True)
-    shape = tuple(n // how.subsample for n in how.shape)
-    volumes = np.lib.format.open_memmap(folder / "volumes.npy", "w+", np.float16, (len(scans), *shape))
-    (folder / "contours.npy").unlink(missing_ok=True)
-    labels = None
-    if any((cohort / contours_file(scan["scan"])).is_file() for scan in scans):
-        labels = np.lib.format.open_memmap(folder / "contours.npy", "w+", np.int8, (len(scans), *shape))
-    work, cuts = partial(_one, cohort=cohort, how=how, voxel_mm=voxel_mm), []
-    with workers() as pool:
-        for i, (voxels, own, cut) in enumerate(pool.map(work, scans)):
-            volumes[i] = voxels
-            cuts.append(cut)
-            if own is not None:
-                labels[i] = own
-            if (i + 1) % 50 == 0 or i + 1 == len(scans):
-                say(f"preprocessed {i + 1} of {len(scans)} scans", flush=True)
-    if max(cuts) > 0:
-        says = f"cropping cuts off {max(cuts):.2%} of the bone at most ({scans[int(np.argmax(cuts))]['scan']})"
-        say(f"{says}, and something of {sum(c > 0 for c in cuts)} of {len(cuts)} scans", flush=True)
-    volumes.flush()
-    starts = slice_stacks(shape[0], how.stack_slices, how.stacks_per_scan)
+    volumes = _write_volumes(scans, cohort, folder, how, voxel_mm, say)
+    starts = slice_stacks(volumes.shape[1], how.stack_slices, how.stacks_per_scan)
     rows = [
         dict(
             scan=s["scan"],
@@ -207,7 +189,7 @@ def preprocess_cohort(
         spacing_mm=[voxel_mm * how.subsample] * 3,
         intensity=list(how.intensity),
         stack_slices=how.stack_slices,
-        shape=[how.stack_slices, *shape[1:]],
+        shape=[how.stack_slices, *volumes.shape[2:]],
         unit="mgHA",
         mean=float(sample.mean()),
         sd=float(sample.std()),
@@ -215,6 +197,30 @@ def preprocess_cohort(
     )
     (folder / "stacks.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return meta
+
+
+def _write_volumes(scans: list[dict], cohort: Path, folder: Path, how: Preprocess, voxel_mm: float, say) -> np.ndarray:
+    """volumes.npy and, where there are any, contours.npy, by worker processes; says what is cut off of the bones."""
+    shape = tuple(n // how.subsample for n in how.shape)
+    volumes = np.lib.format.open_memmap(folder / "volumes.npy", "w+", np.float16, (len(scans), *shape))
+    (folder / "contours.npy").unlink(missing_ok=True)
+    labels = None
+    if any((cohort / contours_file(scan["scan"])).is_file() for scan in scans):
+        labels = np.lib.format.open_memmap(folder / "contours.npy", "w+", np.int8, (len(scans), *shape))
+    work, cuts = partial(_one, cohort=cohort, how=how, voxel_mm=voxel_mm), []
+    with workers() as pool:
+        for i, (voxels, own, cut) in enumerate(pool.map(work, scans)):
+            volumes[i] = voxels
+            cuts.append(cut)
+            if own is not None:
+                labels[i] = own
+            if (i + 1) % 50 == 0 or i + 1 == len(scans):
+                say(f"preprocessed {i + 1} of {len(scans)} scans", flush=True)
+    if max(cuts) > 0:
+        says = f"cropping cuts off {max(cuts):.2%} of the bone at most ({scans[int(np.argmax(cuts))]['scan']})"
+        say(f"{says}, and something of {sum(c > 0 for c in cuts)} of {len(cuts)} scans", flush=True)
+    volumes.flush()
+    return volumes
 
 
 def _one(scan: dict, cohort: Path, how: Preprocess, voxel_mm: float) -> tuple[np.ndarray, np.ndarray | None, float]:
