@@ -55,12 +55,6 @@ class Progress:
 
 def record(at: Progress, seed: int, device: torch.device | str = "cpu") -> dict[str, object]:
     """How a training went and on what machine: what is written beside its weights as record.json."""
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]
-        if (cpu.is_file())
-        else []
-    )
     return {
         "seed": seed,
         "samples": at.seen,
@@ -69,9 +63,16 @@ def record(at: Progress, seed: int, device: torch.device | str = "cpu") -> dict[
         "seconds": round(at.seconds),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
-        "processor": names[0] if names else platform.processor(),
+        "processor": _processor(),
         "torch": torch.__version__,
     }
+
+
+def _processor() -> str:
+    if not (file := Path("/proc/cpuinfo")).is_file():  # Linux alone has it
+        return platform.processor()
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
 
 
 def update(adam: torch.optim.Optimizer, loss: Tensor, clip: float, ranks: Ranks | None = None) -> bool:
