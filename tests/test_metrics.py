@@ -244,7 +244,6 @@ def test_no_more_samples_than_neighbours_are_refused():
     "change, text",
     [
         ({"real_groups": np.arange(19)}, "has shape"),
-        ({"real_groups": np.arange(20) % 3}, "3 patients"),
         ({"draws": 1}, "draws is 1"),
         ({"level": 1.0}, "level 1.0"),
     ],
@@ -254,6 +253,14 @@ def test_bad_intervals_are_refused(change, text):
     given = {"real_groups": np.arange(20), "rng": draws_rng(0)} | change
     with pytest.raises(InputError, match=text):
         metrics.bootstrap_interval(metrics.kernel_distance, x, x, **given)
+
+
+def test_too_few_patients_or_samples_have_no_interval():
+    x = draw("x", 20, 4)
+    ends = metrics.bootstrap_interval(metrics.kernel_distance, x, x, np.arange(20) % 3, rng=draws_rng(0), draws=5)
+    assert np.isnan(ends).all()
+    ends = metrics.bootstrap_interval(metrics.precision_recall, x[:4], x, np.arange(4), rng=draws_rng(0), draws=5)
+    assert np.shape(ends) == (2, 2) and np.isnan(ends).all()
 
 
 def test_bad_stamps_are_refused():
