@@ -247,7 +247,7 @@ def test_two_processes_go_on_from_the_state_of_one(place, tmp_path, monkeypatch)
 
     def dying(folder, tensors, meta):
         save(folder, tensors, meta)
-        if meta["update"] == 4:
+        if meta["steps"] == 4:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
