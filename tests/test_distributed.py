@@ -61,11 +61,10 @@ def place(tmp_path_factory):
     (folder / "stacks/stacks.csv").write_text("scan,patient,volume,start,split\n" + "".join(rows))
     checkpoint.write_json(folder / "stacks/stacks.json", dict(stack_slices=4, data_hash="0"))
     (folder / "grades.csv").write_text("scan,grade\n")
-    preprocess = dict(subsample=1, dct_clip=1000, stacks_per_scan=1, held_out=0.2, intensity=[-500, 1500])
-    profile = dict(preprocess=dict(shape=[4, 36, 28], stack_slices=4, **preprocess), train=MODELS)
-    values = dict(
-        seed=3, profile="small", cohort=dict(source=str(folder)), models=list(MODELS), profiles={"small": profile}
-    )
+    values = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text(encoding="utf-8"))
+    preprocess = dict(shape=[4, 36, 28], stack_slices=4, stacks_per_scan=1)
+    profile = values["profiles"]["tiny"] | dict(preprocess=preprocess, superres={}, train=MODELS)
+    values |= dict(seed=3, profile="small", cohort=dict(source=str(folder)), profiles={"small": profile})
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     return folder
 

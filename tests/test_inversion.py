@@ -124,7 +124,7 @@ def test_bones_are_refined_alike_alone_and_together(model):
 
 def test_w_plus_fits_a_mixed_bone_that_one_style_cannot(model):
     codes, _ = bones(model, 3, "mixed")
-    mixed = codes[None]  # one bone, a style of its own in each of the three layers
+    mixed = 3 * codes[None]  # one bone, a style of its own in each of the three layers, far apart
     volume = inversion.draw_codes(model, mixed)
     how = Refinement(steps=200, rate=0.03, weights=(1, 0, 0))
     start = mean_code(model)[None]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from bonelib import InputError
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation.statistics import Interval, patient_interval
+from bonelib.params import Quality
+from bonelib.scans.dataset import Stacks
 
 SIZE = 64  # voxels a side, in plane; a coronal patch is as high as the volume, at most
 BONE = 0.31  # mean intensity of a patch that shows bone
@@ -128,6 +130,14 @@ def _scores(network, volume, seed, kind, number):
             logits.append(float(network(torch.from_numpy(found)[None])))
             shown.append(found if i % 2 == 0 else shown[-1])
     return np.array(logits), np.stack(shown)
+
+
+def compare_stacks(data: Stacks, groups: dict[str, np.ndarray], how: Quality, *, seed: int):
+    """`compare` groups of generated volumes with one stack of each of `how.classified` patients, by `how`."""
+    one = {row["patient"]: row for row in (*data.of("train"), *data.of("held-out"))}
+    owners = sorted(one)[:: max(1, len(one) // how.classified)]
+    real = data.pooled([one[name] for name in owners], 0)[:, 0].numpy()
+    return compare(real, owners, groups, updates=how.classifier, seed=seed, draws=how.draws)
 
 
 def compare(
