@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bonelib import InputError
-from bonelib.evaluation import attributes
+from bonelib.evaluation import cohort_morphometry as attributes
 from bonelib.params import Preprocess
 from bonelib.scans import cohort, identity, plausibility
 from bonelib.scans.cohort import import_scans, list_scans

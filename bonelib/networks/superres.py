@@ -13,7 +13,7 @@ NOISE = 0.25  # SD of the weights of the noise inputs at the start
 NOISE_CHANNELS = 8  # beside the given volume
 GAIN = 0.3  # of what draws the bands, at the start
 REFINE = 8  # channels on the finest grid
-HALO = 2  # voxels of the given grid that are mirrored about a volume, so that its edges are drawn as its middle is
+HALO = 2  # voxels of the given grid about a window or a volume, drawn too and cut off: its edges see the zeros beyond
 
 
 class Residual(nn.Module):
@@ -89,11 +89,12 @@ class SuperResolution(nn.Module):
         return quadrupled(given) + added - quadrupled(quartered(added))
 
     def whole(self, given: Tensor, texture: Tensor | None = None, noise: torch.Generator | None = None) -> Tensor:
-        """Whole volumes in [0, 1], as `forward` but with their surroundings mirrored along z, where bones go on."""
-        pad = min(HALO, given.shape[2] - 1)
-        around = torch.cat([given[:, :, 1 : pad + 1].flip(2), given, given[:, :, -pad - 1 : -1].flip(2)], 2)
+        """Whole volumes in [0, 1], as `forward` but with mirrored surroundings, as windows have theirs in training."""
+        pads = [min(HALO, n - 1) for n in given.shape[2:]]
+        around = F.pad(given, [pad for pad in reversed(pads) for _ in range(2)], mode="reflect")
         drawn = self(around, texture, noise)
-        return drawn[:, :, 4 * pad : 4 * (pad + given.shape[2])].clamp(0, 1)
+        inner = (slice(4 * pad, 4 * (pad + n)) for pad, n in zip(pads, given.shape[2:], strict=True))
+        return drawn[(slice(None), slice(None), *inner)].clamp(0, 1)
 
 
 class TexturePrior(nn.Module):
