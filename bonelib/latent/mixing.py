@@ -16,7 +16,7 @@ from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.compartments import CLOSED, overlap, read
-from bonelib.evaluation.morphometry import measure
+from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import pair_mean
 from bonelib.latent.codes import along, each_measured
 from bonelib.latent.models import Model
@@ -95,9 +95,9 @@ def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, t
 
 
 def traits_and_outline(volume: Volume) -> tuple[dict[str, float], np.ndarray]:
-    """`CARRIED` of one bone (NaN where there are no contours), and the mask within its outer contour."""
+    """`CARRIED` of one bone (NaN where it cannot be measured), and the mask within its outer contour."""
     outline = read(volume).outline
-    found = measure(volume) if outline.any() else {}
+    found = (measure_or_none(volume) if outline.any() else None) or {}
     return {trait: found.get(trait, NOTHING) for trait in CARRIED}, outline
 
 
