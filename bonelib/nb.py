@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,23 @@ from typing import Any
 from bonelib import InputError
 from bonelib.core.parallel import die_with_run, map_large_blocks
 
+TRIES, WAIT_S = 10, 0.3  # of reading dvc.lock
 STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
 
 
 def stage_params(stage: str) -> dict[str, Any]:
     """The parameters declared for `stage` as {name: value}; those of the active profile stand at the top level."""
     import dvc.api
+    from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
-    values = dvc.api.params_show(stages=stage)
+    for left in reversed(range(TRIES)):
+        try:
+            values = dvc.api.params_show(stages=stage)
+            break
+        except (YAMLSyntaxError, YAMLValidationError):  # dvc.lock, half written for a model that runs beside
+            if not left:
+                raise
+            time.sleep(WAIT_S)
     for profile in values.pop("profiles", {}).values():
         values |= profile
     return values
