@@ -271,7 +271,7 @@ def test_the_pipeline_gives_held_out_bones_their_codes(pipeline):
 
     folder = pipeline / "out/tiny/codes/progan"
     (encoded, _), (refined, rows) = load_codes(folder, "encoded"), load_codes(folder)
-    assert refined.shape == encoded.shape == (len(rows), 32) and not refined.equal(encoded)
+    assert refined.shape == encoded.shape == (len(rows), 32 + 5) and not refined.equal(encoded)
     assert {r["split"] for r in rows} == {"train", "held-out"} and [int(r["index"]) for r in rows] == [
         *range(len(rows))
     ]
@@ -294,7 +294,8 @@ def test_the_pipeline_asks_for_bones_that_can_be_measured_and_no_others(pipeline
     # Where no sample is like the scans that the ruler was fitted to, there is no range
     assert metrics["samples"] == 40 and (read >= 4 or not tool.calibrated)
     assert metrics["impossible targets"] == metrics["impossible targets refused"] == 4 * tool.calibrated
-    assert metrics["asked.all.N"] == 4 * (read >= 20 and tool.calibrated) and metrics["rank.Tb.BMD.directions"] == 32
+    assert metrics["asked.all.N"] == 4 * (read >= 20 and tool.calibrated)
+    assert metrics["rank.Tb.BMD.directions"] == 32 + 5  # with the texture
     assert (pipeline / "out/tiny/figures/08_attribute_editing/progan/explorer.html").stat().st_size > 5000
 
 
