@@ -338,7 +338,8 @@ def test_a_changed_key_runs_only_what_depends_on_it(pipeline):
 def test_a_bad_scan_ends_with_2_and_leaves_the_earlier_outputs(pipeline, tmp_path):
     scans = tmp_path / "scans"
     scans.mkdir()
-    (scans / "sub-a_ses-1.nii.gz").write_bytes(b"not a scan")
+    for name in "abcdef":
+        (scans / f"sub-{name}_ses-1.nii.gz").write_bytes(f"not scan {name}".encode())
     with edited(pipeline, cohort__source=str(scans)):
         done = repro(pipeline)
     assert done.returncode == 2
