@@ -25,7 +25,7 @@ from bonelib.params import Published, Train, section
 
 LARGEST = 16_000_000  # bytes of a file
 FILES = {"config.json", "curves.csv", "candidates.csv", "record.json", "superres-record.json"} | {
-    f"{name}.safetensors" for name in ("generator", "critic", "superres", "growth")
+    f"{name}.safetensors" for name in ("generator", "critic", "superres", "superres-critic", "growth")
 }
 REMOTE = "published"  # in .dvc/config
 STORE = Path("dvc-store/files/md5")

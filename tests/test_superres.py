@@ -1,8 +1,11 @@
 """Super-resolution: mass is kept, windows and wholes agree, training continues bit for bit, a model carries it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bonelib import InputError
 from bonelib.latent.models import draw, enlarge, growth_strip, load_model, load_superres
@@ -12,7 +15,7 @@ from bonelib.params import SuperRes, Train, section
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.scans.volumes import Volume
 from bonelib.studies import superres_check
-from bonelib.training import run, superres
+from bonelib.training import losses, run, superres, texture_reader
 from bonelib.training.loop import train
 
 SMALL = dict(samples=16, window=[2, 4, 4], width=8, depth=1, fine_width=8, fine_depth=1, critic=[8, 8], batch=4, ema=1)
@@ -183,6 +186,43 @@ def test_a_window_that_does_not_fit_is_refused(stacks, textures, tmp_path):
     how = SuperRes(**SMALL | dict(window=[16, 8, 8]))
     with pytest.raises(InputError, match="superres.window"):
         superres.train_superres(how, stacks, textures, tmp_path, state=tmp_path / "state", seed=1)
+
+
+def test_a_training_goes_on_from_earlier_weights(stacks, textures, tmp_path):
+    how = section(SuperRes, SMALL, "superres")
+    superres.train_superres(how, stacks, textures, tmp_path / "a", state=tmp_path / "sa", seed=1, say=quiet)
+    further = how.model_copy(update=dict(rate=1e-12, critic_rate=1e-12))
+    more = dict(state=tmp_path / "sb", seed=2, start=tmp_path / "a", say=quiet)
+    superres.train_superres(further, stacks, textures, tmp_path / "b", **more)
+    a, b = (load_file(tmp_path / name / "superres.safetensors") for name in "ab")
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    began = json.loads((tmp_path / "b/config.json").read_text())["started_from"]
+    assert set(began) == {"superres", "superres-critic"}
+    with pytest.raises(InputError, match="holds none of superres.safetensors"):
+        superres.train_superres(how, stacks, textures, tmp_path / "c", state=tmp_path, seed=1, start=tmp_path / "sb")
+
+
+def test_detail_in_air_that_shows_the_grid_is_seen():
+    given, noise = torch.full((4, 1, 4, 8, 8), 0.25), 0.01 * torch.randn(4, 1, 16, 32, 32)
+    striped = noise + 0.01 * torch.tensor([1.0, -1.0]).repeat(16)
+    assert losses.lattice(noise, given) == pytest.approx(1, abs=0.6)
+    assert losses.lattice(striped, given) > 50
+    assert losses.lattice(striped, given + 0.5) == 0  # in bone there may be anything
+
+
+def test_thickness_is_read_from_plates():
+    def plates(thickness, period=16):
+        profile = ((torch.arange(48) % period) < thickness).float()
+        fine = (0.15 + 0.5 * profile).expand(1, 1, 16, 48, 48)
+        return texture_reader.features(fine, torch.full((1, 1, 4, 12, 12), 0.35))[0]
+
+    thin, thick = plates(4), plates(8)
+    # Twice the bone volume over the bone surface at one threshold, in voxels; a window cuts some plates open
+    assert 2 * thin[0] / thin[1] == pytest.approx(4, rel=0.25)
+    assert 2 * thick[0] / thick[1] == pytest.approx(8, rel=0.25)
+    x = torch.randn(200, 4)
+    reader = texture_reader.fit(x, x @ torch.eye(4)[:, :2] + 3)
+    assert torch.allclose((x - reader.mean) @ reader.weight + reader.bias, x[:, :2] + 3, atol=0.05)
 
 
 def test_lines_in_the_spectrum_of_air_are_found():

@@ -124,19 +124,30 @@ class TexturePrior(nn.Module):
         left = codes - self(volumes, torch.zeros_like(codes))
         return torch.linalg.solve_triangular(self.spread, left.T, upper=False).T
 
-    def fit(self, volumes: Tensor, codes: Tensor, ridge: float = 1e-2) -> None:
+    def fit(self, volumes: Tensor, codes: Tensor) -> None:
         """Set the map to the ridge regression of codes (n, texture) on the histograms of volumes (n, 1, z, y, x)."""
         x = self.histogram(volumes)
-        mean_x, mean_y = x.mean(0), codes.mean(0)
-        a, b = (x - mean_x).double(), (codes - mean_y).double()
-        scale = a.std(0).clamp(min=1e-6)
-        gram = (a / scale).T @ (a / scale) + ridge * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
-        weight = torch.linalg.solve(gram, (a / scale).T @ b) / scale[:, None]
-        left = b - a @ weight
-        covariance = left.T @ left / max(1, len(left) - 1) + 1e-4 * torch.eye(left.shape[1], dtype=a.dtype)
+        weight, mean, bias = ridge(x, codes)
+        left = (codes - (x - mean) @ weight - bias).double()
+        covariance = left.T @ left / max(1, len(left) - 1) + 1e-4 * torch.eye(left.shape[1], dtype=left.dtype)
         self.weight.copy_(weight.T)
-        self.bias.copy_(mean_y - mean_x @ weight.float())
+        self.bias.copy_(bias - mean @ weight)
         self.spread.copy_(torch.linalg.cholesky(covariance))
+
+    def completed(self, asked: Tensor) -> Tensor:
+        """Changes of whole codes (n, texture) whose first numbers change by `asked` (n, k), the others as expected."""
+        covariance, k = self.spread @ self.spread.T, asked.shape[1]
+        return torch.cat([asked, asked @ torch.linalg.solve(covariance[:k, :k], covariance[:k, k:])], 1)
+
+
+def ridge(x: Tensor, y: Tensor, strength: float = 1e-2) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight (features, numbers), mean (features,) and bias (numbers,) of y ~ (x - mean) @ weight + bias."""
+    mean, bias = x.mean(0), y.mean(0)
+    a, b = (x - mean).double(), (y - bias).double()
+    scale = a.std(0).clamp(min=1e-6)
+    a = a / scale
+    gram = a.T @ a + strength * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+    return (torch.linalg.solve(gram, a.T @ b) / scale[:, None]).float(), mean, bias
 
 
 def quadrupled(x: Tensor) -> Tensor:

@@ -95,9 +95,7 @@ def obedience(superres, coarse: np.ndarray, data: dict, *, seed: int, count: int
 def completed(superres, given: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
     """Texture codes (n, 5) whose first numbers are `asked` (n, k), the others expected of such bones."""
     mean = superres.prior(given, given.new_zeros(len(given), superres.texture))
-    covariance, k = superres.prior.spread @ superres.prior.spread.T, asked.shape[1]
-    gain = torch.linalg.solve(covariance[:k, :k], covariance[:k, k:])
-    return torch.cat([asked, mean[:, k:] + (asked - mean[:, :k]) @ gain], 1)
+    return mean + superres.prior.completed(asked - mean[:, : asked.shape[1]])
 
 
 def lines(volumes: np.ndarray) -> dict[str, float | None]:

@@ -102,6 +102,26 @@ def load_state(folder: Path, fingerprint: str, *, marked: bool = False) -> tuple
     return None
 
 
+def start_from(folder: str | Path | None, parts: dict[str, torch.nn.Module], say=print) -> dict[str, str]:
+    """Fill `parts` from NAME.safetensors in `folder`, where earlier weights are; returns the digests of those found.
+
+    What is missing there starts anew, and is said. Raises `InputError` if nothing is there or if a file does not fit.
+    """
+    files = {name: Path(folder) / f"{name}.safetensors" for name in parts} if folder is not None else {}
+    found = {name: path for name, path in files.items() if path.is_file()}
+    if files and not found:
+        raise InputError(f"{folder}: holds none of {', '.join(path.name for path in files.values())}")
+    for name, path in files.items():
+        if name not in found:
+            say(f"{path}: no such file; the {name} starts anew")
+            continue
+        try:
+            parts[name].load_state_dict(load_file(path))
+        except RuntimeError as error:
+            raise InputError(f"{path}: does not fit this network: {str(error).splitlines()[-1].strip()}") from None
+    return {name: digest(path) for name, path in found.items()}
+
+
 def pack(**objects) -> dict[str, Tensor]:
     """Modules and optimisers as one flat dictionary of tensors."""
     flat = {}

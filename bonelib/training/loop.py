@@ -67,6 +67,7 @@ def train(
     state: str | Path,
     seed: int,
     superres: str | Path | None = None,
+    start: str | Path | None = None,
     say=print,
     ranks: Ranks | None = None,
 ) -> dict:
@@ -80,7 +81,8 @@ def train(
     A training that diverges goes back to its last mark, a state saved at a fixed number of samples, with half the rate.
 
     Where the stages end on a coarser grid than that of `data`, the rest is drawn by the trained network in the folder
-    `superres`, which is copied into the model.
+    `superres`, which is copied into the model. `start` is a model folder whose networks are trained further, from the
+    beginning of the last stage on.
 
     Of several `ranks` each makes its part of every batch, sample number i on rank i mod their number, and all of them
     take the same steps. Rank 0 alone reads and writes states, writes the model and says anything. How many they are is
@@ -91,7 +93,6 @@ def train(
     rank, size, device = ranks.rank, ranks.size, ranks.device
     distributed.check_batches(params.schedule, ranks)
     say = partial(say, flush=True) if rank == 0 else lambda *_: None
-    identity = fingerprint(params, data.meta["data_hash"], seed, CODE)
     plan, end = params.schedule, schedule.total(params.schedule)
     stages = len(plan.samples)
     # Halvings from the grid of the data to the one that the last stage draws
@@ -103,12 +104,16 @@ def train(
     rows = {split: data.of(split) for split in ("train", "held-out")}
     objects = build(params, data, seed, device)
     generator, critic, average, adam_g, adam_c = objects.values()
+    began = checkpoint.start_from(start, dict(generator=generator, critic=critic), say)
+    average.load_state_dict(generator.state_dict())
+    identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     weights = [*generator.parameters(), *critic.parameters()]
     strip_latent = generator.sample_latent(STRIP, torch_rng(seed, "strip")).to(device)
 
     lock = checkpoint.locked(state) if rank == 0 else contextlib.nullcontext()
     with lock, checkpoint.asked_to_stop() as asked:
-        at, growth = begin(state, identity, end, objects, ranks)
+        first = Progress(end, seen=sum(plan.samples[:-1]) if began else 0)
+        at, growth = begin(state, identity, first, objects, ranks)
         if at.seen:
             say(f"continues at {at.seen} of {end} samples")
         distributed.same_everywhere(weights, ranks, at.steps)
@@ -216,19 +221,21 @@ def train(
         if rank == 0:
             say(at.account(state))
             candidates = [snapshot(state, seen) for seen in at.snapshots]
-            parts = dict(average=average, critic=critic, growth=growth, candidates=candidates)
+            parts = dict(average=average, critic=critic, growth=growth, candidates=candidates, began=began)
             checkpoint.write_json(folder / "record.json", run.record(at, seed, device))
             write_model(folder, params, meta, run=identity, at=at, superres=superres if coarser else None, **parts)
     return dict(zip(CURVES, at.curves[-1], strict=True))
 
 
-def begin(state: Path, identity: str, end: int, objects: dict, ranks: Ranks) -> tuple[Progress, dict[str, Tensor]]:
+def begin(
+    state: Path, identity: str, first: Progress, objects: dict, ranks: Ranks
+) -> tuple[Progress, dict[str, Tensor]]:
     """Fill `objects` from the newest state, or save their start as the first mark; progress and strip of latents."""
     found = distributed.from_first(checkpoint.load_state(state, identity) if ranks.rank == 0 else None, ranks)
     if not found and ranks.rank == 0:
-        save(state, identity, Progress(end), objects, {}, mark=True)
+        save(state, identity, first, objects, {}, mark=True)
         shutil.rmtree(snapshot(state, 0).parent, ignore_errors=True)
-    return restore(found, objects) if found else (Progress(end), {})
+    return restore(found, objects) if found else (first, {})
 
 
 def go_back(
@@ -318,6 +325,7 @@ def write_model(
     candidates: list[Path],
     run: str,
     at: Progress,
+    began: dict[str, str],
     superres: str | Path | None,
 ) -> None:
     """A model folder: weights, the JSON that says how to use them, curves, the growing strip and what was kept."""
@@ -333,11 +341,13 @@ def write_model(
         shutil.copyfile(path, folder / "candidates" / path.name)
     parts = ["generator", "critic"]
     content = {"run": run, "train": json.loads(params.model_dump_json()), "data": meta, "seen": at.seen}
+    content |= {"started_from": began} if began else {}
     if superres is not None:
-        shutil.copyfile(Path(superres) / "superres.safetensors", folder / "superres.safetensors")
+        for name in ("superres", "superres-critic"):
+            shutil.copyfile(Path(superres) / f"{name}.safetensors", folder / f"{name}.safetensors")
         content["superres"] = json.loads((Path(superres) / "config.json").read_text(encoding="utf-8"))["superres"]
         shutil.copyfile(Path(superres) / "record.json", folder / "superres-record.json")
-        parts.append("superres")
+        parts += ["superres", "superres-critic"]
     content["sha256"] = {name: checkpoint.digest(folder / f"{name}.safetensors") for name in parts}
     checkpoint.write_json(folder / "config.json", content)
 
@@ -352,6 +362,7 @@ def main() -> int:
     cli.add_argument("--superres", type=Path, help="out/PROFILE/superres")
     cli.add_argument("--to", type=Path, help="out/PROFILE/models/MODEL")
     cli.add_argument("--state", type=Path, help="scratch/state/PROFILE/MODEL")
+    cli.add_argument("--start", type=Path, help="a model folder whose networks are trained further")
     cli.add_argument("--seed", type=int, help="that of params.yaml")
     cli.add_argument("--timeout", type=float, default=distributed.TIMEOUT_S, help="seconds until a rank is given up")
     args = cli.parse_args()
@@ -378,6 +389,7 @@ def main() -> int:
                 state=args.state or Path("scratch/state") / args.profile / args.model,
                 seed=values["seed"] if args.seed is None else args.seed,
                 superres=args.superres or out / "superres",
+                start=args.start,
                 ranks=ranks,
             )
             if ranks.rank == 0:

@@ -26,14 +26,17 @@ from bonelib.networks.superres import HALO, quadrupled, quartered
 from bonelib.params import SuperRes, check_file
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, band_statistics, load_stacks, load_textures
-from bonelib.training import checkpoint, losses, run
+from bonelib.training import checkpoint, losses, run, texture_reader
+from bonelib.training.texture_reader import TextureReader, features
 
 FLAT = 0.08  # SD of a given window, in the unit of the input, below which it shows hardly any bone
 TRIES = 6  # for a window with bone in it; the last one is taken as it is
 ANY = 8  # every so many windows one is taken wherever it lies, so that air and soft tissue are learned too
 STATISTICS_FROM = 64  # windows
 CLIP = 2.5  # of a texture code, in SDs
-CURVES = ("seen", "critic_loss", "distance", "slope", "generator_loss")
+ASKED = 2  # numbers of the code, thickness and spacing, that may be asked for whatever the given volume
+GUIDED = 2  # windows of a batch that are drawn with two codes, in every second step
+CURVES = ("seen", "critic_loss", "distance", "slope", "generator_loss", "lattice", "disobedience")
 # A state made by other code is not continued
 CODE = code_hash(networks, training, dataset, core)
 
@@ -47,19 +50,26 @@ class Source(NamedTuple):
 
 
 def train_superres(
-    params: SuperRes, data: Stacks, textures: np.ndarray, folder: str | Path, *, state: str | Path, seed: int, say=print
+    params: SuperRes,
+    data: Stacks,
+    textures: np.ndarray,
+    folder: str | Path,
+    *,
+    state: str | Path,
+    seed: int,
+    start: Path | None = None,
+    say=print,
 ) -> list[list]:
     """Train the network and write superres.safetensors, curves.csv and config.json to `folder`; returns the curves.
 
     It learns from real volumes averaged over blocks of 4x4x4 voxels, not from generated ones: what it learns serves
     every generator. `textures` (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit. With
-    no `samples` the folder stays empty.
+    no `samples` the folder stays empty. `start` is a folder of weights to go on from, of an earlier training.
     """
     folder, state = Path(folder), Path(state)
     folder.mkdir(parents=True, exist_ok=True)
     if not params.samples:
         return []
-    identity = fingerprint(params, data.meta["data_hash"], seed, CODE)
     scans = sorted({row["volume"] for row in data.of("train")})
     mean, sd = np.nanmean(textures[scans], 0), np.nanstd(textures[scans], 0) + 1e-6
     codes = np.nan_to_num(((textures - mean) / sd).clip(-CLIP, CLIP)).astype(np.float32)
@@ -79,18 +89,22 @@ def train_superres(
         condition=network.texture,
         dtype=getattr(torch, params.precision),
     )
+    reader = fit_texture(network, source)
+    began = checkpoint.start_from(start, {"superres": network, "superres-critic": critic}, say)
+    identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     average = copy.deepcopy(network).requires_grad_(False)
     adam = partial(torch.optim.Adam, betas=(0.0, 0.98), eps=1e-8, fused=True)
     adam_g, adam_c = adam(network.parameters(), lr=params.rate), adam(critic.parameters(), lr=params.critic_rate)
     objects = dict(network=network, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
-    step = partial(_step, params, source, objects, seed)
+    step = partial(_step, params, source, reader, objects, seed)
     at = run.run(step, objects, end=params.samples, state=state, fingerprint=identity, name="super-resolution", say=say)
 
-    fit_prior(average, source)
     checkpoint.save_tensors(folder / "superres.safetensors", average.state_dict())
+    checkpoint.save_tensors(folder / "superres-critic.safetensors", critic.state_dict())
     with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([CURVES, *at.curves])
     content = {"run": identity, "superres": json.loads(params.model_dump_json()), "data": data.meta, "seen": at.seen}
+    content |= {"started_from": began} if began else {}
     checkpoint.write_json(
         folder / "config.json", content | {"sha256": checkpoint.digest(folder / "superres.safetensors")}
     )
@@ -98,7 +112,9 @@ def train_superres(
     return at.curves
 
 
-def _step(params: SuperRes, source: Source, objects: dict, seed: int, at: run.Progress) -> dict[str, float]:
+def _step(
+    params: SuperRes, source: Source, reader: TextureReader, objects: dict, seed: int, at: run.Progress
+) -> dict[str, float]:
     """One update of the critic and one of the network, on the same windows."""
     network, critic, average, adam_g, adam_c = objects.values()
     decay = run.rate_at(at.seen / at.end, params.final_decay)
@@ -123,17 +139,35 @@ def _step(params: SuperRes, source: Source, objects: dict, seed: int, at: run.Pr
     at.count(run.update(adam_c, loss_c, params.clip))
 
     critic.requires_grad_(False)
-    fake = without_halo(network(given, code, draws, seen), shift)
+    fine = network(given, code, draws, seen)
+    fake = without_halo(fine, shift)
     with torch.no_grad():
         on_real = critic.patches(real, condition=code)
     loss_g = losses.relativistic(critic.patches(fake, condition=code), on_real)
+    lines = losses.lattice(without_halo(fine - quadrupled(given)), inner(given))
+    disobedience = torch.zeros(())
+    if params.obedience and at.steps % 2 == 0:
+        disobedience = _disobedience(network, reader, given[:GUIDED], code[:GUIDED], seed, at.seen)
+    loss_g = loss_g + params.lattice * lines + params.obedience * disobedience
     at.count(run.update(adam_g, loss_g, params.clip))
     critic.requires_grad_(True)
     run.update_ema(average, network, params.ema, at.seen // params.batch)
     at.seen += params.batch
     distance = on_real.mean() - on_fake.mean()
-    values = (loss_c, distance, slope.mean(), loss_g)
+    values = (loss_c, distance, slope.mean(), loss_g, lines, disobedience)
     return dict(zip(CURVES[1:], [value.item() for value in values], strict=True))
+
+
+def _disobedience(network, reader: TextureReader, given: Tensor, code: Tensor, seed: int, seen: int) -> Tensor:
+    """How far the texture read from the same windows, drawn with two codes, differs otherwise than the codes do."""
+    asked = torch.randn(len(given), ASKED, generator=torch_rng(seed, "superres asked", seen))
+    change = network.prior.completed(asked)
+    read = []
+    for sign in (-1, 1):
+        noise = torch_rng(seed, "superres guided noise", seen)  # the same for both
+        fine = without_halo(network(given, code + sign / 2 * change, noise))
+        read.append(reader(fine, inner(given)))
+    return (read[1] - read[0] - change)[:, :ASKED].square().mean()
 
 
 def windows(params: SuperRes, source: Source, first: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -173,11 +207,23 @@ def without_halo(fine: Tensor, shift=(0, 0, 0)) -> Tensor:
     return fine[(slice(None), slice(None), *cut)]
 
 
-def fit_prior(network, source: Source) -> None:
-    """Fit how texture codes follow from whole stacks, on the training scans."""
+def inner(given: Tensor) -> Tensor:
+    """A window of the given grid without its halo."""
+    cut = (slice(HALO, n - HALO) for n in given.shape[2:])
+    return given[(slice(None), slice(None), *cut)]
+
+
+def fit_texture(network, source: Source) -> TextureReader:
+    """Fit how texture codes follow from whole stacks, averaged (the network's prior) and as they are (the reader)."""
     rows = {row["volume"]: row for row in source.data.of("train")}
-    stacks = source.data.pooled([rows[scan] for scan in source.scans], 2).float()
-    network.prior.fit(stacks, torch.from_numpy(source.codes[source.scans]))
+    codes = torch.from_numpy(source.codes[source.scans])
+    given, seen = [], []
+    for scan in source.scans:
+        stack = source.data.pooled([rows[scan]], 0).float()
+        given.append(quartered(stack))
+        seen.append(features(stack, given[-1]))
+    network.prior.fit(torch.cat(given), codes)
+    return texture_reader.fit(torch.cat(seen), codes)
 
 
 def main() -> int:
@@ -187,6 +233,7 @@ def main() -> int:
     cli.add_argument("--grades", type=Path, help="out/PROFILE/grading/grades.csv")
     cli.add_argument("--to", type=Path, help="out/PROFILE/superres")
     cli.add_argument("--state", type=Path, help="scratch/state/PROFILE/superres")
+    cli.add_argument("--start", type=Path, help="a model folder whose weights are trained further")
     args = cli.parse_args()
     out = Path("out") / args.profile
     try:
@@ -198,7 +245,8 @@ def main() -> int:
         data = load_stacks(stacks, args.grades or out / "grading" / "grades.csv")
         to = args.to or out / "superres"
         state = args.state or Path("scratch/state") / args.profile / "superres"
-        train_superres(params, data, load_textures(stacks, data), to, state=state, seed=values["seed"])
+        textures = load_textures(stacks, data)
+        train_superres(params, data, textures, to, state=state, seed=values["seed"], start=args.start)
         print(f"the network is in {to}")
     except InputError as error:
         print(error, file=sys.stderr)
