@@ -179,9 +179,10 @@ class Train(Section):
 
     Not in the paper: `loss` relativistic, which pairs real and generated volumes and holds the critic's slope at both
     towards zero with the weight `penalty` (its gamma); `ema`, the half-life of the generator's running average in
-    updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes, on
-    grids half as fine; `autocorrelation`, the weight of `losses.autocorrelation_difference` in the generator's loss
-    while the rate falls towards the end; `adaptive` augmentation; and `snapshots` to choose from.
+    updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes, on grids half as fine;
+    `autocorrelation`, the weight of `losses.autocorrelation_difference` in the generator's loss while the rate falls
+    towards the end, and `histogram`, that of `losses.histogram_distance` all along; `adaptive` augmentation; and
+    `snapshots` to choose from.
     """
 
     generator: Generator
@@ -194,6 +195,7 @@ class Train(Section):
     penalty: Annotated[float, Field(ge=0)] = 10.0
     drift: Annotated[float, Field(ge=0)] = 1e-3
     autocorrelation: NotNegative = 0.0
+    histogram: NotNegative = 0.0
     clip: Positive = 2.0
     ema: Annotated[float, Field(ge=0)] = 0.0
     haar: bool = False

@@ -400,3 +400,18 @@ def test_a_period_of_two_voxels_is_a_difference_of_autocorrelations():
     found.backward()  # and a step against it takes the lines away
     better = losses.autocorrelation_difference(a, lined.detach() - 0.1 * lined.grad / lined.grad.norm())
     assert better < found
+
+
+def test_bones_all_alike_are_far_from_bones_that_differ():
+    rng = np.random.default_rng(0)
+
+    def bones(spread):
+        centre = 0.34 + spread * rng.standard_normal((8, 1, 1, 1, 1))
+        return torch.from_numpy(centre + 0.03 * rng.standard_normal((8, 1, 8, 24, 20))).float()
+
+    real, alike = bones(0.05), bones(0.0).requires_grad_()
+    found = losses.histogram_distance(real, alike)
+    assert losses.histogram_distance(real, bones(0.05)) < found / 2
+    assert losses.histogram_distance(real, real.clone().requires_grad_()).isfinite()
+    found.backward()
+    assert alike.grad.isfinite().all() and alike.grad.abs().max() > 0

@@ -161,6 +161,8 @@ def train(
             loss_g = losses.of_generator(params, critic, *pair, now.stage, now.fade)
             if params.autocorrelation and now.decaying:
                 loss_g = loss_g + params.autocorrelation * losses.autocorrelation_difference(x, fake)
+            if params.histogram:
+                loss_g = loss_g + params.histogram * losses.histogram_distance(x, fake)
             at.count(run.update(adam_g, loss_g, params.clip, ranks))
             critic.requires_grad_(True)
 
