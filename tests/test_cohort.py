@@ -335,3 +335,20 @@ def test_cases_that_people_have_reported_pass(name):
         [sys.executable, CASES / f"{name}.py"], env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_bone_too_large_for_the_shape_is_left_out_and_many_are_refused(tmp_path):
+    sizes = [9] * 11 + [20]
+    for i, radius in enumerate(sizes):
+        nii(tmp_path / f"s/sub-{i:02}.nii", bone(i, (6, 72, 70), radius))
+    brought_in(tmp_path / "s", tmp_path / "o")
+    how, said = Preprocess(shape=(6, 36, 28), **HOW), []
+    preprocess_cohort(tmp_path / "o", tmp_path / "stacks", how, MM, 1, say=lambda line, **_: said.append(line))
+    rows = load_stacks(tmp_path / "stacks").rows
+    assert len({r["scan"] for r in rows if r["split"] == "left out"}) == 1
+    assert any("of the bone; left out of training" in line for line in said)
+    for i in (0, 1):
+        nii(tmp_path / f"s/sub-{i:02}.nii", bone(i, (6, 72, 70), 20))
+    brought_in(tmp_path / "s", tmp_path / "p")
+    with pytest.raises(InputError, match="cuts off .* and 3 of 12 scans have more; enlarge preprocess.shape"):
+        preprocess_cohort(tmp_path / "p", tmp_path / "more", how, MM, 1, **QUIET)

@@ -21,6 +21,7 @@ from bonelib.scans.volumes import Volume, read_volume, regrid
 NATIVE_MM = 0.0607  # voxel size of the published scans, for which the DCT threshold is stated
 SPACING_TOLERANCE = 0.02  # of the voxel size, between a scan's header and params.yaml
 MOST_CUT = 0.02  # of a bone that may lie outside of the constant shape
+MOST_LEFT_OUT = 0.1  # of the scans, whose bones are cut more than that
 SMALLEST = 0.25  # a scan may miss at most three quarters of the constant shape along an axis
 
 
@@ -112,16 +113,17 @@ def to_density(values: np.ndarray, intensity: tuple[float, float]) -> np.ndarray
     return values * (high - low) + low
 
 
-def steps(volume: Volume, how: Preprocess, where=None) -> Iterator[tuple[str, Volume]]:
+def steps(volume: Volume, how: Preprocess, starts=None) -> Iterator[tuple[str, Volume]]:
     """The preprocessing of one scan, step by step: (name, volume) for Figure 2; the last one is the result.
 
-    `where` is the `place` of the bone, if it is known. Raises `InputError` for a scan that is too small, and a bone
-    that does not fit into `how.shape`.
+    `starts` is the first voxel of the part to be kept, where it is known. Raises `InputError` for a scan that is too
+    small, and a bone that does not fit into `how.shape`, unless `starts` are given.
     """
-    starts, cut = where or place(volume, how.shape)
-    if cut > MOST_CUT:
-        says = f"cropping to {how.shape[1:]} voxels cuts off {cut:.1%} of the bone"
-        raise InputError(f"{says}, at most {MOST_CUT:.0%} are accepted; enlarge preprocess.shape")
+    if starts is None:
+        starts, cut = place(volume, how.shape)
+        if cut > MOST_CUT:
+            says = f"cropping to {how.shape[1:]} voxels cuts off {cut:.1%} of the bone"
+            raise InputError(f"{says}, at most {MOST_CUT:.0%} are accepted; enlarge preprocess.shape")
     padded, mask = crop_or_mirror_pad(volume, how.shape, starts)
     yield "cropped or mirror-padded", padded
     noise = dct_noise(padded.voxels, clip_for(float(np.prod(volume.spacing)) ** (1 / 3), how.dct_clip))
@@ -131,9 +133,9 @@ def steps(volume: Volume, how: Preprocess, where=None) -> Iterator[tuple[str, Vo
     yield f"subsampled by {how.subsample}", subsample(filled, how.subsample)
 
 
-def preprocess(volume: Volume, how: Preprocess, where=None) -> Volume:
+def preprocess(volume: Volume, how: Preprocess, starts=None) -> Volume:
     """The last of `steps`."""
-    *_, (_, result) = steps(volume, how, where)
+    *_, (_, result) = steps(volume, how, starts)
     return result
 
 
@@ -154,19 +156,21 @@ def preprocess_cohort(
 
     Writes volumes.npy (scan, z, y, x) float16 in [0, 1], stacks.csv, which carries the motion grades along, and
     stacks.json; returns the last one's content. Where users gave contours, their labels are in contours.npy, int8 of
-    the same shape. Scans with flags are in no part of the split ("left out").
+    the same shape. Scans with flags, and those whose bones the constant shape cuts, are in no part of the split ("left
+    out").
     The volumes are written scan by scan by worker processes, so that memory does not grow with the cohort. Raises
-    `InputError` naming the scan whose voxels are not of `voxel_mm`, or that cannot be preprocessed.
+    `InputError` naming the scan whose voxels are not of `voxel_mm`, or that cannot be preprocessed, and where the
+    constant shape cuts too many.
     """
     cohort, folder = Path(cohort), Path(folder)
     scans = read_table(cohort / "scans.tsv")
     if not scans:
         raise InputError(f"{cohort / 'scans.tsv'}: the table lists no scan")
-    fit = [scan for scan in scans if not scan.get("flags")]
+    folder.mkdir(parents=True, exist_ok=True)
+    volumes, cut = _write_volumes(scans, cohort, folder, how, voxel_mm, say)
+    fit = [scan for scan in scans if not scan.get("flags") and scan["scan"] not in cut]
     splits = split_patients([scan["patient"] for scan in fit], how.held_out, seed)
     split = {scan["scan"]: splits[scan["patient"]] for scan in fit}
-    folder.mkdir(parents=True, exist_ok=True)
-    volumes = _write_volumes(scans, cohort, folder, how, voxel_mm, say)
     starts = slice_stacks(volumes.shape[1], how.stack_slices, how.stacks_per_scan)
     rows = [
         dict(
@@ -199,8 +203,10 @@ def preprocess_cohort(
     return meta
 
 
-def _write_volumes(scans: list[dict], cohort: Path, folder: Path, how: Preprocess, voxel_mm: float, say) -> np.ndarray:
-    """volumes.npy and, where there are any, contours.npy, by worker processes; says what is cut off of the bones."""
+def _write_volumes(
+    scans: list[dict], cohort: Path, folder: Path, how: Preprocess, voxel_mm: float, say
+) -> tuple[np.ndarray, set[str]]:
+    """volumes.npy and, where there are any, contours.npy, by worker processes; the volumes, and scans cut too much."""
     shape = tuple(n // how.subsample for n in how.shape)
     volumes = np.lib.format.open_memmap(folder / "volumes.npy", "w+", np.float16, (len(scans), *shape))
     (folder / "contours.npy").unlink(missing_ok=True)
@@ -216,11 +222,22 @@ def _write_volumes(scans: list[dict], cohort: Path, folder: Path, how: Preproces
                 labels[i] = own
             if (i + 1) % 50 == 0 or i + 1 == len(scans):
                 say(f"preprocessed {i + 1} of {len(scans)} scans", flush=True)
-    if max(cuts) > 0:
-        says = f"cropping cuts off {max(cuts):.2%} of the bone at most ({scans[int(np.argmax(cuts))]['scan']})"
-        say(f"{says}, and something of {sum(c > 0 for c in cuts)} of {len(cuts)} scans", flush=True)
     volumes.flush()
-    return volumes
+    return volumes, _cut_too_much(cohort, scans, cuts, how, say)
+
+
+def _cut_too_much(cohort: Path, scans: list[dict], cuts: list[float], how: Preprocess, say) -> set[str]:
+    """Names of the scans of whose bones `cuts` too much is cut off; raises `InputError` where they are many."""
+    if max(cuts) > 0:
+        say(f"cropping cuts off something of {sum(c > 0 for c in cuts)} of {len(cuts)} scans", flush=True)
+    found = {scan["scan"]: (scan["file"], cut) for scan, cut in zip(scans, cuts, strict=True) if cut > MOST_CUT}
+    for file, cut in found.values():
+        says = f"cropping to {how.shape[1:]} voxels cuts off {cut:.1%} of the bone"
+        if len(found) > MOST_LEFT_OUT * len(scans):
+            many = f"at most {MOST_CUT:.0%} are accepted, and {len(found)} of {len(scans)} scans have more"
+            raise InputError(f"{cohort / file}: {says}; {many}; enlarge preprocess.shape")
+        say(f"{file}: {says}; left out of training", flush=True)
+    return set(found)
 
 
 def _one(scan: dict, cohort: Path, how: Preprocess, voxel_mm: float) -> tuple[np.ndarray, np.ndarray | None, float]:
@@ -231,7 +248,7 @@ def _one(scan: dict, cohort: Path, how: Preprocess, voxel_mm: float) -> tuple[np
         raise InputError(f"{cohort / scan['file']}: voxels of {found} mm, but params.yaml says voxel_mm {voxel_mm}")
     starts, cut = place(volume, how.shape)
     try:
-        voxels = to_unit(preprocess(volume, how, (starts, cut)).voxels, how.intensity).astype(np.float16)
+        voxels = to_unit(preprocess(volume, how, starts).voxels, how.intensity).astype(np.float16)
     except InputError as error:
         raise InputError(f"{cohort / scan['file']}: {error}") from None
     file = cohort / contours_file(scan["scan"])
