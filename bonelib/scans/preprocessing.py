@@ -168,9 +168,9 @@ def preprocess_cohort(
         raise InputError(f"{cohort / 'scans.tsv'}: the table lists no scan")
     folder.mkdir(parents=True, exist_ok=True)
     volumes, cut = _write_volumes(scans, cohort, folder, how, voxel_mm, say)
-    fit = [scan for scan in scans if not scan.get("flags") and scan["scan"] not in cut]
+    fit = [scan for scan in scans if not scan.get("flags")]
     splits = split_patients([scan["patient"] for scan in fit], how.held_out, seed)
-    split = {scan["scan"]: splits[scan["patient"]] for scan in fit}
+    split = {scan["scan"]: splits[scan["patient"]] for scan in fit if scan["scan"] not in cut}
     starts = slice_stacks(volumes.shape[1], how.stack_slices, how.stacks_per_scan)
     rows = [
         dict(
