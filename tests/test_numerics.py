@@ -74,3 +74,14 @@ def test_a_check_draws_no_random_number_and_leaves_the_operands_alone():
     assert numerics.trusted(Operation("convolution", 1, (1, 1, 1)), x, torch.randn(4, 4, 3, 3, 3).bfloat16())
     assert torch.equal(x, before)
     torch.set_rng_state(state)
+
+
+def test_networks_compute_in_float32_where_the_processor_has_no_kernels_for_less(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for kernels, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+        numerics.compute_dtype.cache_clear()
+        assert numerics.compute_dtype("bfloat16") == dtype and numerics.compute_dtype("float32") == torch.float32
+    assert "no kernels for bfloat16" in caplog.text
+    numerics.compute_dtype.cache_clear()

@@ -3,6 +3,7 @@
 import torch
 
 from bonelib.networks.critic import Critic
+from bonelib.networks.numerics import compute_dtype
 from bonelib.networks.progan import ProGAN
 from bonelib.networks.stylegan import StyleGAN
 from bonelib.networks.superres import SuperResolution
@@ -16,7 +17,7 @@ def build_generator(params: Generator, *, haar: bool = False, precision: str = "
     """The generator that a `Generator` section describes."""
     kinds = {"progan": ProGAN, "stylegan": StyleGAN}
     given = params.model_dump(exclude={"kind"}, exclude_none=True)
-    return kinds[params.kind](base=BASE, haar=haar, dtype=getattr(torch, precision), **given)
+    return kinds[params.kind](base=BASE, haar=haar, dtype=compute_dtype(precision), **given)
 
 
 def build_critic(
@@ -30,11 +31,11 @@ def build_critic(
         params.head,
         haar,
         statistics if params.standardise else None,
-        dtype=getattr(torch, precision),
+        dtype=compute_dtype(precision),
     )
 
 
 def build_superres(params: SuperRes) -> SuperResolution:
     """The super-resolution network that a `SuperRes` section describes."""
     sizes = params.width, params.depth, params.fine_width, params.fine_depth
-    return SuperResolution(*sizes, texture=TEXTURE, dtype=getattr(torch, params.precision))
+    return SuperResolution(*sizes, texture=TEXTURE, dtype=compute_dtype(params.precision))

@@ -8,6 +8,7 @@ from bonelib.core.pyramid import haar
 from bonelib.networks import BASE
 from bonelib.networks.critic import Critic
 from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
+from bonelib.networks.numerics import compute_dtype
 from bonelib.params import Generator
 
 SLOPE = 0.2  # of the leaky rectifier
@@ -96,7 +97,7 @@ def build_encoder(
     """The reverse of the generator that a `Generator` section describes."""
     code = generator.latent if generator.kind == "progan" else generator.style or 512
     return Encoder(
-        BASE, generator.widths, code, dense, norm, haar, generator.padding, statistics, getattr(torch, precision)
+        BASE, generator.widths, code, dense, norm, haar, generator.padding, statistics, compute_dtype(precision)
     )
 
 

@@ -6,6 +6,7 @@ right, so every signature (operation, shapes, strides, precision, device, with g
 precisions once, on random operands, and runs in float32 from then on where the two disagree.
 """
 
+import functools
 import logging
 from typing import NamedTuple
 
@@ -19,6 +20,21 @@ LOW = (torch.bfloat16, torch.float16)
 
 log = logging.getLogger(__name__)
 _trusted: dict[tuple, bool] = {}
+
+
+@functools.cache
+def compute_dtype(precision: str) -> torch.dtype:
+    """The type that networks of a `precision` of params.yaml ("float32" or "bfloat16") compute in on this machine.
+
+    A processor without bfloat16 kernels, and without a GPU beside it, computes in float32: there a convolution in
+    bfloat16 is done one product at a time, and takes a hundred times as long.
+    """
+    dtype = getattr(torch, precision)
+    here = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.bfloat16 and not (here or torch.cuda.is_available()):
+        log.warning("this processor has no kernels for bfloat16; networks compute in float32")
+        return torch.float32
+    return dtype
 
 
 class Operation(NamedTuple):

@@ -18,6 +18,7 @@ from bonelib.core.config import fingerprint
 from bonelib.core.provenance import code_hash
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks import layers, numerics, resnet
+from bonelib.networks.numerics import compute_dtype
 from bonelib.networks.resnet import ResNet
 from bonelib.params import Grading
 from bonelib.scans import dataset
@@ -123,7 +124,7 @@ def known_grader(folder: str | Path) -> tuple[ResNet, dict] | None:
 
 def build_grader(how: Grading, intensity) -> ResNet:
     """The network that a `Grading` section describes, for volumes with these densities at 0 and 1."""
-    return ResNet(how.widths, how.blocks, unit_windows(intensity), dtype=getattr(torch, how.precision))
+    return ResNet(how.widths, how.blocks, unit_windows(intensity), dtype=compute_dtype(how.precision))
 
 
 def unit_windows(intensity) -> list[list[float]]:

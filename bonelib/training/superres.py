@@ -22,6 +22,7 @@ from bonelib.core.provenance import code_hash
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks import build_superres
 from bonelib.networks.critic import Critic
+from bonelib.networks.numerics import compute_dtype
 from bonelib.networks.superres import HALO, quadrupled, quartered
 from bonelib.params import SuperRes, check_file
 from bonelib.scans import dataset
@@ -87,7 +88,7 @@ def train_superres(
         haar=True,
         statistics=statistics.expand(len(params.critic), 2, 8),
         condition=network.texture,
-        dtype=getattr(torch, params.precision),
+        dtype=compute_dtype(params.precision),
     )
     reader = fit_texture(network, source)
     began = checkpoint.start_from(start, {"superres": network, "superres-critic": critic}, say)
