@@ -27,7 +27,7 @@ from bonelib.networks.superres import HALO, quadrupled, quartered
 from bonelib.params import SuperRes, check_file
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, band_statistics, load_stacks, load_textures
-from bonelib.training import checkpoint, losses, run, texture_reader
+from bonelib.training import checkpoint, distributed, losses, run, texture_reader
 from bonelib.training.texture_reader import TextureReader, features
 
 FLAT = 0.08  # SD of a given window, in the unit of the input, below which it shows hardly any bone
@@ -92,6 +92,8 @@ def train_superres(
     )
     reader = fit_texture(network, source)
     began = checkpoint.start_from(start, {"superres": network, "superres-critic": critic}, say)
+    device = distributed.alone().device
+    network, critic, reader = network.to(device), critic.to(device), TextureReader(*(t.to(device) for t in reader))
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     average = copy.deepcopy(network).requires_grad_(False)
     adam = partial(torch.optim.Adam, betas=(0.0, 0.98), eps=1e-8, fused=True)
@@ -109,7 +111,7 @@ def train_superres(
     checkpoint.write_json(
         folder / "config.json", content | {"sha256": checkpoint.digest(folder / "superres.safetensors")}
     )
-    checkpoint.write_json(folder / "record.json", run.record(at, seed))
+    checkpoint.write_json(folder / "record.json", run.record(at, seed, device))
     return at.curves
 
 
@@ -120,12 +122,12 @@ def _step(
     network, critic, average, adam_g, adam_c = objects.values()
     decay = run.rate_at(at.seen / at.end, params.final_decay)
     adam_g.param_groups[0]["lr"], adam_c.param_groups[0]["lr"] = params.rate * decay, params.critic_rate * decay
-    window, code = windows(params, source, at.seen, params.batch, seed)
+    device = network.scaling.device
+    window, code = (t.to(device) for t in windows(params, source, at.seen, params.batch, seed))
     given, draws = quartered(window), torch_rng(seed, "superres noise", at.seen)
     # Conditioning augmentation (Ho et al. 2022): generators draw volumes that no scan would give
-    seen = given + params.corruption * torch.rand(len(given), 1, 1, 1, 1, generator=draws) * torch.randn(
-        given.shape, generator=draws
-    )
+    strength = params.corruption * torch.rand(len(given), 1, 1, 1, 1, generator=draws)
+    seen = given + (strength * torch.randn(given.shape, generator=draws)).to(device)
     # The critic must find lines at the period of its own bands, too
     shift = [int(n) for n in torch.randint(2, (3,), generator=draws)]
     real = without_halo(window, shift)
@@ -146,7 +148,7 @@ def _step(
         on_real = critic.patches(real, condition=code)
     loss_g = losses.relativistic(critic.patches(fake, condition=code), on_real)
     lines = losses.lattice(without_halo(fine - quadrupled(given)), inner(given))
-    disobedience = torch.zeros(())
+    disobedience = given.new_zeros(())
     if params.obedience and at.steps % 2 == 0:
         disobedience = _disobedience(network, reader, given[:GUIDED], code[:GUIDED], seed, at.seen)
     loss_g = loss_g + params.lattice * lines + params.obedience * disobedience
@@ -161,7 +163,7 @@ def _step(
 
 def _disobedience(network, reader: TextureReader, given: Tensor, code: Tensor, seed: int, seen: int) -> Tensor:
     """How far the texture read from the same windows, drawn with two codes, differs otherwise than the codes do."""
-    asked = torch.randn(len(given), ASKED, generator=torch_rng(seed, "superres asked", seen))
+    asked = torch.randn(len(given), ASKED, generator=torch_rng(seed, "superres asked", seen)).to(given)
     change = network.prior.completed(asked)
     read = []
     for sign in (-1, 1):
