@@ -1,9 +1,13 @@
 """Costs are measured in one run, by turns, and memory in a process of its own."""
 
-import torch
+from pathlib import Path
 
-from bonelib.params import CriticNet, Generator
-from bonelib.studies import cost
+import pytest
+import torch
+import yaml
+
+from bonelib.params import CriticNet, Generator, Train, section
+from bonelib.studies import cost, published_sizes
 
 CRITIC = CriticNet(widths=[8, 8, 8], convs=2)
 PROGAN = Generator(kind="progan", widths=[8, 8, 8], latent=8, noise=0.5)
@@ -20,3 +24,14 @@ def test_precisions_take_turns_and_do_the_same_work():
 def test_sampling_is_measured_in_a_process_of_its_own():
     found = cost.sampling_cost(PROGAN, "float32")
     assert found["MB in all"] > found["MB above start"] >= 0
+
+
+def test_the_published_schedule_is_timed_stage_by_stage():
+    values = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())["profiles"]["tiny"]["train"]
+    how = section(Train, values["progan"], "progan")
+    rows = published_sizes.measure(how, updates=1, seed=1, device=torch.device("cpu"))
+    assert [row["grid"] for row in rows] == ["2x18x14", "4x36x28"]
+    for row, samples in zip(rows, how.schedule.samples, strict=True):
+        assert row["updates of the schedule"] == samples / (row["batch"] * how.n_critic)
+        assert row["hours"] * 3600 == pytest.approx(row["seconds an update"] * row["updates of the schedule"])
+        assert row["power, W"] is None and row["kWh"] is None

@@ -26,7 +26,8 @@ def update(generator, critic, adams, real: Tensor, stage: int, n_critic: int, rn
     n = len(real)
 
     def sample(count):
-        return generator.synthesize(generator.to_styles(generator.sample_latent(count, rng)), stage, 1.0, rng)
+        latent = generator.sample_latent(count, rng).to(real.device)
+        return generator.synthesize(generator.to_styles(latent), stage, 1.0, rng)
 
     with torch.no_grad():
         fakes = sample(n_critic * n).split(n)
