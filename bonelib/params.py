@@ -227,9 +227,9 @@ class SuperRes(Section):
 
     `samples` windows of `window` (z, y, x) voxels of the given grid are seen (0: no network). `width`, `depth`,
     `fine_width` and `fine_depth` describe the network, `critic` the critic's channels from its coarsest grid on;
-    `penalty` holds the critic's slope at zero, `lattice` keeps air free of the grid, and `obedience` the texture at
-    what is asked for. `added` times the SD of what is missing in the given volume is the unit of the output;
-    `corruption` is the largest SD of the noise on the volumes given in training.
+    `penalty` holds the critic's slope at zero; `lattice`, where it is not 0, keeps air free of the grid, and
+    `obedience` the texture at what is asked for. `added` times the SD of what is missing in the given volume is the
+    unit of the output; `corruption` is the largest SD of the noise on the volumes given in training.
     """
 
     samples: Annotated[int, Field(ge=0)] = 0
@@ -243,8 +243,8 @@ class SuperRes(Section):
     rate: Positive = 4e-3
     critic_rate: Positive = 5e-3
     penalty: NotNegative = 3e-4
-    lattice: NotNegative = 0.01
-    obedience: NotNegative = 0.3
+    lattice: NotNegative = 0.0
+    obedience: NotNegative = 0.0
     added: Positive = 1.0
     corruption: NotNegative = 0.02
     clip: Positive = 2.0

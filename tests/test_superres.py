@@ -19,6 +19,7 @@ from bonelib.training import losses, run, superres, texture_reader
 from bonelib.training.loop import train
 
 SMALL = dict(samples=16, window=[2, 4, 4], width=8, depth=1, fine_width=8, fine_depth=1, critic=[8, 8], batch=4, ema=1)
+SMALL |= dict(lattice=0.01, obedience=0.3)
 
 
 def quiet(*_, **__):
