@@ -238,7 +238,7 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "03_train/progan/curves",
         "05_inversion/progan/reconstructions",
         "05_inversion/progan/full_size",
-        "S4_ladder/ladder",
+        "S4_metric_sensitivity/sensitivity",
         "S5_privacy/scores_progan",
         "04_image_quality/mds",
         "04_image_quality/spectra",
