@@ -103,7 +103,7 @@ def require_release(values: dict, model: str, weights: dict[str, str]) -> str:
         raise InputError(f"{model}: the weights are not those that were audited; run the stage `privacy` on them first")
     if found == "released":
         return "the privacy audit says 'released'"
-    if found != "not audited" and values.get(f"{model}.holds nobody") is True:
+    if found != "not audited" and values.get(f"{model}.phantoms only") is True:
         return f"the model was trained on phantoms and holds no person (the audit, as if it did: {found!r})"
     raise InputError(
         f"{model}: the privacy audit says {found!r}; weights are published if it says 'released', or of phantoms"

@@ -122,7 +122,7 @@ def test_weights_are_published_only_if_the_audit_lets_them_pass(inside, tmp_path
     with pytest.raises(InputError, match="not those that were audited"):
         published.publish(folder, "mine", audit(folder, **{"sha256.generator": "0"}))
     assert {path: path.stat().st_mtime_ns for path in published.STORE.glob("*/*")} == before
-    published.publish(folder, "mine", audit(folder, verdict="blocked", **{"holds nobody": True}))
+    published.publish(folder, "mine", audit(folder, verdict="blocked", **{"phantoms only": True}))
     assert "holds no person" in capsys.readouterr().out
 
 
