@@ -1,4 +1,4 @@
-"""Pictures in the house style: one grey window for all bones, a scale bar in mm, a stamp with the run id."""
+"""Pictures in the house style: one grey window for all bones, a scale bar in mm, and the run id."""
 
 from pathlib import Path
 
