@@ -38,6 +38,7 @@ PAIR_R = 0.15  # and a correlation by so much
 LEAST_DICE = 0.95
 MOST_BIAS = 3.0  # %
 FEWEST = 3  # patients; of fewer nothing is said
+POSITIVE = 1e-9  # stands for anything above 0
 OLD = "sex == 'F' and age >= 60"  # women who stand for those of 70
 MARROW = (-5.0, 12.0)  # mg HA/cm3: mean and SD over subjects
 NOISE_LAGS = {1: (0.65, 0.75), 2: (0.18, 0.31), 3: (-0.14, 0.14)}  # autocorrelation by lag in voxels
@@ -113,7 +114,7 @@ for i, value in enumerate(EIGENVALUES, 1):
     CHECKS.append(Check(12, f"structure tensor, eigenvalue {i}", VTKBONE, "full", f"tensor_{i}", *ends))
 for grade in (1, 2, 3, 4):
     quantity = f"motion, median of grade {grade + 1} less that of {grade}"
-    CHECKS.append(Check(14, quantity, SODE, "moved", [grade, grade + 1], 1e-9, of=_median_step))
+    CHECKS.append(Check(14, quantity, SODE, "moved", [grade, grade + 1], POSITIVE, of=_median_step))
 for by, name in SEGMENTED.items():
     for trait in TRABECULAR_TRAITS:
         CHECKS.append(Check(6, f"{trait} off its curve in SDs, {name}", PONCIONI, "full", f"{by} off {trait}", *NEAR))
@@ -174,6 +175,7 @@ def judged(check: Check, rows: pd.DataFrame) -> dict:
 def _line(row, quantity, n, measured, low, high, least, most) -> dict:
     bounds = f"{least:.3g} to {most:.3g}" if np.isfinite([least, most]).all() else ""
     bounds = bounds or (f"at most {most:.3g}" if np.isfinite(most) else f"at least {least:.3g}")
+    bounds = "above 0" if least == POSITIVE else bounds
     met = "" if measured == "" else "yes" if least <= measured <= most else "no"
     line = {"row": row, "quantity": quantity, "N": n, "measured": measured, "low": low, "high": high}
     return line | {"must fall in": bounds, "met": met}
