@@ -183,14 +183,6 @@ def test_one_scan_under_two_patients_is_refused(tmp_path, way):
     assert not (tmp_path / "o").exists()
 
 
-def test_files_of_one_person_by_their_headers_are_not_two_patients():
-    two = {"a": {"p1": "x.aim", "p2": "y.aim"}, "b": {"p3": "z.aim"}}
-    with pytest.raises(InputError, match="x.aim and y.aim have one patient's number"):
-        cohort._check_owners(two, {})
-    cohort._check_owners(two, {"p1": {}, "p2": {}})  # participants.tsv lists both
-    cohort._check_owners({"a": two["a"]}, {})  # a placeholder, the same in every file
-
-
 def test_a_bone_of_another_site_is_refused(tmp_path):
     nii(tmp_path / "s/a.nii", bone())
     (tmp_path / "s/scans.tsv").write_text("file\tpatient\tsite\na.nii\tanna\ttibia\n")

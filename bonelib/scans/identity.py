@@ -99,7 +99,8 @@ def alike(name: str) -> str:
 
 def site_of(parts: tuple[str, ...]) -> str:
     """The bone that a path names, radius or tibia; "" where it names none or both."""
-    found = [site for site, words in SITES.items() if re.search(rf"(?i)(?<![a-z])(?:{words})(?![a-z])", "/".join(parts))]
+    path = "/".join(parts)
+    found = [s for s, words in SITES.items() if re.search(rf"(?<![a-z])(?:{words})(?![a-z])", path, re.IGNORECASE)]
     return found[0] if len(found) == 1 else ""
 
 
@@ -181,7 +182,7 @@ def _tidy(text: str) -> str:
 
 
 def check_nesting(found: list[Who]) -> None:
-    """Refuse paths in which folders as well as files could be the patients, or one could be two; raises `InputError`."""
+    """Refuse paths in which folders and files could be the patients, or one could be two; raises `InputError`."""
     owners, groups = defaultdict(set), defaultdict(set)
     for one in found:
         groups[alike(one.patient)].add(one.group)

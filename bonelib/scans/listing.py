@@ -23,7 +23,8 @@ SEXES = {"": "", "f": "F", "female": "F", "w": "F", "m": "M", "male": "M", "o": 
 TABLE = r"(?i)(?:{})(?:\.tsv|\.csv|\.txt|\.tsv\.txt|\.csv\.txt)"
 SHEET = r"(?i)(?:{})\.(?:xlsx?|ods|numbers)"
 MASK = re.compile(
-    r"(?:^|[_\-. ])(?:masks?|segm?|segmentations?|labels?(?:tr|ts)?|labelmaps?|contours?|roi|gobj)(?=$|[_\-. \d])", re.IGNORECASE
+    r"(?:^|[_\-. ])(?:masks?|segm?|segmentations?|labels?(?:tr|ts)?|labelmaps?|contours?|roi|gobj)(?=$|[_\-. \d])",
+    re.IGNORECASE,
 )
 DERIVED = ("derivatives", "sourcedata", "code")  # of BIDS: what scans were made of, or into
 SHOWN = 30  # patients of a table that is printed
@@ -276,9 +277,7 @@ def _people(source: Path, table: str | None, say) -> dict[str, dict[str, str]]:
     return people
 
 
-def _of_scans(
-    source: Path, masks: list[Path], rows: list[dict[str, str]], notes: list[str]
-) -> dict[str, list[Path]]:
+def _of_scans(source: Path, masks: list[Path], rows: list[dict[str, str]], notes: list[str]) -> dict[str, list[Path]]:
     """The masks of every scan: their names go on where that of the scan ends, in its folder or below.
 
     Elsewhere, the name of the scan must hold the patient's: `scan_TRAB_MASK` is of no one.
