@@ -14,7 +14,7 @@ from bonelib import InputError
 from bonelib.evaluation import cohort_morphometry as attributes
 from bonelib.params import Preprocess
 from bonelib.scans import cohort, identity, plausibility
-from bonelib.scans.cohort import import_scans, list_scans
+from bonelib.scans.cohort import import_scans
 from bonelib.scans.dataset import load_stacks
 from bonelib.scans.listing import listed, summary
 from bonelib.scans.preprocessing import place, preprocess, preprocess_cohort
@@ -92,7 +92,7 @@ def test_folders_and_files_that_could_both_be_patients_are_refused(tmp_path):
         listed(tmp_path / "s")
     for i in range(8):
         nii(tmp_path / f"t/P{i}/distal_hr.nii", bone(i))
-    assert len({row["patient"] for row in list_scans(tmp_path / "t")}) == 8
+    assert len({row["patient"] for row in listed(tmp_path / "t").rows}) == 8
 
 
 @pytest.mark.parametrize("ids", [("007", "7"), ("AB12", "ab12"), ("P-3", "P_03"), ("7", "7.0")])

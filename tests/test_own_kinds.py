@@ -193,6 +193,15 @@ def test_files_of_one_person_by_their_headers_are_not_two_patients(tmp_path):
     import_scans(tmp_path / "s", tmp_path / "o", **how)  # a placeholder, the same in every file
 
 
+def test_a_series_in_two_folders_is_refused(tmp_path):
+    for name, z in (("anna/part1", 0), ("anna/part2", 6)):
+        write_dicom(tmp_path / "s" / name, bone(z), PixelSpacing=[MM, MM], RescaleType="mgHA", SeriesInstanceUID="1.7")
+        for k, file in enumerate(sorted((tmp_path / "s" / name).iterdir())):
+            _placed(file, (z + k) * MM)
+    with pytest.raises(InputError, match="part2: goes on the series of .*part1; put the slices .* into one folder"):
+        brought_in(tmp_path / "s", tmp_path / "o")
+
+
 def image(voxels, **fields):
     """A NIfTI image with other values in its header."""
     made = nib.Nifti1Image(voxels.T, np.diag([MM, MM, MM, 1.0]))

@@ -21,7 +21,8 @@ SMALLEST = {  # of what the tiny profile takes longest for
     "inversion__progan__encoder__samples": 16,
     "privacy__overtraining": 8,
 }
-NEEDED = ("image_quality", "expert_validation", "ladder", "privacy", "attribute_editing@progan", "style_mixing@progan")
+NEEDED = [f"{name}@progan" for name in ("image_transition", "style_mixing", "attribute_editing")]
+NEEDED += ["image_quality", "expert_validation", "ladder", "privacy", "trials"]
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ class How(NamedTuple):
     site: str
 
 
-def list_scans(source: Path) -> list[dict[str, str]]:
+def list_scans(source: str | Path) -> list[dict[str, str]]:
     """The scans of a folder as rows (file, patient, visit, grade, side ...), see `listing.listed`."""
     return listed(Path(source)).rows
 
@@ -113,7 +113,7 @@ def _numbers(listing: Listing) -> dict[str, int]:
 def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: dict[str, str]) -> list[dict]:
     """Read, check and write every scan; the rows of the cohort's scans.tsv. `names` gets {file: scan}."""
     number, visits = _numbers(listing), _visits(listing)
-    scans, seen, owners, ends = [], defaultdict(list), defaultdict(dict), Counter()
+    scans, seen, parts, owners, ends = [], defaultdict(list), defaultdict(list), defaultdict(dict), Counter()
     for i, row in enumerate(listing.rows):
         file, patient = row["file"], row["patient"]
         name = f"sub-{number[patient]:03d}_scan-{i + 1:03d}"
@@ -131,6 +131,7 @@ def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: 
                 says = f"the same voxels as {first['file']}, but of {patient!r} and not of {first['patient']!r}"
                 raise InputError(f"{source / file}: {says}; a scan is of one patient")
             say(f"{file}: the same voxels as {first['file']}, of the same patient", flush=True)
+        _check_parts(source / file, volume, parts)
         if volume.owner:
             owners[volume.owner].setdefault(patient, file)
         if wrong:
@@ -172,6 +173,16 @@ def _again(volume: Volume, row: dict, seen: dict[tuple, list]) -> list[dict]:
     before = [first for other, first in seen[volume.shape] if np.abs(other - means).max() < SAME_MGHA]
     seen[volume.shape].append((means.astype(np.float32), row))
     return before
+
+
+def _check_parts(path: Path, volume: Volume, seen: dict[str, list]) -> None:
+    """Refuse a DICOM series whose slices go on where those of another folder end."""
+    first, step = float(volume.affine[2, 3]), volume.spacing[0]
+    last = first + step * len(volume.voxels)
+    for other, low, high in seen[volume.series] if volume.series else ():
+        if min(abs(first - high), abs(last - low)) < step / 2:
+            raise InputError(f"{path}: goes on the series of {other}; put the slices of a series into one folder")
+    seen[volume.series].append((path, first, last))
 
 
 def _check_owners(owners: dict[str, dict[str, str]], people: dict) -> None:

@@ -100,7 +100,7 @@ def read_dicom(path: Path) -> Found:
         stored = guarded(plane["file"], "DICOM", pixel_array, plane["file"], index=plane["frame"], raw=True)
         np.multiply(stored, np.float32(plane["slope"]), out=target, casting="unsafe")
         target += np.float32(plane["intercept"])
-    said = (first["unit"], None, first["side"], first["site"], first["owner"])
+    said = (first["unit"], None, first["side"], first["site"], first["owner"], hashed(first["same"][0]))
     return Found(voxels, tuple(float(s) for s in spacing[::-1]), affine, *said)
 
 
