@@ -116,6 +116,7 @@ def main() -> int:
             stderr_file=sys.stderr,
             progress_bar=False,
             autosave_cell_every=30,
+            start_timeout=600,  # of the kernel; a minute is too short where every core is busy
             store_widget_state=False,  # megabytes of a view that is in a page of its own
             extra_arguments=["--IPKernelApp.log_level=40"],  # else it warns that loopback is not encrypted
         )

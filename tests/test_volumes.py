@@ -482,7 +482,7 @@ def test_left_bones_are_mirrored_on_import(scanner_files, tmp_path):
 
     with pytest.raises(InputError, match=r"sub-e.nrrd: mirror_left needs .* column side"):
         run()
-    with pytest.raises(InputError, match=r"sub-b.isq: the header says that the side is right, but scans.tsv says left"):
+    with pytest.raises(InputError, match=r"sub-b.isq: the header says that the side is right, but .* says left"):
         run(b="L", e="R")
     with pytest.raises(InputError, match=r"scans.tsv: side 'both' of sub-e.nrrd"):
         run(e="both")

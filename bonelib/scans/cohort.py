@@ -4,7 +4,6 @@ python -m bonelib.scans.cohort STAGE FOLDER               as a stage of the pipe
 python -m bonelib.scans.cohort SCANS --dry-run            prints who is who in a folder of scans, and does nothing else
 """
 
-import hashlib
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -27,6 +26,7 @@ from bonelib.scans.volumes import Volume, convert, mirrored, oriented, read_volu
 PHANTOM = "bonelib/scans/phantom"  # what cohort.source begins with where the scans are to be drawn
 LEAST_PATIENTS = 6  # with two of them held out, the rest can still be split for training and choosing
 SAY_EVERY = 20
+BLOCKS, SAME_MGHA = (8, 16, 16), 0.5  # means over so many blocks of two scans differ by more, if only by their noise
 
 
 class How(NamedTuple):
@@ -38,7 +38,7 @@ class How(NamedTuple):
     site: str
 
 
-def list_scans(source: Path) -> list[dict[str, str]]:
+def list_scans(source: str | Path) -> list[dict[str, str]]:
     """The scans of a folder as rows (file, patient, visit, grade, side ...), see `listing.listed`."""
     return listed(Path(source)).rows
 
@@ -113,7 +113,7 @@ def _numbers(listing: Listing) -> dict[str, int]:
 def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: dict[str, str]) -> list[dict]:
     """Read, check and write every scan; the rows of the cohort's scans.tsv. `names` gets {file: scan}."""
     number, visits = _numbers(listing), _visits(listing)
-    scans, seen, owners, ends = [], {}, defaultdict(dict), Counter()
+    scans, seen, parts, owners, ends = [], defaultdict(list), defaultdict(list), defaultdict(dict), Counter()
     for i, row in enumerate(listing.rows):
         file, patient = row["file"], row["patient"]
         name = f"sub-{number[patient]:03d}_scan-{i + 1:03d}"
@@ -126,12 +126,12 @@ def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: 
         )
         names[file] = name
         ends[end] += 1
-        first = seen.setdefault(_content(volume), row)
-        if first["patient"] != patient:
-            says = f"the same voxels as {first['file']}, but of {patient!r} and not of {first['patient']!r}"
-            raise InputError(f"{source / file}: {says}; a scan is of one patient")
-        if first is not row:
+        for first in _again(volume, row, seen):
+            if first["patient"] != patient:
+                says = f"the same voxels as {first['file']}, but of {patient!r} and not of {first['patient']!r}"
+                raise InputError(f"{source / file}: {says}; a scan is of one patient")
             say(f"{file}: the same voxels as {first['file']}, of the same patient", flush=True)
+        _check_parts(source / file, volume, parts)
         if volume.owner:
             owners[volume.owner].setdefault(patient, file)
         if wrong:
@@ -160,12 +160,29 @@ def _visits(listing: Listing) -> dict[tuple[str, str], str]:
     return {(p, v): v if plain[p] else str(i) for p, visits in named.items() for i, v in enumerate(sorted(visits), 1)}
 
 
-def _content(volume: Volume) -> str:
-    """A hash of what is written of a scan, the same for every format, orientation and place it came from."""
-    digest = hashlib.sha256(str(volume.shape).encode())
-    for part in volume.voxels:
-        digest.update(np.rint(part).astype("<i2").tobytes())
-    return digest.hexdigest()
+def _again(volume: Volume, row: dict, seen: dict[tuple, list]) -> list[dict]:
+    """The earlier rows of `seen` with the same voxels, whatever the format, unit and orientation they came in.
+
+    Means over blocks are compared, so that numbers that another unit has rounded differently are the same, too.
+    """
+    blocks = [np.array_split(np.arange(n), min(n, most)) for n, most in zip(volume.shape, BLOCKS, strict=True)]
+    edges = [[int(part[0]) for part in axis] for axis in blocks]
+    means = np.stack([volume.voxels[part].mean(axis=0, dtype=np.float64) for part in blocks[0]])
+    for axis in (1, 2):
+        means = np.add.reduceat(means, edges[axis], axis) / np.expand_dims([len(b) for b in blocks[axis]], 2 - axis)
+    before = [first for other, first in seen[volume.shape] if np.abs(other - means).max() < SAME_MGHA]
+    seen[volume.shape].append((means.astype(np.float32), row))
+    return before
+
+
+def _check_parts(path: Path, volume: Volume, seen: dict[str, list]) -> None:
+    """Refuse a DICOM series whose slices go on where those of another folder end."""
+    first, step = float(volume.affine[2, 3]), volume.spacing[0]
+    last = first + step * len(volume.voxels)
+    for other, low, high in seen[volume.series] if volume.series else ():
+        if min(abs(first - high), abs(last - low)) < step / 2:
+            raise InputError(f"{path}: goes on the series of {other}; put the slices of a series into one folder")
+    seen[volume.series].append((path, first, last))
 
 
 def _check_owners(owners: dict[str, dict[str, str]], people: dict) -> None:
@@ -220,7 +237,7 @@ def _import(path: Path, volume: Volume, row: dict, masks: list[Path], how: How, 
 def _agreed(path: Path, what: str, header: str | None, said: str) -> str | None:
     """What the header or the table says of the `what` of a scan; raises `InputError` where they contradict."""
     if header and said and header != said:
-        raise InputError(f"{path}: the header says that the {what} is {header}, but scans.tsv says {said}")
+        raise InputError(f"{path}: the header says that the {what} is {header}, but its name or scans.tsv says {said}")
     return header or said or None
 
 

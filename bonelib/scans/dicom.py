@@ -78,7 +78,8 @@ def read_dicom(path: Path) -> Found:
         raise InputError(f"{path}: one DICOM slice is no scan; give the folder of the whole series")
     first = planes[0]
     if any(plane["same"] != first["same"] for plane in planes):
-        raise InputError(f"{path}: the DICOM slices are of more than one series, grid or unit")
+        says = "the DICOM slices are of more than one series, grid or unit"
+        raise InputError(f"{path}: {says}; give every series a folder of its own, and take out localizers")
     normal = np.cross(first["axes"][:, 0], first["axes"][:, 1])
     planes.sort(key=lambda plane: float(normal @ plane["place"]))
     moves = np.diff([plane["place"] for plane in planes], axis=0)
@@ -99,7 +100,7 @@ def read_dicom(path: Path) -> Found:
         stored = guarded(plane["file"], "DICOM", pixel_array, plane["file"], index=plane["frame"], raw=True)
         np.multiply(stored, np.float32(plane["slope"]), out=target, casting="unsafe")
         target += np.float32(plane["intercept"])
-    said = (first["unit"], None, first["side"], first["site"], first["owner"])
+    said = (first["unit"], None, first["side"], first["site"], first["owner"], hashed(first["same"][0]))
     return Found(voxels, tuple(float(s) for s in spacing[::-1]), affine, *said)
 
 

@@ -27,6 +27,7 @@ from bonelib.scans.grids import (
 )
 from bonelib.scans.scanco import read_aim, read_aim_mask, read_isq
 
+UNITS_MM = {"meter": 1e3, "micron": 1e-3}  # of NIfTI; none and mm are mm
 SAME_LENGTH = 0.01  # by which the spacings of a header may differ
 
 
@@ -112,16 +113,19 @@ def read_nifti(path: Path) -> Found:
     """
     image = nib.load(path)
     shape, header = image.shape[:3], image.header
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(f"{path}: a scan has one number a voxel, but the file has {image.get_data_dtype()}")
     if max(image.shape[3:], default=1) > 1:
         raise InputError(f"{path}: a scan has three axes, but the file has shape {image.shape}")
-    spacing = [float(abs(s)) for s in header["pixdim"][1:4]]
+    scale = UNITS_MM.get(header.get_xyzt_units()[0], 1.0)
+    spacing = [float(abs(s)) * scale for s in header["pixdim"][1:4]]
     gz = path.name.lower().endswith(".gz")
     stored = path.stat().st_size * (DEFLATE if gz else 1) / image.get_data_dtype().itemsize
     check_grid(path, shape, spacing, np.diag([*spacing, 1.0]), stored)
     (qform, qcode), (sform, scode) = image.get_qform(coded=True), image.get_sform(coded=True)
     if not (qcode or scode):
         raise InputError(f"{path}: the header does not say how the scan lies; qform_code or sform_code must be above 0")
-    affine = np.array(image.affine, float)
+    affine = np.diag([scale] * 3 + [1.0]) @ image.affine
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.allclose(lengths, spacing, rtol=SAME_LENGTH):
         found = f"{np.round(spacing, 4).tolist()} mm in pixdim, {np.round(lengths, 4).tolist()} mm in the affine"

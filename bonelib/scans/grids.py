@@ -41,8 +41,8 @@ class Calibration:
 class Found(NamedTuple):
     """`voxels` (z, y, x); `spacing` in mm (z, y, x); `affine` (4, 4) from (x, y, z) to (right, anterior, superior).
 
-    `site` is the bone that the header names; `owner` a hash of the patient's number there, which only tells whether
-    two files are of one patient.
+    `site` is the bone that the header names; `owner` and `series` are hashes of the numbers of the patient and of the
+    DICOM series there, which only tell whether two files are of one.
     """
 
     voxels: np.ndarray
@@ -53,6 +53,7 @@ class Found(NamedTuple):
     side: str | None = None
     site: str | None = None
     owner: str | None = None
+    series: str | None = None
 
 
 def plain_name(path) -> str:

@@ -7,11 +7,13 @@ The rules, in this order:
 3. Otherwise every folder and the name of the file is freed of visits (v1, ses2, month 12, baseline, a date), counts
    (scan2, a last number of one or two digits), sides (L, right) and words that name no one (radius, xct2). The first
    part in which something is left, from the top, is the patient: a folder a patient, or flat names such as anna_v2.
-   Names go before single letters, these before single digits, and these before counts.
+   Names go before single letters, these before single digits, and these before counts. After a code of up to three
+   letters, a last number is the patient's where a visit is named besides: BE-07_V1.
 4. Where only a count or words are left, the file is a patient of its own: scan1, scan2.
 
 So folders of visits (visit1/anna) are told from folders of patients (anna/visit1) by these words. Where they do not
-tell, as of two numbers, nothing is guessed: the import stops and asks for a scans.tsv.
+tell, as of two numbers, BE-07 alone, 07a beside 07b, or one name in the folders of two groups, nothing is guessed:
+the import stops and asks for a scans.tsv.
 """
 
 import re
@@ -29,15 +31,17 @@ POINTS = rf"baseline|bl|follow[-_ ]?up|fu|(?:pre|post)(?:[-_ ]?op)?|{MONTHS}|{DA
 VISIT = re.compile(rf"{EDGE}(?:(?:{TIMES})[-_ ]?\d{{1,3}}|{POINTS}){END}", re.IGNORECASE)
 COUNT = re.compile(rf"{EDGE}(?:(?:scan|exam|run|im|se|st|s|series)[-_ ]?\d+|\d){END}", re.IGNORECASE)
 LAST_NUMBER = re.compile(r"[_\s.\-]+(\d{1,2})$")
+CODE = re.compile(r"[^\W\d_]{1,3}[_\s.\-]+\d\d")
 SIDE = re.compile(rf"{EDGE}(left|right|links|rechts|lt|rt|l|r){END}", re.IGNORECASE)
 SIDES = {"": None, "l": "left", "lt": "left", "left": "left", "links": "left"}
 SIDES |= {"r": "right", "rt": "right", "right": "right", "rechts": "right"}
 WORDS = (
     "scans?|images?|img|bones?|dicom|dcm|nifti|nii|aim|isq|recon|volumes?|vol|series|study|stacks?|ct|xct|xct2|"
     "hr-?p?qct|pqct|radius|tibia|wrist|forearm|ankle|axial|distal|ultradistal|anat|raw|rawdata|data|dataset|files?|"
-    "export|mgha|density|hu|native"
+    "export|mgha|density|hu|native|copy(?: of)?|kopie|\\(\\d+\\)"
 )
 NO_NAME = re.compile(rf"{EDGE}(?:{WORDS}){END}", re.IGNORECASE)
+SITES = {"radius": r"radi(?:us|i)|wrists?|forearms?", "tibia": r"tibiae?|ankles?"}
 PEOPLE = "controls?|cases?|patients?|subjects?|participants?|persons?|men|women|males?|females?|healthy|id|pat|subj|sub"
 GROUP = re.compile(
     rf"(?:{PEOPLE}|fractures?|osteoporosis|normal)|(?:groups?|cohorts?|sites?|arm|cent(?:er|re)s?|hospital)[-_ ]?\w?",
@@ -57,12 +61,16 @@ OPEN_LABEL = re.compile(
 
 
 class Who(NamedTuple):
-    """Patient, visit ("" where the path names none) and side (left, right or None); `parts` is what could be names."""
+    """Patient, visit ("" where the path names none) and side (left, right or None) of a scan.
+
+    `parts` is what could be names, too, and `group` the folders of groups (center1, controls) in the path.
+    """
 
     patient: str
     visit: str
     side: str | None
     parts: tuple[str, ...] = ()
+    group: str = ""
 
 
 class _Part(NamedTuple):
@@ -75,15 +83,25 @@ class _Part(NamedTuple):
 
 
 def normal(name: str) -> str:
-    """A name in one Unicode form (NFKC), with single spaces and none about it."""
-    return " ".join(unicodedata.normalize("NFKC", name).split())
+    """A name in one Unicode form (NFKC), with plain hyphens, single spaces, and nothing invisible in it."""
+    kinds = {"Cf": "", "Pd": "-"}
+    plain = unicodedata.normalize("NFKC", name)
+    return " ".join("".join(kinds.get(unicodedata.category(c), c) for c in plain).split())
 
 
 def alike(name: str) -> str:
-    """What names share that differ in case, leading zeros, separators, or as `sub-7`, `7` and `7.0` do."""
-    key = re.sub(r"^sub[-_ ]", "", normal(name).casefold())
-    key = re.sub(r"^(\d+)\.0$", r"\1", re.sub(r"[\s_\-]+", "-", key))
+    """What names share that differ in case, leading zeros or separators, or as `sub-7`, `Subject 7`, `7` and `7.0`."""
+    key = re.sub(r"^(?:sub[-_ ]|(?:sub|subj|subject|participant|pid|id)[-_ ]?(?=\d))", "", normal(name).casefold())
+    key = re.sub(r"(?<=\d)[\s_.\-]+(?=\d)", "-", re.sub(r"^(\d+)\.0$", r"\1", key))
+    key = re.sub(r"(?<!\d)[\s_.\-]+|[\s_.\-]+(?!\d)", "", key)
     return re.sub(r"(?<!\d)0+(?=\d)", "", key)
+
+
+def site_of(parts: tuple[str, ...]) -> str:
+    """The bone that a path names, radius or tibia; "" where it names none or both."""
+    path = "/".join(parts)
+    found = [s for s, words in SITES.items() if re.search(rf"(?<![a-z])(?:{words})(?![a-z])", path, re.IGNORECASE)]
+    return found[0] if len(found) == 1 else ""
 
 
 def who(parts: tuple[str, ...]) -> Who:
@@ -98,7 +116,9 @@ def who(parts: tuple[str, ...]) -> Who:
             raise InputError(f"{'/'.join(parts)}: it is not clear where the patient's label ends; {TELL}")
         for key, value in ENTITY.findall(part):
             said["side" if key.lower() == "hemi" else key.lower()].add(value)
-    read = [_read(part) for part in parts]
+    visited = any(VISIT.search(part) for part in parts)
+    read = [_read(part, visited or bool(said["sub"])) for part in parts]
+    group = " ".join(part for part in parts[:-1] if GROUP.fullmatch(_tidy(VISIT.sub("", part))))
     for key, values in said.items():
         if len({alike(v) for v in values}) > 1:
             raise InputError(
@@ -109,8 +129,9 @@ def who(parts: tuple[str, ...]) -> Who:
         raise InputError(f"{'/'.join(parts)}: the path names both sides, left and right; it must name one")
     side = next(iter(sides), None)
     if said["sub"]:
-        rest = [_read(ENTITY.sub("", part)).visit for part in parts]
-        return Who(min(said["sub"]), min(said["ses"], default=next((v for v in reversed(rest) if v), "")), side)
+        rest = [_read(ENTITY.sub("", part), True).visit for part in parts]
+        visit = min(said["ses"], default=next((v for v in reversed(rest) if v), ""))
+        return Who(min(said["sub"]), visit, side, group=group)
     best = max(part.rank for part in read)
     ranks = [part.rank for part in read]
     at = ranks.index(best)
@@ -125,11 +146,11 @@ def who(parts: tuple[str, ...]) -> Who:
         part.visit or part.left * (part.rank < NAME) for i, part in enumerate(read) if i != at or part.visit
     )
     others = tuple(part.left for i, part in enumerate(read) if i != at and part.rank == best)
-    return Who(read[at].left, visit.strip(), side, others)
+    return Who(read[at].left, visit.strip(), side, others, group)
 
 
-def _read(part: str) -> _Part:
-    """One part of a path, freed of what is no name."""
+def _read(part: str, visited: bool) -> _Part:
+    """One part of a path, freed of what is no name; `visited` where the path names a visit by a word."""
     side = {SIDES[found.lower()] for found in SIDE.findall(part)}
     if len(side) > 1:
         raise InputError(f"{part}: the name holds both sides, left and right; it must name one")
@@ -142,6 +163,10 @@ def _read(part: str) -> _Part:
         visits += [_tidy(weak[member.end() :])]
     elif (strong := _tidy(COUNT.sub("", weak))) and not GROUP.fullmatch(strong):
         number = LAST_NUMBER.search(strong)
+        if number and CODE.fullmatch(strong):  # BE-07: patient 7 of a place, or the seventh visit of a person?
+            if not visited:
+                raise InputError(f"{part}: the number at the end could be the patient or a visit; {TELL}")
+            number = None
         visits += [m.group() for m in COUNT.finditer(weak)] + ([number[1]] if number else [])
         left = strong[: number.start()] if number else strong
         rank = LETTER if re.fullmatch(r"[^\W\d_]", left) else NAME
@@ -157,9 +182,10 @@ def _tidy(text: str) -> str:
 
 
 def check_nesting(found: list[Who]) -> None:
-    """Refuse paths in which folders as well as files could be the patients; raises `InputError`."""
-    owners = defaultdict(set)
+    """Refuse paths in which folders and files could be the patients, or one could be two; raises `InputError`."""
+    owners, groups = defaultdict(set), defaultdict(set)
     for one in found:
+        groups[alike(one.patient)].add(one.group)
         for part in one.parts:
             owners[alike(part)].add(one.patient)
     again = {part: names for part, names in owners.items() if len(names) > 1}
@@ -167,6 +193,17 @@ def check_nesting(found: list[Who]) -> None:
         part, names = next(iter(again.items()))
         says = f"{part!r} lies in the folders of {', '.join(sorted(names)[:3])}"
         raise InputError(f"{says}: it is not clear which of them is the patient; {TELL}")
+    for patient, names in groups.items():
+        if len(names) > 1:
+            says = f"patient {patient!r} is in {' and '.join(repr(n) for n in sorted(names)[:2])}"
+            raise InputError(f"{says}: it is not clear whether that is one person; {TELL}")
+    stems = defaultdict(set)
+    for one in found:
+        stems[re.sub(r"(?<=\d)[a-z]$", "", alike(one.patient))].add(one.patient)
+    for names in stems.values():
+        if len({alike(name) for name in names}) > 1:
+            first, second, *_ = sorted(names)
+            raise InputError(f"{first!r} and {second!r}: the last letter could be a patient, a side or a visit; {TELL}")
 
 
 def check_names(patients: list[str], people: list[str]) -> None:

@@ -19,12 +19,14 @@ SITES = ("", "radius", "tibia")
 DISTAL = ("", "first", "last")
 SCANS = ("file", "patient", "visit", "grade", "side", "site", "distal")
 PEOPLE = ("patient", "sex", "age")
-SEXES = {"": "", "f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}
+SEXES = {"": "", "f": "F", "female": "F", "w": "F", "m": "M", "male": "M", "o": "", "other": ""}
 TABLE = r"(?i)(?:{})(?:\.tsv|\.csv|\.txt|\.tsv\.txt|\.csv\.txt)"
 SHEET = r"(?i)(?:{})\.(?:xlsx?|ods|numbers)"
 MASK = re.compile(
-    r"(?:^|[_\-. ])(?:masks?|segm?|segmentation|labels?|labelmap|contours?|roi|gobj)(?=$|[_\-. \d])", re.IGNORECASE
+    r"(?:^|[_\-. ])(?:masks?|segm?|segmentations?|labels?(?:tr|ts)?|labelmaps?|contours?|roi|gobj)(?=$|[_\-. \d])",
+    re.IGNORECASE,
 )
+DERIVED = ("derivatives", "sourcedata", "code")  # of BIDS: what scans were made of, or into
 SHOWN = 30  # patients of a table that is printed
 
 
@@ -69,7 +71,7 @@ def listed(source: Path, participants: str | None = None) -> Listing:
         notes.append(f"participants: {len(lacking)} patients are not in the table: {', '.join(map(repr, lacking[:5]))}")
     if skipped:
         notes.append(f"not read:{_counted(skipped, ' ')}")
-    return Listing(rows, _of_scans(masks, rows, notes), known, notes)
+    return Listing(rows, _of_scans(source, masks, rows, notes), known, notes)
 
 
 def summary(listing: Listing, most: int | None = SHOWN) -> str:
@@ -89,9 +91,14 @@ def summary(listing: Listing, most: int | None = SHOWN) -> str:
 def _walk(source: Path) -> tuple[list[Path], list[Path], Counter]:
     """Paths of scans and of masks below a folder, and what else is there, counted by kind. Links are followed once."""
     scans, masks, skipped, seen = [], [], Counter(), set()
-    for top, folders, names in os.walk(source, followlinks=True):
+    bids = (source / "dataset_description.json").is_file()
+    for top, folders, names in os.walk(source, followlinks=True, onerror=_unreadable):
         here = Path(top)
         real = here.resolve()
+        for name in DERIVED if bids and here == source else ():
+            if name in folders:
+                folders.remove(name)
+                skipped[f"BIDS folder {name}"] += 1
         hidden = [f for f in folders if f.startswith(".") or f == "__MACOSX"]
         folders[:] = sorted(f for f in folders if f not in hidden) if real not in seen else []
         if real in seen:
@@ -102,18 +109,28 @@ def _walk(source: Path) -> tuple[list[Path], list[Path], Counter]:
         slices = dicom_files(here)
         whole = _multi_frame(slices)
         if len(slices) > len(whole):
-            (masks if MASK.search(here.name) else scans).append(here)
+            (masks if _of_masks(here.relative_to(source).parts) else scans).append(here)
         others = _newest([here / n for n in sorted(names) if here / n not in slices], skipped)
         for path in [*whole, *others]:
             if path.name.startswith("."):
                 skipped["hidden"] += 1
-            elif format_of(path) and path.is_file() and not MASK.search(_stem(path)):
+            elif not path.exists():
+                skipped["links to nothing"] += 1
+            elif format_of(path) and not _of_masks((*path.relative_to(source).parts[:-1], _stem(path))):
                 scans.append(path)
             elif format_of(path) or path.suffix.lower() == ".gobj":
                 masks.append(path)
             elif not re.fullmatch(TABLE.format("scans|participants|attributes"), path.name) or here != source:
                 skipped[path.suffix.lower() or path.name] += 1
     return sorted(scans), sorted(masks), +skipped
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be read ({error.strerror}); make it readable, or take it out")
+
+
+def _of_masks(parts: tuple[str, ...]) -> bool:
+    return any(MASK.search(part) for part in parts)
 
 
 def _multi_frame(slices: list[Path]) -> list[Path]:
@@ -164,18 +181,20 @@ def _from_paths(source: Path, scans: list[Path]) -> list[dict[str, str]]:
         parts = path.relative_to(source).parts[:-1]
         found[path] = identity.who((*parts, path.resolve().name if path == source else _stem(path)))
     identity.check_nesting(list(found.values()))
-    empty = dict.fromkeys(SCANS, "")
-    return [
-        empty
-        | dict(file=str(path.relative_to(source)), patient=one.patient, visit=one.visit or "1", side=one.side or "")
-        for path, one in found.items()
-    ]
+    rows = []
+    for path, one in found.items():
+        file = path.relative_to(source)
+        known = dict(file=str(file), patient=one.patient, visit=one.visit or "1", side=one.side or "")
+        rows.append(dict.fromkeys(SCANS, "") | known | {"site": identity.site_of(file.parts)})
+    return rows
 
 
 def _from_table(source: Path, table: Path, scans: list[Path], notes: list[str], say) -> list[dict[str, str]]:
     """The rows of scans.tsv with their files found and their values checked."""
     rows = read_user_table(table, SCANS, say)
-    missing = {"file", "patient"} - set(rows[0] if rows else {})
+    if not rows:
+        raise InputError(f"{table}: the table lists no scan; fill it, or take it out")
+    missing = {"file", "patient"} - set(rows[0])
     if missing:
         raise InputError(f"{table}: the column {sorted(missing)[0]!r} is missing; needed are file and patient")
     places = {_form(str(path.relative_to(source))): path for path in scans}
@@ -229,6 +248,7 @@ def _checked(table: Path, row: dict[str, str]) -> dict[str, str]:
             raise InputError(f"{table}: {key} {row[key]!r} of {row['file']}; accepted are {words} or none")
     visit = re.sub(r"^(\d+)\.0+$", r"\1", row["visit"])
     visit = visit or next((v for k, v in identity.ENTITY.findall(_stem(Path(row["file"]))) if k.lower() == "ses"), "1")
+    site = site or identity.site_of(Path(row["file"].replace("\\", "/")).parts)
     said = dict(grade=grade, side=identity.SIDES[side] or "", site=site, distal=distal)
     return row | said | {"patient": identity.normal(row["patient"]), "visit": visit}
 
@@ -244,24 +264,34 @@ def _people(source: Path, table: str | None, say) -> dict[str, dict[str, str]]:
     people: dict[str, dict[str, str]] = {}
     for row in rows:
         name = identity.normal(row["patient"])
-        sex, age = row.get("sex", ""), row.get("age", "").replace(",", ".")
-        if not name or name in people:
-            raise InputError(f"{path}: {'a row has no patient' if not name else f'patient {name!r} is there twice'}")
+        sex, age = row.get("sex", ""), row.get("age", "").replace(",", ".").removesuffix("+")  # 89+ of BIDS
+        if not name:
+            raise InputError(f"{path}: a row has no patient; every row needs one")
         if sex.lower() not in SEXES:
             raise InputError(f"{path}: sex {sex!r} of {name}; accepted are F, M or none")
         if age and not (re.fullmatch(r"\d+(\.\d+)?", age) and float(age) <= 120):
             raise InputError(f"{path}: age {age!r} of {name}; accepted are years from 0 to 120, or none")
-        people[name] = {k: v for k, v in (("sex", SEXES[sex.lower()]), ("age", age)) if k in row}
+        known = {k: v for k, v in (("sex", SEXES[sex.lower()]), ("age", age)) if k in row}
+        if people.setdefault(name, known) != known:
+            raise InputError(f"{path}: patient {name!r} is there twice, with other values; keep one row a patient")
     return people
 
 
-def _of_scans(masks: list[Path], rows: list[dict[str, str]], notes: list[str]) -> dict[str, list[Path]]:
-    """The masks of every scan: their names go on where that of the scan ends."""
-    stems = {_stem(Path(row["file"])): row["file"] for row in rows}
+def _of_scans(source: Path, masks: list[Path], rows: list[dict[str, str]], notes: list[str]) -> dict[str, list[Path]]:
+    """The masks of every scan: their names go on where that of the scan ends, in its folder or below.
+
+    Elsewhere, the name of the scan must hold the patient's: `scan_TRAB_MASK` is of no one.
+    """
+    scans = [(Path(row["file"]).parent, _stem(Path(row["file"])), row) for row in rows]
     found, stray = defaultdict(list), []
     for path in masks:
-        own = max((s for s in stems if re.match(re.escape(s) + r"[_\-. ]", _stem(path))), key=len, default=None)
-        (found[stems[own]] if own else stray).append(path)
+        here, name = path.relative_to(source).parent, _stem(path)
+        own = [(f, s, row) for f, s, row in scans if re.match(re.escape(s) + r"[_\-. ]", name)]
+        near = [(f, s, row) for f, s, row in own if here.is_relative_to(f)]
+        near = near or [(f, s, row) for f, s, row in own if identity.alike(row["patient"]) in identity.alike(s)]
+        best = max(((len(f.parts), len(s)) for f, s, _ in near), default=None)
+        files = [row["file"] for f, s, row in near if (len(f.parts), len(s)) == best]
+        (found[files[0]] if len(files) == 1 else stray).append(path)
     if stray:
         notes.append(f"masks of no scan, left out: {len(stray)}, such as {stray[0].name}")
     return dict(found)

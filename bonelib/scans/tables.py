@@ -42,6 +42,8 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
         raise InputError(f"{path}: not a readable table, as {says}") from None
     if "\0" in text:
         raise InputError(f"{path}: not a readable table, as it is no text; accepted are .tsv and .csv in UTF-8")
+    text = re.sub(r"\r\n?", "\n", text)
+    text = re.sub(r"\Asep=.\n", "", text)  # of spreadsheets
     first = next(iter(text.splitlines()), "")
     comma = next((c for c in "\t;," if c in first), "\t" if path.suffix == ".tsv" else ",")
     most = max((line.count(comma) for line in text.splitlines()), default=0) + 1

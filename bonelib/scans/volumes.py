@@ -25,8 +25,8 @@ class Volume:
     """A scan: `voxels` (z, y, x), `spacing` in mm (z, y, x), `unit`, and what else is known of it.
 
     `affine` (4, 4) takes the (x, y, z) file grid to mm in (right, anterior, superior), as in NIfTI. `calibration` is
-    of the scanner; `side` is left or right; `site` is the bone that the header names, `owner` a hash of the patient's
-    number there. Each is None where it is not known.
+    of the scanner; `side` is left or right; `site` is the bone that the header names, `owner` and `series` hashes of
+    the numbers of patient and series there. Each is None where it is not known.
     """
 
     voxels: np.ndarray
@@ -37,6 +37,7 @@ class Volume:
     side: str | None = None
     site: str | None = None
     owner: str | None = None
+    series: str | None = None
 
     def __post_init__(self):
         if self.voxels.ndim != 3:
@@ -77,11 +78,6 @@ def regrid(volume: Volume, voxels: np.ndarray, start: tuple[float, ...], step: i
     return replace(volume, voxels=voxels, spacing=spacing, affine=volume.affine @ moved)
 
 
-def is_scan(path: Path) -> bool:
-    """Whether `read_volume` takes it: a file by its name, a folder by the .dcm files in it."""
-    return format_of(path) is not None
-
-
 def read_volume(
     path: str | Path, *, unit: str | None = None, calibration: Calibration | None = None, fallback: bool = False
 ) -> Volume:
@@ -107,7 +103,7 @@ def read_volume(
     if found.calibration and calibration and calibration != found.calibration and not fallback:
         raise InputError(f"{path}: the header has a calibration of its own, but another one was given")
     known = (found.unit or unit, found.affine, found.calibration or calibration)
-    return Volume(found.voxels, found.spacing, *known, found.side, found.site, found.owner)
+    return Volume(found.voxels, found.spacing, *known, found.side, found.site, found.owner, found.series)
 
 
 def convert(volume: Volume, unit: str) -> Volume:
