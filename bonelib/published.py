@@ -19,9 +19,11 @@ from pathlib import Path
 import yaml
 
 from bonelib import InputError
+from bonelib.core.cli import command
+from bonelib.core.config import section
 from bonelib.core.files import digest
 from bonelib.latent.models import load_model
-from bonelib.params import Published, Train, section
+from bonelib.training.config import Published, Train
 
 LARGEST = 16_000_000  # bytes of a file
 FILES = {"config.json", "curves.csv", "candidates.csv", "record.json", "superres-record.json"} | {
@@ -161,19 +163,15 @@ def _name_in_params(path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def main() -> int:
+@command
+def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("folder", type=Path)
     cli.add_argument("name", help="of the model, as in `models` of params.yaml")
     cli.add_argument("--audit", type=Path, required=True, help="metrics/S5_privacy.json of these weights")
     args = cli.parse_args()
-    try:
-        found = publish(args.folder, args.name, args.audit)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    found = publish(args.folder, args.name, args.audit)
     print(f"{args.folder} is published as {args.name}, {found}; commit dvc-store/, published/ and params.yaml")
-    return 0
 
 
 if __name__ == "__main__":

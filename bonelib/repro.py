@@ -17,8 +17,9 @@ import yaml
 from bonelib import InputError
 from bonelib.core.config import section
 from bonelib.core.parallel import THREAD_SETTINGS, cores, die_with_parent
-from bonelib.params import Cohort, check_file
+from bonelib.params import check_file
 from bonelib.scans.cohort import check_own_scans
+from bonelib.scans.config import Cohort
 
 REPRO = ("dvc", "--wait-for-lock", "repro")
 CHILD = {"preexec_fn": die_with_parent} if sys.platform == "linux" else {}  # Windows has no such option

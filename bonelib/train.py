@@ -9,35 +9,31 @@ import os
 import sys
 from pathlib import Path
 
-from bonelib import InputError, nb
+from bonelib import nb
+from bonelib.core.cli import command
+from bonelib.core.config import section
 from bonelib.core.parallel import die_with_run, keep_freed_memory
 
 
-def main() -> int:
+@command
+def main() -> None:
     die_with_run()
     keep_freed_memory()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     from bonelib import published
-    from bonelib.params import Train, section
     from bonelib.scans.dataset import load_stacks
+    from bonelib.training.config import Train
     from bonelib.training.loop import train
 
     stage, out = sys.argv[1:]
     model = stage.partition("@")[2]
-    folder, state = Path(out) / "training" / model, nb.state_dir(stage, out)
-    try:
-        values = nb.stage_params(stage)
-        given = values["train"][model]
-        data = load_stacks(f"{out}/stacks", f"{out}/grading/grades.csv")
-        if "published" in given:
-            published.fetch(model, given, folder, data.meta)
-        else:
-            how = section(Train, given, f"train.{model}")
-            train(how, data, folder, state=state, seed=values["seed"], superres=f"{out}/superres")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    folder, values = Path(out) / "training" / model, nb.stage_params(stage)
+    given, data = values["train"][model], load_stacks(f"{out}/stacks", f"{out}/grading/grades.csv")
+    if "published" in given:
+        published.fetch(model, given, folder, data.meta)
+    else:
+        where = dict(state=nb.state_dir(stage, out), seed=values["seed"], superres=f"{out}/superres")
+        train(section(Train, given, f"train.{model}"), data, folder, **where)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bonelib.core.pyramid import downsample
-from bonelib.core.random import drawn, torch_rng
+from bonelib.core.random import sample_per_rank, torch_rng
 
 GRID, SPACING = (4, 36, 28), 0.9712  # voxels (z, y, x) and mm, as the laptop profile's generators draw
 INTENSITY = (-500.0, 1500.0)  # mg HA/cm3 at 0 and at 1
@@ -50,7 +50,7 @@ class Oracle(nn.Module):
         self.register_buffer("M", (left * self.singular) @ right.T)
 
     def sample_latent(self, n: int, rng) -> Tensor:
-        return drawn(torch.randn, n, self.latent, rng=rng)
+        return sample_per_rank(torch.randn, n, self.latent, rng=rng)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         return latent if truncation is None else truncation * latent
@@ -77,7 +77,7 @@ class Oracle(nn.Module):
     def synthesize(self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise=None) -> Tensor:
         volumes = render(**{name.replace(".", "_"): value for name, value in self.attributes(styles).items()})
         if noise is not None and self.noise_scale:
-            volumes = volumes + self.noise_scale * drawn(torch.randn, *volumes.shape, rng=noise).to(volumes)
+            volumes = volumes + self.noise_scale * sample_per_rank(torch.randn, *volumes.shape, rng=noise).to(volumes)
         for _ in range(self.stages - (self.stages if stage is None else stage)):
             volumes = downsample(volumes)
         return volumes

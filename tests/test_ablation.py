@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from bonelib import InputError
-from bonelib.params import Trials, changed, section
+from bonelib.core.config import section
 from bonelib.scans.dataset import Stacks
 from bonelib.studies import ablation as ablation
+from bonelib.studies.config import Trials, changed
 
 BASE = dict(
     generator=dict(kind="progan", widths=[4, 4], latent=8, base_convs=1),

@@ -26,12 +26,12 @@ import torch
 from bonelib.evaluation.features import random3d
 from bonelib.latent.models import Model
 from bonelib.networks import build_generator
-from bonelib.params import Generator
+from bonelib.networks.config import ProGANConfig
 from bonelib.views import explorer, scenes
 import numpy as np
 torch.manual_seed(0)
 data = dict(intensity=[-500.0, 1500.0], spacing_mm=[0.5, 0.5, 0.5], unit="mgHA", stack_slices=8)
-how = Generator(kind="progan", widths=(8, 8, 8, 8), latent=16, noise=0.5)
+how = ProGANConfig(widths=(8, 8, 8, 8), latent=16, noise=0.5)
 model = Model(build_generator(how).requires_grad_(False), None, {"data": data})
 rng = np.random.default_rng(0)
 features = np.concatenate([random3d(rng.random((1, 4, 36, 28), np.float32)) for _ in range(8)])

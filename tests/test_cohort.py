@@ -12,9 +12,9 @@ import pytest
 
 from bonelib import InputError
 from bonelib.evaluation import cohort_morphometry as attributes
-from bonelib.params import Preprocess
 from bonelib.scans import cohort, identity, plausibility
 from bonelib.scans.cohort import import_scans
+from bonelib.scans.config import Preprocess
 from bonelib.scans.dataset import load_stacks
 from bonelib.scans.listing import listed, summary
 from bonelib.scans.preprocessing import place, preprocess, preprocess_cohort

@@ -6,12 +6,14 @@ import pytest
 import torch
 import yaml
 
-from bonelib.params import CriticNet, Generator, Train, section
+from bonelib.core.config import section
+from bonelib.networks.config import CriticNet, ProGANConfig, StyleGANConfig
 from bonelib.studies import cost, published_sizes
+from bonelib.training.config import Train
 
 CRITIC = CriticNet(widths=[8, 8, 8], convs=2)
-PROGAN = Generator(kind="progan", widths=[8, 8, 8], latent=8, noise=0.5)
-STYLEGAN = Generator(kind="stylegan", widths=[8, 8, 8], latent=8, style=8, noise=0.5)
+PROGAN = ProGANConfig(widths=[8, 8, 8], latent=8, noise=0.5)
+STYLEGAN = StyleGANConfig(widths=[8, 8, 8], latent=8, style=8, noise=0.5)
 
 
 def test_precisions_take_turns_and_do_the_same_work():

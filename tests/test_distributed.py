@@ -17,10 +17,12 @@ import yaml
 from safetensors.torch import load_file
 
 from bonelib import InputError
+from bonelib.core.config import section
 from bonelib.networks import build_critic
-from bonelib.params import CriticNet, Train, section
+from bonelib.networks.config import CriticNet
 from bonelib.scans.dataset import load_stacks
 from bonelib.training import checkpoint, distributed, loop, losses, run
+from bonelib.training.config import Train
 
 PROGAN = dict(
     generator=dict(kind="progan", widths=[4, 4, 4], latent=8, noise=0.5),
@@ -166,19 +168,19 @@ def same_model(a, b, within=2e-4):  # what rounding of float32 may grow to; a mi
 
 def watch(rank, folder):
     """Keep the checksums of a rank's weights, and let no other rank than 0 write, lock or say anything."""
-    check = distributed.same_everywhere
+    check = distributed.assert_replicas_equal
 
     def kept(parameters, ranks, update):
         with open(folder / f"sums-{rank}", "a") as file:
             file.write(f"{update} {distributed.checksum(parameters).item()}\n")
         check(parameters, ranks, update)
 
-    distributed.same_everywhere = kept
+    distributed.assert_replicas_equal = kept
     if rank:
         for name in ("write_whole", "save_state", "locked"):
             setattr(checkpoint, name, None)
         loop.write_model = loop.print = None
-    loop.SAVE_EVERY_S = loop.SAY_EVERY_S = 0.0
+    run.SAVE_EVERY_S = run.SAY_EVERY_S = 0.0
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -227,7 +229,7 @@ def test_a_rank_that_drifts_by_one_bit_ends_the_training_and_names_the_update(pl
 
 
 def kill_rank_1(rank):
-    loop.SAVE_EVERY_S = 0.0
+    run.SAVE_EVERY_S = 0.0
     if rank == 1:
         at_generator_update(4, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -249,7 +251,7 @@ def test_two_processes_go_on_from_the_state_of_one(place, tmp_path, monkeypatch)
         if meta["steps"] == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(checkpoint, "save_state", dying)
     with pytest.raises(KeyboardInterrupt):
         train_alone(place, tmp_path, "progan")
@@ -312,7 +314,7 @@ def spoil_high_rates(rank, size):
         steps = int(adam.state[adam.param_groups[0]["params"][0]]["step"]) if bad else 0
         return step(adam, loss * float("nan") if steps >= 4 else loss, clip, ranks)
 
-    run.update, run.MAX_LEFT_OUT, loop.MAX_IN_A_ROW, loop.MARKS = spoiled, 1.0, 1, 3
+    run.update, run.MAX_LEFT_OUT, run.MAX_IN_A_ROW, loop.ROLLBACK_POINTS = spoiled, 1.0, 1, 3
 
 
 def test_all_ranks_go_back_together_when_one_diverges(place, tmp_path):
@@ -342,7 +344,7 @@ def gradient(critic):
 
 
 def penalised(rank, folder):
-    with distributed.joined(TIMEOUT_S) as ranks:
+    with distributed.process_group(TIMEOUT_S) as ranks:
         critic, real, fake = critic_and_volumes()
         send_back(critic, real[ranks.rank :: ranks.size], fake[ranks.rank :: ranks.size])
         local = gradient(critic).clone()
@@ -375,10 +377,10 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
         monkeypatch.delenv(key, raising=False)
     for key, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
         monkeypatch.setenv(key, str(value))
-    with pytest.raises(InputError, match="did not find each other.*MASTER_ADDR"), distributed.joined(1):
+    with pytest.raises(InputError, match="did not find each other.*MASTER_ADDR"), distributed.process_group(1):
         pass
     monkeypatch.delenv("RANK")
-    with pytest.raises(InputError, match="did not find each other.*RANK"), distributed.joined(1):
+    with pytest.raises(InputError, match="did not find each other.*RANK"), distributed.process_group(1):
         pass
 
 

@@ -9,6 +9,7 @@ from bonelib.core.random import torch_rng
 from bonelib.evaluation import differentiable as gauge
 from bonelib.latent import attribute_model as editing
 from bonelib.latent import sefa
+from bonelib.latent import target_optimisation as optimisation
 from tests.oracle import GRID, INTENSITY, SPACING, TRAITS, Oracle, render
 
 NAMES = ("Tt.Ar", "Tb.BMD", "Ct.BMD", "Ct.Th")
@@ -74,14 +75,14 @@ def test_a_bone_is_drawn_to_measure_and_keeps_the_rest(tool, layers):
     code = code[:, None].expand(-1, 3, -1) if layers else code
     before = tool.read(code)[0]
     wanted = float(tool.low[1] + 0.8 * tool.span[1])
-    moved, measured = editing.move(tool, code, {"Tb.BMD": wanted})
+    moved, measured = optimisation.move(tool, code, {"Tb.BMD": wanted})
     after = tool.read(moved)[0]
     assert moved.shape == code.shape and abs(measured["Tb.BMD"] - wanted) < 0.01 * tool.span[1]
     assert torch.allclose(after, torch.tensor([measured[name] for name in NAMES]), rtol=1e-4)
     assert ((after - before).abs() / tool.span)[[0, 2, 3]].max() < 0.011
     if layers:
         assert torch.allclose(moved - code, (moved - code)[:, :1].expand_as(code))  # one shift for all styles
-    free, _ = editing.move(tool, code, {"Tb.BMD": wanted}, hold=False)
+    free, _ = optimisation.move(tool, code, {"Tb.BMD": wanted}, hold=False)
     assert (free - code).norm() < (moved - code).norm()
 
 
@@ -90,10 +91,10 @@ def test_codes_walk_together_as_they_do_alone(tool):
     targets = tool.read(codes)
     targets[:, 1] = tool.low[1] + torch.tensor([0.1, 0.5, 0.9, 1.5, 40]) * tool.span[1]  # the last ones cannot be met
     targets[1, 2] = torch.nan
-    together = editing.optimise_to_target(tool, codes, targets, seeds=range(5))
-    assert (together.error[:2] <= editing.TOLERANCE).all() and together.error[-1] > 0.1
+    together = optimisation.optimise_to_target(tool, codes, targets, seeds=range(5))
+    assert (together.error[:2] <= optimisation.TOLERANCE).all() and together.error[-1] > 0.1
     for i in range(5):
-        alone = editing.optimise_to_target(tool, codes[i : i + 1], targets[i : i + 1], seeds=[i])
+        alone = optimisation.optimise_to_target(tool, codes[i : i + 1], targets[i : i + 1], seeds=[i])
         for ours, theirs in zip(together, alone, strict=True):
             assert torch.allclose(ours[i : i + 1].float(), theirs.float(), rtol=1e-3, atol=1e-3)
 
@@ -116,11 +117,11 @@ def test_a_walk_goes_round_what_cannot_be_read(tool):
         return torch.cat([read(codes), margin(codes)[:, None]], 1)
 
     blind = tool._replace(read=read)
-    straight = editing.optimise_to_target(blind, code, wanted[None], starts=1, steps=6)
-    warned = editing.optimise_to_target(
+    straight = optimisation.optimise_to_target(blind, code, wanted[None], starts=1, steps=6)
+    warned = optimisation.optimise_to_target(
         blind._replace(read_with_margin=read_with_margin), code, wanted[None], starts=1, steps=6
     )
-    assert straight.error > 0.1 and warned.error <= editing.TOLERANCE
+    assert straight.error > 0.1 and warned.error <= optimisation.TOLERANCE
     assert float(margin(warned.codes)) >= 0 and float(warned.codes @ free) < -0.5
 
 
@@ -149,18 +150,18 @@ def test_what_cannot_be_drawn_is_refused(tool):
     code = torch.zeros(1, 12)
     for target in (2 * float(tool.high[1]), float(tool.low[1]) / 2):
         with pytest.raises(InputError, match=r"Tb.BMD .* outside of the calibrated range"):
-            editing.move(tool, code, {"Tb.BMD": target})
+            optimisation.move(tool, code, {"Tb.BMD": target})
     with pytest.raises(InputError, match="'Tb.Sp' cannot be asked for"):
-        editing.move(tool, code, {"Tb.Sp": 1.0})
+        optimisation.move(tool, code, {"Tb.Sp": 1.0})
     narrow = tool._replace(max_latent_norm=0.2)
     with pytest.raises(InputError, match="no plausible bone near this one"):
-        editing.move(narrow, code, {"Tb.BMD": float(tool.high[1])})
+        optimisation.move(narrow, code, {"Tb.BMD": float(tool.high[1])})
     alone = tool._replace(max_mahalanobis=0.1)
     with pytest.raises(InputError, match="goes with no bone"):
-        editing.move(alone, code, {"Tb.BMD": float(tool.high[1])})
+        optimisation.move(alone, code, {"Tb.BMD": float(tool.high[1])})
     nothing = tool._replace(read=lambda codes: torch.full((len(codes), 4), torch.nan))
     with pytest.raises(InputError, match="no closed cortex"):
-        editing.move(nothing, code, {"Tb.BMD": float(tool.high[1])})
+        optimisation.move(nothing, code, {"Tb.BMD": float(tool.high[1])})
 
 
 def traits(n, seed=0, **fixed):
@@ -245,7 +246,7 @@ def test_where_bones_are_all_the_same_or_few_there_is_no_range():
         made, codes, _ = editing.calibrate(read, NAMES, oracle, seed=1, samples=40)
         assert not made.calibrated
         with pytest.raises(InputError, match="nothing can be asked for"):
-            editing.move(made, codes[:1], {"Tb.BMD": 100.0})
+            optimisation.move(made, codes[:1], {"Tb.BMD": 100.0})
 
 
 def test_a_gauge_refuses_what_it_cannot_read():
@@ -263,7 +264,7 @@ def test_an_instrument_is_written_and_opened(tmp_path):
     table = torch.stack([known[name.replace(".", "_")] for name in gauge.FITTED], 1).numpy()
     fitted = gauge.fit(gauge.features(density(known), [SPACING] * 3), table)
     data = dict(intensity=INTENSITY, spacing_mm=[SPACING] * 3)
-    read = editing.reader(oracle, fitted, data)
+    read = editing.readers(oracle, fitted, data)[0]
     made, codes, found = editing.calibrate(read, gauge.ATTRIBUTES, oracle, seed=1, samples=40)
     editing.save_attribute_model(made, fitted, tmp_path / "instrument.safetensors")
     again = editing.load_attribute_model(tmp_path / "instrument.safetensors", oracle, data)

@@ -9,6 +9,7 @@ from bonelib.core.random import torch_rng
 from bonelib.latent import atlas, directions, effects
 from bonelib.latent import attribute_model as editing
 from bonelib.latent import target_search as asking
+from bonelib.latent.target_optimisation import move
 from bonelib.scans.volumes import Volume
 from tests.oracle import TRAITS, Oracle
 
@@ -153,7 +154,7 @@ def test_where_nothing_can_be_read_nothing_is_asked_and_all_is_said():
     tool, samples, found = editing.calibrate(blind, NAMES, ORACLE, seed=1, samples=40)
     assert not tool.calibrated and found.isnan().all()
     with pytest.raises(InputError, match="nothing can be asked for"):
-        editing.move(tool, samples[:1], {"Tb.BMD": 150})
+        move(tool, samples[:1], {"Tb.BMD": 150})
     straight, scores = directions.ridges(samples[:0], found[:0], NAMES)
     assert straight == {} and all(np.isnan(row["R2, left out"]) for row in scores)
     assert directions.compare_linear_nonlinear(

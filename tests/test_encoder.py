@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator
+from bonelib.networks.config import CriticNet, ProGANConfig, StyleGANConfig
 from bonelib.networks.encoder import (
     Encoder,
     LatentDiscriminator,
@@ -15,11 +16,10 @@ from bonelib.networks.encoder import (
     trunk,
 )
 from bonelib.networks.superres import Cascaded, SuperResolution
-from bonelib.params import CriticNet, Generator
 
 SMALL = {
-    "progan": Generator(kind="progan", widths=(8, 6, 4), latent=16, padding="replicate", base_convs=1),
-    "stylegan": Generator(kind="stylegan", widths=(8, 6, 4), latent=16, style=12, base_convs=1),
+    "progan": ProGANConfig(widths=(8, 6, 4), latent=16, padding="replicate", base_convs=1),
+    "stylegan": StyleGANConfig(widths=(8, 6, 4), latent=16, style=12, base_convs=1),
 }
 
 

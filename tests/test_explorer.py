@@ -16,7 +16,7 @@ from bonelib.evaluation.features import random3d
 from bonelib.latent import sampling
 from bonelib.latent.models import Model, draw
 from bonelib.networks import build_generator
-from bonelib.params import Generator
+from bonelib.networks.config import ProGANConfig, StyleGANConfig
 from bonelib.scans.volumes import Volume, read_volume
 from bonelib.views import bone3d, explorer, form, scenes
 
@@ -26,8 +26,8 @@ DATA = dict(intensity=[-500.0, 1500.0], spacing_mm=[0.9, 0.8, 0.8], unit="mgHA",
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
-    progan = Generator(kind="progan", widths=(8, 8, 8, 8), latent=16, noise=0.5)
-    stylegan = Generator(kind="stylegan", widths=(8, 8, 8, 8), latent=16, style=16, noise=0.1)
+    progan = ProGANConfig(widths=(8, 8, 8, 8), latent=16, noise=0.5)
+    stylegan = StyleGANConfig(widths=(8, 8, 8, 8), latent=16, style=16, noise=0.1)
     made = {
         kind.kind: Model(build_generator(kind).requires_grad_(False), None, {"data": DATA})
         for kind in (progan, stylegan)

@@ -8,12 +8,12 @@ import torch
 
 from bonelib import InputError
 from bonelib.networks.resnet import PlainConv, ResNet
-from bonelib.params import Grading
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.tables import read_table
 from bonelib.studies.motion_grading import confusion, noise_level, noise_scores, scores
 from bonelib.training import grading
-from bonelib.training.grading import above, load_grader, patient_folds, scans_of, train_grader
+from bonelib.training.config import Grading
+from bonelib.training.grading import exceedance_probabilities, load_grader, patient_folds, scans_of, train_grader
 
 SMALL = Grading(widths=(8, 8), blocks=(1, 1), folds=2, depth=4, samples=600, batch=10, rate=8e-3, draws=50)
 
@@ -71,7 +71,7 @@ def test_the_model_folder_grades_as_the_trainer_did(trained):
     folder, data, rows, _ = trained
     net, config = load_grader(folder / "out")
     assert config["scans"] == 18 and config["patients"] == 10
-    expected = 1 + above(net, data.volumes[3], SMALL.depth).sum().item()
+    expected = 1 + exceedance_probabilities(net, data.volumes[3], SMALL.depth).sum().item()
     assert expected == pytest.approx(float(rows[3]["predicted"]), abs=1e-3)
     with pytest.raises(InputError, match="grader.safetensors: no such file"):
         load_grader(folder)

@@ -8,7 +8,8 @@ from oracle import INTENSITY, TRAITS, Oracle
 from bonelib import InputError
 from bonelib.core.random import torch_rng
 from bonelib.latent import mixing as mx
-from bonelib.params import Preprocess
+from bonelib.latent.codes import choose_pairs
+from bonelib.scans.config import Preprocess
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +83,10 @@ def test_injecting_a_contrast_has_its_cliff_behind_the_style_that_carries_it(ora
 
 def test_sources_are_low_and_targets_high():
     values, patients = [1.0, 2, 3, 4, np.nan, 9], list("abcdef")
-    pairs = mx.opposite_pairs(values, patients, 0.4, 99, np.random.default_rng(1))
+    pairs = choose_pairs(values, patients, 0.4, 99, np.random.default_rng(1), opposite=True)
     assert sorted(pairs) == [(0, 3), (0, 5), (1, 3), (1, 5)]
     with pytest.raises(InputError, match="of two patients"):
-        mx.opposite_pairs([1.0, 1.0], "ab", 0.5, 3, np.random.default_rng(1))
+        choose_pairs([1.0, 1.0], "ab", 0.5, 3, np.random.default_rng(1), opposite=True)
 
 
 def test_twins_are_one_bone_with_less_mineral():

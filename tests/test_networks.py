@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from bonelib.core.config import section
 from bonelib.core.pyramid import downsample, haar, unhaar, upsample
 from bonelib.core.random import torch_rng
 from bonelib.networks import build_generator
@@ -14,7 +15,7 @@ from bonelib.networks.critic import Critic
 from bonelib.networks.layers import AddNoise, Conv, PixelNorm
 from bonelib.networks.progan import ProGAN
 from bonelib.networks.stylegan import StyleGAN
-from bonelib.params import Train, section
+from bonelib.training.config import Train
 
 SMALL = dict(widths=(8, 8, 6, 4), latent=16)
 

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from bonelib import InputError
-from bonelib.core.config import fingerprint
-from bonelib.params import Train, check_file, section
+from bonelib.core.config import fingerprint, section
+from bonelib.params import check_file
+from bonelib.training.config import Train
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,11 @@ import torch
 import yaml
 
 from bonelib import InputError, published
+from bonelib.core.config import section
 from bonelib.networks import build_critic, build_generator
-from bonelib.params import Train, check_file, section
+from bonelib.params import check_file
 from bonelib.training import checkpoint, loop
+from bonelib.training.config import Train
 
 ROOT = Path(__file__).parents[1]
 HOW = dict(

@@ -153,9 +153,8 @@ def test_as_many_patients_as_there_are_come_before_a_second_sample_of_one():
     assert len(iq.over_patients(patients, 99, 1)) == 11
 
 
-def test_settings_of_a_kind_and_flat_names():
+def test_names_of_settings():
     assert sampling.setting("progan", 5.0) == "progan 5" and sampling.setting("stylegan", 0.8) == "stylegan 0.8"
-    assert sampling.of_kind({"progan": 5}, "progan-c12") == 5 and sampling.of_kind({"progan": 5}, "stylegan") is None
 
 
 def test_markdown_has_a_line_a_row():

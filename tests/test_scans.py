@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bonelib import InputError
-from bonelib.params import Preprocess
 from bonelib.scans import preprocessing as pre
 from bonelib.scans.cohort import import_scans
+from bonelib.scans.config import Preprocess
 from bonelib.scans.dataset import load_stacks
 from bonelib.scans.tables import read_table, write_table
 from bonelib.scans.volumes import Volume, read_volume, regrid, write_volume
@@ -257,7 +257,7 @@ def test_a_full_size_scan_is_preprocessed_in_little_memory():
     code = """
 import resource
 import numpy as np
-from bonelib.params import Preprocess
+from bonelib.scans.config import Preprocess
 from bonelib.scans.preprocessing import preprocess
 from bonelib.scans.volumes import Volume
 how = Preprocess(shape=(168, 576, 448), subsample=2, dct_clip=1000, stack_slices=32, stacks_per_scan=4,

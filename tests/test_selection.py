@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from bonelib import InputError
+from bonelib.core.config import section
 from bonelib.networks import build_critic, build_generator
-from bonelib.params import Train, section
 from bonelib.scans.dataset import Stacks, set_apart
 from bonelib.studies import selection
 from bonelib.training import checkpoint, loop
+from bonelib.training.config import Train
 
 HOW = dict(
     generator=dict(kind="progan", widths=[4, 4], latent=8, noise=0.5),

@@ -8,14 +8,16 @@ import torch
 from safetensors.torch import load_file
 
 from bonelib import InputError
+from bonelib.core.config import section
 from bonelib.latent.models import draw, enlarge, growth_strip, load_model, load_superres
+from bonelib.networks.config import SuperRes
 from bonelib.networks.progan import ProGAN
 from bonelib.networks.superres import Cascaded, SuperResolution, TexturePrior, quartered
-from bonelib.params import SuperRes, Train, section
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.scans.volumes import Volume
 from bonelib.studies import superres_check
 from bonelib.training import losses, run, superres, texture_reader
+from bonelib.training.config import Train
 from bonelib.training.loop import train
 
 SMALL = dict(samples=16, window=[2, 4, 4], width=8, depth=1, fine_width=8, fine_depth=1, critic=[8, 8], batch=4, ema=1)
@@ -28,6 +30,10 @@ def quiet(*_, **__):
 
 @pytest.fixture
 def stacks():
+    return random_scans()
+
+
+def random_scans():
     rng = np.random.default_rng(0)
     rows = [
         dict(scan=f"s{i}", patient=f"p{i}", split="train" if i < 4 else "held-out", volume=i, start=0) for i in range(6)

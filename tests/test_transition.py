@@ -10,6 +10,8 @@ from bonelib.core.random import torch_rng
 from bonelib.evaluation.compartments import overlap, read
 from bonelib.latent import attribute_model as editing
 from bonelib.latent import transition as tr
+from bonelib.latent.codes import choose_pairs
+from bonelib.latent.target_optimisation import TOLERANCE
 from bonelib.scans.volumes import Volume
 
 
@@ -98,11 +100,11 @@ def test_beyond_the_ends():
 def test_pairs_are_low_and_of_two_patients():
     values = np.array([5.0, 1, 2, np.nan, 1.5, 9, 8, 7])
     patients = list("aabcdefg")
-    pairs = tr.low_pairs(values, patients, 0.4, 10, np.random.default_rng(1))
+    pairs = choose_pairs(values, patients, 0.4, 10, np.random.default_rng(1))
     assert {frozenset(p) for p in pairs} == {frozenset(p) for p in ((1, 2), (1, 4), (2, 4))}
-    assert len(tr.low_pairs(values, patients, 0.4, 2, np.random.default_rng(1))) == 2
-    with pytest.raises(InputError, match="no two patients"):
-        tr.low_pairs(values[:2], "aa", 1, 3, np.random.default_rng(1))
+    assert len(choose_pairs(values, patients, 0.4, 2, np.random.default_rng(1))) == 2
+    with pytest.raises(InputError, match="no two low ones of two patients"):
+        choose_pairs(values[:2], "aa", 1, 3, np.random.default_rng(1))
 
 
 def test_staying_is_counted_by_path_and_resampled_by_patient():
@@ -164,7 +166,7 @@ def test_a_path_is_held_to_its_ends(layers):
     found = tr.density_constrained_path(tool, paths, weights, "Tb.BMD")
     values = torch.stack([read(path)[:, 1] for path in found])
     straight = torch.stack([tr.line(*row[[0, -1]], weights) for row in values])
-    assert ((values - straight).abs() <= editing.TOLERANCE * tool.span[1]).all()
+    assert ((values - straight).abs() <= TOLERANCE * tool.span[1]).all()
     assert torch.equal(found[:, [0, -1]], paths[:, [0, -1]]) and not torch.equal(found, paths)
 
     def blind(codes):  # the first path ends at a bone that cannot be read

@@ -9,9 +9,10 @@ from bonelib import InputError
 from bonelib.core.random import torch_rng
 from bonelib.latent import inversion
 from bonelib.latent import refinement as tuning
+from bonelib.latent.config import Refinement, RefinementGrid
 from bonelib.latent.models import Model
 from bonelib.networks import build_critic
-from bonelib.params import CriticNet, Refinement, RefinementGrid
+from bonelib.networks.config import CriticNet
 
 
 @pytest.fixture(scope="module")

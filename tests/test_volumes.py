@@ -13,9 +13,10 @@ import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
 from bonelib import InputError
-from bonelib.params import Cohort, section
+from bonelib.core.config import section
 from bonelib.scans import formats
 from bonelib.scans.cohort import import_scans
+from bonelib.scans.config import Cohort
 from bonelib.scans.tables import read_table, write_table
 from bonelib.scans.volumes import (
     Calibration,

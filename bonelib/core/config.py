@@ -3,9 +3,12 @@
 import difflib
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from bonelib import InputError
 
@@ -15,12 +18,21 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Voxel = Annotated[float, Field(ge=0.03, le=0.5)]
 Shape = tuple[Count, Count, Count]
+_NO_KIND = FieldInfo()
 
 
 class Section(BaseModel):
     """A section of params.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def read_params(path: str | Path = "params.yaml") -> dict[str, Any]:
+    """The values of a params.yaml, not checked. Raises `InputError` for a file that is not readable as YAML."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
 
 
 def section(kind: type[Section], values: dict[str, Any], name: str, file: str = "params.yaml") -> Any:
@@ -32,23 +44,24 @@ def section(kind: type[Section], values: dict[str, Any], name: str, file: str = 
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        # A part with a blank says which class of a union was meant, and is no key
-        loc = [str(part) for part in first["loc"] if not str(part).startswith(" ")]
-        key = ".".join([name, *loc] if name else loc)
+        found, kinds, path = values, [kind], []
+        for place, part in enumerate(first["loc"], 1):
+            missing = first["type"] == "missing" and place == len(first["loc"])
+            if isinstance(found, dict) and part not in found and not missing:
+                # No key, but the tag of one class of a union
+                kinds = [k for k in kinds if k.model_fields.get("kind", _NO_KIND).default == part] or kinds
+                continue
+            path.append(str(part))
+            found = found.get(part) if isinstance(found, dict) else found[part] if isinstance(part, int) else None
+            known = [k for k in kinds if part in k.model_fields]
+            last, kinds = kinds, [s for k in known for s in _sections(k.model_fields[part].annotation)] or kinds
+        key = ".".join([name, *path] if name else path)
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(loc[-1], _known_keys(kind, loc[:-1]), 1, 0)
+            near = difflib.get_close_matches(path[-1], [key for k in last for key in k.model_fields], 1, 0)
             raise InputError(f"{file}: unknown key {key}; did you mean {near[0]!r}?") from None
         says = first["msg"].removeprefix("Value error, ")
-        found = f" (found {first['input']!r:.80})" if loc else ""
+        found = f" (found {first['input']!r:.80})" if path else ""
         raise InputError(f"{file}: {f'{key}: ' if key else ''}{says}{found}") from None
-
-
-def _known_keys(kind: type[Section], path: list[str]) -> list[str]:
-    kinds = [kind]
-    for part in path:  # a part that is no field is a key of a dictionary of sections
-        inner = [s for k in kinds if part in k.model_fields for s in _sections(k.model_fields[part].annotation)]
-        kinds = inner or kinds
-    return [key for k in kinds for key in k.model_fields]
 
 
 def _sections(annotation: Any) -> list[type[Section]]:

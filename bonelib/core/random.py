@@ -23,7 +23,7 @@ def torch_rng(seed: int, purpose: str, *index: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(_key(seed, purpose, *index)[:8], "little") >> 1)
 
 
-class Part(NamedTuple):
+class RankShard(NamedTuple):
     """What `rng` draws for a batch that is divided among `size` processes: sample i belongs to number i mod `size`."""
 
     rng: torch.Generator
@@ -31,10 +31,13 @@ class Part(NamedTuple):
     size: int
 
 
-def drawn(draw: Callable[..., Tensor], n: int, *shape: int, rng: torch.Generator | Part) -> Tensor:
+Rng = torch.Generator | RankShard
+
+
+def sample_per_rank(draw: Callable[..., Tensor], n: int, *shape: int, rng: Rng) -> Tensor:
     """Random numbers (n, *shape) for `n` samples by `draw`, torch.randn or torch.rand.
 
-    Of a `Part` they are drawn for the samples of all processes and cut, so that a sample's numbers are the same
+    Of a `RankShard` they are drawn for the samples of all processes and cut, so that a sample's numbers are the same
     whatever the number of processes.
     """
     if isinstance(rng, torch.Generator):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -47,6 +48,32 @@ def mean_code(model: Model) -> Tensor:
     generator = model.generator
     place = next(generator.parameters(), torch.zeros(1)).device
     return generator.to_styles(generator.sample_latent(1, torch_rng(0, "any code")).to(place), 0.0)[0].detach()
+
+
+def choose_pairs(
+    values, patients, share: float, count: int, rng: np.random.Generator, *, opposite: bool = False
+) -> list[tuple[int, int]]:
+    """`count` pairs (all, if there are fewer) of codes of two patients, in random order.
+
+    `values` (n,) is an attribute of every code, NaN where it is not known. Both codes are among the lowest `share` of
+    it; `opposite`: the first among the lowest, and the second among the highest. Raises `InputError` if there are none.
+    """
+    values = np.asarray(values, float)
+    known = np.flatnonzero(np.isfinite(values))
+    least, most = np.quantile(values[known], [share, 1 - share]) if len(known) else (np.nan, np.nan)
+    low = known[values[known] <= least]
+    others = known[values[known] >= most] if opposite else low
+    pairs = [
+        (int(i), int(j))
+        for i in low
+        for j in others
+        if patients[i] != patients[j] and (values[i] < values[j] if opposite else i < j)
+    ]
+    if not pairs:
+        wanted = "low and high one" if opposite else "two low ones"
+        raise InputError(f"{len(known)} known values hold no {wanted} of two patients; take more codes")
+    pairs = [pairs[k] for k in rng.permutation(len(pairs))[:count]]
+    return pairs if opposite else [pair if rng.random() < 0.5 else pair[::-1] for pair in pairs]
 
 
 def scan_of(data: Stacks, row: dict) -> Volume:

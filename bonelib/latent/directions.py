@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from bonelib import InputError
@@ -105,7 +104,7 @@ def accuracy(odds: Tensor, labels: Tensor) -> float:
     return float(((odds > 0) == labels.bool()).float().mean())
 
 
-class Trained(NamedTuple):
+class _Trained(NamedTuple):
     """A network and the score it was chosen by on left-out codes: accuracy of a classifier, R2 of a reverse model."""
 
     network: nn.Module
@@ -114,7 +113,7 @@ class Trained(NamedTuple):
     rate: float
 
 
-def perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
+def _perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
     """Dense layers of these sizes, with a smooth rectifier between them.
 
     Behind leaky rectifiers, as in Fetty et al.'s encoder, decision surfaces are made of planes: their curvature would
@@ -130,7 +129,7 @@ def perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
 
 def search(
     inputs: Tensor, outputs: Tensor, left_out: Tensor, *, seed: int, tries: int, epochs: int, least: int = 1
-) -> Trained:
+) -> _Trained:
     """The best of `tries` perceptrons with random widths, dropout and rate, by its score where `left_out` (n,) is True.
 
     `outputs` are labels (n,), for a classifier, or vectors (n, d). At least `least` hidden layers, up to two more.
@@ -151,7 +150,7 @@ def _trained(inputs, outputs, left_out, widths, dropout, rate, epochs, seed, num
     classes = outputs.dim() == 1
     with torch.random.fork_rng():
         torch.manual_seed(torch_rng(seed, "weights", number).initial_seed())
-        network = perceptron((inputs.shape[1], *widths, 1 if classes else outputs.shape[1]), dropout)
+        network = _perceptron((inputs.shape[1], *widths, 1 if classes else outputs.shape[1]), dropout)
         x, y = inputs[~left_out], outputs[~left_out].float()
         optimiser = torch.optim.Adam(network.parameters(), lr=rate)
         batch = min(64, len(x))
@@ -168,11 +167,11 @@ def _trained(inputs, outputs, left_out, widths, dropout, rate, epochs, seed, num
                 schedule.step()
     network.requires_grad_(False).eval()
     found, truth = network(inputs[left_out]), outputs[left_out].float()
-    score = accuracy(found[:, 0], truth) if classes else r2(found, truth)
-    return Trained(network, score, widths, rate)
+    score = accuracy(found[:, 0], truth) if classes else _r2(found, truth)
+    return _Trained(network, score, widths, rate)
 
 
-def r2(predicted: Tensor, truth: Tensor) -> float:
+def _r2(predicted: Tensor, truth: Tensor) -> float:
     """Share of the variance of vectors (n, d) that is predicted, over all their entries."""
     return float(1 - (predicted - truth).square().sum() / (truth - truth.mean(0)).square().sum())
 
@@ -255,59 +254,27 @@ def curvature(
 
     The normal curvature along a unit tangent t is t' H t / |g|, with gradient g and Hessian H: positive where the
     surface bends away from the side of larger values, 1 / R of a sphere whose inside is negative. `mean` averages it
-    over random tangents, as Fetty et al. do with 512, or exactly, from the trace of H, if `tangents` is None;
-    `largest` is the eigenvalue of H within the tangent space, by Lanczos.
+    over random tangents, as Fetty et al. do with 512, or over all of them, from the trace of H, if `tangents` is None.
     """
-    points = points.double()
+
+    def at(point):
+        return function(point[None])[0]
+
     means, largest = [], []
-    for i, point in enumerate(points):
-        gradient, times = _derivatives(function, point)
-        size, d = gradient.norm(), len(point)
-        normal = gradient / size
-
-        def along(v, normal=normal, times=times, size=size):
-            v = v - normal * (normal @ v)
-            product = times(v)
-            return (product - normal * (normal @ product)) / size
-
-        some = torch.eye(d, dtype=point.dtype)
-        if tangents is not None:
-            some = torch.randn(tangents, d, generator=torch_rng(seed, "tangents", i), dtype=point.dtype)
-            some = some - torch.outer(some @ normal, normal)
+    for i, point in enumerate(points.double()):
+        gradient, d = torch.func.grad(at)(point), len(point)
+        normal = gradient / gradient.norm()
+        inner = torch.eye(d, dtype=point.dtype) - torch.outer(normal, normal)
+        shape = inner @ torch.func.hessian(at)(point) @ inner / gradient.norm()
+        values = torch.linalg.eigvalsh(shape)
+        largest.append(values[values.abs().argmax()])
+        if tangents is None:
+            means.append(values.sum() / (d - 1))
+        else:
+            some = torch.randn(tangents, d, generator=torch_rng(seed, "tangents", i), dtype=point.dtype) @ inner
             some = some / some.norm(dim=1, keepdim=True)
-        sums = torch.stack([t @ along(t) for t in some])
-        means.append(sums.mean() if tangents is not None else sums.sum() / (d - 1))
-        largest.append(_largest(along, d, numpy_rng(seed, "Lanczos", i)))
-    return Curvature(torch.stack(means).float(), torch.tensor(largest).float())
-
-
-def _largest(along, d, rng):
-    """The eigenvalue of largest amount of a symmetric operator on R^d."""
-    if d < 4:
-        matrix = torch.stack([along(e) for e in torch.eye(d, dtype=torch.float64)])
-        values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
-        return float(values[values.abs().argmax()])
-    operator = LinearOperator(
-        (d, d), lambda v: along(torch.from_numpy(np.array(v).reshape(-1))).numpy(), dtype=np.float64
-    )
-    start = rng.standard_normal(d)
-    if not np.abs(operator @ start).max() > 0:
-        return 0.0  # a plane
-    return float(eigsh(operator, 1, which="LM", v0=start, tol=1e-4, return_eigenvectors=False)[0])
-
-
-def _derivatives(function, point):
-    """The gradient of a function at a point (d,), and what multiplies a vector by its Hessian."""
-    point = point.clone().requires_grad_()
-    gradient = torch.autograd.grad(function(point[None])[0], point, create_graph=True)[0]
-
-    def times(v):
-        if not gradient.requires_grad:
-            return torch.zeros_like(v)
-        product = torch.autograd.grad(gradient @ v, point, retain_graph=True, allow_unused=True)[0]
-        return torch.zeros_like(v) if product is None else product
-
-    return gradient.detach(), times
+            means.append(((some @ shape) * some).sum(1).mean())
+    return Curvature(torch.stack(means).float(), torch.stack(largest).float())
 
 
 def _folds(n, groups):

@@ -4,47 +4,39 @@ Codes are sought on the grid that the generator itself draws. Where super-resolu
 is read off the scan and joins the code at the end (`with_texture`).
 """
 
-import copy
 import hashlib
-import json
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bonelib import InputError, core, networks, training
 from bonelib.core.config import fingerprint
 from bonelib.core.provenance import code_hash
-from bonelib.core.pyramid import downsample
-from bonelib.core.random import torch_rng
 from bonelib.latent.codes import mean_code
+from bonelib.latent.config import Refinement
 from bonelib.latent.models import Model, enlarge
 from bonelib.networks.encoder import (
     Encoder,
     LatentDiscriminator,
-    build_encoder,
     critic_features,
     style_layers,
     texture_length,
     trunk,
 )
-from bonelib.params import EncoderTraining, Refinement, Train, section
 from bonelib.scans import dataset
-from bonelib.scans.dataset import Stacks, augmented, order
+from bonelib.scans.dataset import Stacks
 from bonelib.scans.tables import write_table
 from bonelib.training import checkpoint, distributed, run
-from bonelib.training.run import SAVE_EVERY_S, SAY_EVERY_S
 
-WATCHED = 8  # held-out volumes on which the curves are read as well
 AT_ONCE = 32  # volumes whose gradients are computed together
-CURVES = ("seen", "dist", "perc", "latent", "held_out_dist", "held_out_perc", "told_apart")
+OPTIMISERS = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}
 CODE = code_hash(sys.modules[__name__], networks, training, dataset, core)
 
 
@@ -68,26 +60,17 @@ def perceptual(real: list[Tensor], drawn: list[Tensor]) -> Tensor:
     return 0.5 * torch.cat([(a - b).flatten(1) for a, b in zip(real, drawn, strict=True)], 1).square().mean(1)
 
 
-def latent_prior_loss(codes: Tensor) -> Tensor:
-    """Eq. (5): half the mean square of codes that should follow N(0, I)."""
-    return 0.5 * codes.square().flatten(1).mean(1)
-
-
-def latent_adversarial_loss(latent_discriminator: LatentDiscriminator, codes: Tensor) -> Tensor:
-    """Eq. (8): -log D_W of the codes, whose 512 summands are all the same; of several styles a code their mean."""
+def latent_loss(codes: Tensor, latent_discriminator: LatentDiscriminator | None) -> Tensor:
+    """Eq. (5), half the mean square of codes that should follow N(0, I), or with a discriminator eq. (8): -log D_W of
+    the codes, whose 512 summands are all the same; of several styles a code their mean."""
+    if latent_discriminator is None:
+        return 0.5 * codes.square().flatten(1).mean(1)
     return F.softplus(-latent_discriminator(codes.flatten(0, -2))).reshape(len(codes), -1).mean(1)
 
 
 def feature_norms(real: list[Tensor], drawn: list[Tensor]) -> Tensor:
     """Eq. (2) of Fetty et al. 2020: the Euclidean norms of the differences of features, summed over resolutions."""
     return sum((a - b).flatten(1).norm(dim=1) for a, b in zip(real, drawn, strict=True))
-
-
-def told_apart(latent_discriminator: LatentDiscriminator, mapped: Tensor, encoded: Tensor) -> float:
-    """How surely codes of the mapping network and of the encoder are told apart: the area under the ROC curve."""
-    with torch.no_grad():
-        difference = latent_discriminator(mapped)[:, None] - latent_discriminator(encoded)
-    return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
 
 
 # Volumes and codes
@@ -99,18 +82,17 @@ def on_device(model: Model) -> Model:
     Volumes and codes are given and come back on the CPU. Super-resolution stays where it is.
     """
     for part in (trunk(model.generator), model.critic):
-        part.to(distributed.alone().device)
+        part.to(distributed.single_process().device)
     return model
 
 
-def _place(model: Model) -> torch.device:
+def place_of(model: Model) -> torch.device:
     return next(model.critic.parameters()).device
 
 
 def halvings(model: Model, slices: int) -> int:
     """How often stacks of `slices` slices are averaged down to the grid that the model's generator draws."""
-    how = section(Train, model.config["train"], "train")
-    return max(0, round(slices / 2 ** len(how.schedule.samples)).bit_length() - 1)
+    return max(0, round(slices / 2 ** len(model.how.schedule.samples)).bit_length() - 1)
 
 
 def targets(model: Model, data: Stacks, rows: list[dict]) -> Tensor:
@@ -134,7 +116,7 @@ def encode(encoder: Encoder, volumes: Tensor) -> Tensor:
 
 def draw_codes(model: Model, codes: Tensor) -> Tensor:
     """What the generator itself draws of codes, without noise and without super-resolution, (n, 1, z, y, x)."""
-    generator, place = trunk(model.generator), _place(model)
+    generator, place = trunk(model.generator), place_of(model)
     with torch.no_grad():
         return torch.cat([generator.synthesize(part.to(place)).cpu() for part in codes.split(AT_ONCE)])
 
@@ -175,175 +157,30 @@ def with_texture(model: Model, codes: Tensor, textures: np.ndarray) -> Tensor:
     return torch.cat([codes, draws if codes.dim() == 2 else draws[:, None].expand(-1, codes.shape[1], -1)], -1)
 
 
-# Encoder training
-
-
-def train_encoder(
-    params: EncoderTraining,
-    model: Model,
-    data: Stacks,
-    folder: str | Path,
-    *,
-    state: str | Path,
-    seed: int,
-    say=print,
-) -> tuple[Inverter, list[dict]]:
-    """Train the encoder of a model by eq. (6) or (9), or on sampled pairs (Fetty et al. 2020); returns its curves too.
-
-    Writes encoder.safetensors and encoder.json. The generator and its critic stay as they are. Killed, it goes on from
-    the newest state in `state`, bit for bit. Raises `InputError` if it diverges, or when asked to stop.
-    """
-    folder, state = Path(folder), Path(state)
-    patients = sorted({row["patient"] for row in data.of("train")})
-    identity = fingerprint(params, model.config["sha256"], data.meta["data_hash"], patients, seed, CODE)
-    inverter, points = _train_encoder(params, model, data, state, identity, seed, say)
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = {name: part for name, part in inverter._asdict().items() if part is not None}
-    checkpoint.save_tensors(folder / "encoder.safetensors", checkpoint.pack(**parts))
-    content = {"run": identity, "encoder": json.loads(params.model_dump_json()), "model": model.config["sha256"]}
-    checkpoint.write_json(folder / "encoder.json", content)
-    return inverter, [dict(zip(CURVES, point, strict=True)) for point in points]
-
-
-def load_inverter(folder: str | Path, model: Model) -> Inverter:
-    """The encoder of a model from the folder it was written to. Raises `InputError` for another model's, or none."""
-    folder = Path(folder)
-    if not (folder / "encoder.json").is_file():
-        raise InputError(f"{folder / 'encoder.json'}: no such file; 05_inversion writes it beside encoder.safetensors")
-    config = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    if config["model"] != model.config["sha256"]:
-        raise InputError(f"{folder / 'encoder.json'}: made for other weights than the model's; run 05_inversion again")
-    inverter = _new_inverter(section(EncoderTraining, config["encoder"], f"{folder / 'encoder.json'}: encoder"), model)
-    parts = {name: part for name, part in inverter._asdict().items() if part is not None}
-    checkpoint.unpack(load_file(folder / "encoder.safetensors"), **parts)
-    return _at_rest(inverter)
-
-
-def _new_inverter(params: EncoderTraining, model: Model) -> Inverter:
-    how = section(Train, model.config["train"], "train")
-    statistics = getattr(model.critic, "statistics", None)
-    encoder = build_encoder(
-        how.generator,
-        dense=params.dense,
-        norm=params.norm,
-        haar=how.haar,
-        precision=how.precision,
-        statistics=None if statistics is None else statistics[-1],
-    )
-    code = encoder.to_code.weight.shape[0]
-    latent_discriminator = LatentDiscriminator(code).to(_place(model)) if params.prior == "discriminator" else None
-    return Inverter(encoder.to(_place(model)), latent_discriminator)
-
-
-def _at_rest(inverter: Inverter) -> Inverter:
-    for part in inverter:
-        if part is not None:
-            part.requires_grad_(False).eval()
-    return inverter
-
-
-def _train_encoder(params, model, data, state, identity, seed, say) -> tuple[Inverter, list]:
-    augment = section(Train, model.config["train"], "train").augment
-    generator, critic, place = trunk(model.generator), model.critic, _place(model)
-    torch.manual_seed(torch_rng(seed, "encoder weights").initial_seed())
-    encoder, latent_discriminator = _new_inverter(params, model)
-    average = copy.deepcopy(encoder).requires_grad_(False)
-    optimiser = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[params.optimiser]
-    adam_e = optimiser(encoder.parameters(), lr=params.rate, betas=params.betas)
-    objects = dict(encoder=encoder, average=average, adam_e=adam_e)
-    if latent_discriminator is not None:
-        adam_j = optimiser(latent_discriminator.parameters(), lr=params.rate, betas=params.betas)
-        objects |= dict(latent_discriminator=latent_discriminator, adam_j=adam_j)
-    n, times = params.batch, halvings(model, data.meta["stack_slices"])
-    # On a grid once finer than needed, so that rotations are interpolated before the last halving
-    pool = data.pooled(data.of("train"), max(0, times - 1))
-    watched = targets(model, data, data.of("held-out")[:WATCHED]).to(place)
-    with torch.no_grad():
-        watched_features = critic_features(critic, watched)
-
-    def train_step(at: run.Progress) -> dict[str, float]:
-        for adam in (objects[name] for name in objects if name.startswith("adam")):
-            adam.param_groups[0]["lr"] = params.rate * run.rate_at(at.seen / at.end, params.final_decay)
-        draws = torch_rng(seed, "encoder", at.seen)
-        with torch.no_grad():
-            mapped = generator.to_styles(generator.sample_latent(n, draws).to(place), params.truncation)
-        if params.pairs == "sampled":
-            with torch.no_grad():
-                volumes = generator.synthesize(mapped, noise=draws)
-            codes = encoder(volumes)
-            drawn = generator.synthesize(codes)
-            # Fetty et al. 2020: the distance of the codes, and the l1 distance of the volumes
-            apart = (codes - mapped).norm(dim=1)
-            shown = (volumes - drawn).abs().flatten(1).mean(1), torch.zeros(n), apart
-            loss = (apart + shown[0]).mean()
-        else:
-            volumes = pool[order(len(pool), at.seen, n, seed)].to(place).float()
-            volumes = augmented(volumes, at.seen, seed, augment)
-            volumes = downsample(volumes) if times else volumes
-            with torch.no_grad():
-                features = critic_features(critic, volumes)
-            codes = encoder(volumes)
-            drawn = generator.synthesize(codes)
-            if latent_discriminator is not None:
-                latent_discriminator.requires_grad_(False)
-            latent = (
-                latent_prior_loss(codes)
-                if latent_discriminator is None
-                else latent_adversarial_loss(latent_discriminator, codes)
-            )
-            shown = distortion(volumes, drawn), perceptual(features, critic_features(critic, drawn)), latent
-            loss = sum(w * term.mean() for w, term in zip(params.weights, shown, strict=True))  # eqs. (6), (9)
-        at.count(run.update(adam_e, loss, params.clip))
-        if latent_discriminator is not None:
-            latent_discriminator.requires_grad_(True)
-            codes = codes.detach()
-            loss_j = F.softplus(-latent_discriminator(mapped)).mean() + F.softplus(latent_discriminator(codes)).mean()
-            at.count(run.update(adam_j, loss_j, params.clip))
-        run.update_ema(average, encoder, params.ema, at.seen // n)
-        at.seen += n
-        with torch.no_grad():
-            now = generator.synthesize(average(watched))
-            unseen = distortion(watched, now), perceptual(watched_features, critic_features(critic, now))
-        auc = 0.5 if latent_discriminator is None else told_apart(latent_discriminator, mapped, codes)
-        return dict(zip(CURVES[1:], [*(float(term.detach().mean()) for term in (*shown, *unseen)), auc], strict=True))
-
-    at = run.run(train_step, objects, end=params.samples, state=state, fingerprint=identity, name="encoder", say=say)
-    return _at_rest(Inverter(average, latent_discriminator)), at.curves
-
-
 # Refinement
 
 
 def objective(
     how: Refinement, model: Model, volumes: Tensor, latent_discriminator: LatentDiscriminator | None = None
-) -> partial[Tensor]:
+) -> Callable[[Tensor], Tensor]:
     """The function of codes (n, code) or (n, layers, code) that refinement minimises, one value a volume, (n,).
 
     `how.loss` "squares": eqs. (7) and (10), which are twice the weighted sum of eqs. (3), (4) and (5) or (8); "norms":
     eq. (1) of Fetty et al. 2020.
     """
-    volumes = volumes.to(_place(model))
+    volumes, which = volumes.to(place_of(model)), "penultimate" if how.loss == "squares" else "first"
     with torch.no_grad():
-        features = critic_features(model.critic, volumes, _features(how))
-    return partial(_objective, how, model, volumes, features, latent_discriminator)
+        features = critic_features(model.critic, volumes, which)
 
+    def value(codes: Tensor) -> Tensor:
+        drawn = trunk(model.generator).synthesize(codes)
+        seen = critic_features(model.critic, drawn, which)
+        if how.loss == "norms":
+            return feature_norms(features, seen) + (volumes - drawn).flatten(1).norm(dim=1)
+        terms = distortion(volumes, drawn), perceptual(features, seen), latent_loss(codes, latent_discriminator)
+        return 2 * sum(w * term for w, term in zip(how.weights, terms, strict=True))
 
-def _features(how: Refinement) -> str:
-    return "penultimate" if how.loss == "squares" else "first"
-
-
-def _objective(how, model, volumes, features, latent_discriminator, codes) -> Tensor:
-    drawn = trunk(model.generator).synthesize(codes)
-    seen = critic_features(model.critic, drawn, _features(how))
-    if how.loss == "norms":
-        return feature_norms(features, seen) + (volumes - drawn).flatten(1).norm(dim=1)
-    latent = (
-        latent_prior_loss(codes)
-        if latent_discriminator is None
-        else latent_adversarial_loss(latent_discriminator, codes)
-    )
-    terms = distortion(volumes, drawn), perceptual(features, seen), latent
-    return 2 * sum(w * term for w, term in zip(how.weights, terms, strict=True))
+    return value
 
 
 def losses(
@@ -356,7 +193,8 @@ def losses(
     """What `objective` says of codes, (n,)."""
     with torch.no_grad():
         parts = zip(volumes.split(AT_ONCE), codes.split(AT_ONCE), strict=True)
-        return torch.cat([objective(how, model, x, latent_discriminator)(z.to(_place(model))).cpu() for x, z in parts])
+        values = [objective(how, model, x, latent_discriminator)(z.to(place_of(model))) for x, z in parts]
+    return torch.cat(values).cpu()
 
 
 class Inverted(NamedTuple):
@@ -387,39 +225,34 @@ def refine(
         if style_layers(model.generator) is None:
             raise InputError("refine.space: 'w+' needs a generator with a style a layer; accepted here is 'w'")
         start = as_styles(model, start)
-    codes = nn.Parameter(start.clone().to(_place(model)))
-    optimiser = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}[how.optimiser]
-    adam = optimiser([codes], lr=how.rate, betas=how.betas)
-    cuts = [slice(i, i + AT_ONCE) for i in range(0, len(codes), AT_ONCE)]
+    codes = nn.ParameterDict({"codes": start.clone().to(place_of(model))})
+    adam = OPTIMISERS[how.optimiser](codes.parameters(), lr=how.rate, betas=how.betas)
+    cuts = [slice(i, i + AT_ONCE) for i in range(0, len(start), AT_ONCE)]
     values = [objective(how, model, volumes[cut], latent_discriminator) for cut in cuts]
-    identity, done, before = None, 0, 0.0
-    if state is not None:
-        state = Path(state)
-        data = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (start, volumes)]
-        identity = fingerprint(how, model.config["sha256"], data, CODE)
-        if found := checkpoint.load_state(state, identity):
-            done, before = found[1]["seen"], found[1]["seconds"]
-            codes.data.copy_(found[0].pop("codes"))
-            checkpoint.unpack(found[0], adam=adam)
-            say(f"refinement continues at step {done} of {how.steps}", flush=True)
-    begun = saved = said = time.monotonic()
-    said_at = done
-    while done < how.steps:
+    data = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (start, volumes)]
+
+    def step(at: run.Progress) -> dict[str, float]:
         adam.zero_grad()
+        total = 0.0
         for cut, value in zip(cuts, values, strict=True):
-            value(codes[cut]).sum().backward()
+            part = value(codes["codes"][cut]).sum()
+            part.backward()
+            total += part.item() / len(start)
         adam.step()
-        done += 1
-        clock = time.monotonic()
-        if clock - said > SAY_EVERY_S:
-            left = (how.steps - done) * (clock - said) / (done - said_at)
-            say(f"refinement of {len(codes)} | step {done}/{how.steps} | about {left / 60:.1f} min left", flush=True)
-            said, said_at = clock, done
-        if state is not None and (clock - saved > SAVE_EVERY_S or done == how.steps):
-            saved = clock
-            tensors = {"codes": codes.data, **checkpoint.pack(adam=adam)}
-            checkpoint.save_state(state, tensors, dict(seen=done, seconds=before + clock - begun, fingerprint=identity))
-    return Inverted(codes.detach().cpu(), before + time.monotonic() - begun)
+        at.count(True)
+        at.seen += 1
+        return {"loss": total}
+
+    at = run.run(
+        step,
+        dict(codes=codes, adam=adam),
+        end=how.steps,
+        state=state and Path(state),
+        fingerprint=fingerprint(how, model.config["sha256"], data, CODE) if state else "",
+        name=f"refinement of {len(start)}",
+        say=say,
+    )
+    return Inverted(codes["codes"].detach().cpu(), at.seconds)
 
 
 def invert_all(

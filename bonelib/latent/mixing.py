@@ -20,7 +20,7 @@ from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import pair_mean
 from bonelib.latent.codes import along, each_measured
 from bonelib.latent.models import Model
-from bonelib.params import Preprocess
+from bonelib.scans.config import Preprocess
 from bonelib.scans.phantom import make_radius
 from bonelib.scans.phantom.population import LIMITS
 from bonelib.scans.phantom.scanner import scan
@@ -28,8 +28,7 @@ from bonelib.scans.preprocessing import preprocess, to_unit
 from bonelib.scans.volumes import Volume, mirrored
 
 UNSEEN = 100_000  # twins are patients of the phantom's from this number on, whom no cohort holds
-NOTHING = float("nan")
-CARRIED = ("Tt.Ar", "Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
+TRAITS = ("Tt.Ar", "Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
 OUTLINE = "outline"
 
 
@@ -51,23 +50,6 @@ def crossings(styles: int, published, of: int) -> list[int]:
 def scaled(styles: int, published, of: int) -> str:
     """What becomes of each of the `published` crossings, to be read: "3 of 15: 1 of 3; ..."."""
     return "; ".join(f"{a} of {of}: {crossings(styles, [a], of)[0]} of {styles}" for a in published)
-
-
-def opposite_pairs(values, patients, share: float, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """`count` pairs (source, target) at random: a source among the lowest `share` of `values` (n,), a target among the
-    highest, of two patients. NaN values are left out. Raises `InputError` where there is no such pair."""
-    values = np.asarray(values, float)
-    known = np.flatnonzero(np.isfinite(values))
-    low, high = np.quantile(values[known], [share, 1 - share]) if len(known) else (NOTHING, NOTHING)
-    pairs = [
-        (int(i), int(j))
-        for i in known
-        for j in known
-        if values[i] <= low and values[j] >= high and values[i] < values[j] and patients[i] != patients[j]
-    ]
-    if not pairs:
-        raise InputError(f"{len(known)} known values hold no low and high one of two patients; more are needed")
-    return [pairs[k] for k in rng.permutation(len(pairs))[:count]]
 
 
 def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, trait: str, seed: int) -> list[dict]:
@@ -94,30 +76,30 @@ def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, t
     return sorted(rows, key=lambda row: row["styles of source"])
 
 
-def traits_and_outline(volume: Volume) -> tuple[dict[str, float], np.ndarray]:
-    """`CARRIED` of one bone (NaN where it cannot be measured), and the mask within its outer contour."""
+def _traits_and_outline(volume: Volume) -> tuple[dict[str, float], np.ndarray]:
+    """`TRAITS` of one bone (NaN where it cannot be measured), and the mask within its outer contour."""
     outline = read(volume).outline
     found = (measure_or_none(volume) if outline.any() else None) or {}
-    return {trait: found.get(trait, NOTHING) for trait in CARRIED}, outline
+    return {trait: found.get(trait, np.nan) for trait in TRAITS}, outline
 
 
 def swaps(model: Model, codes: Tensor, pairs: list[tuple[int, int]], seed: int) -> dict[str, np.ndarray]:
     """What changes in the first bone of a pair when one style after the other, or every style, is the second's.
 
-    For every attribute of `CARRIED` the differences (pairs, styles + 1), the last column those of the whole other bone;
+    For every attribute of `TRAITS` the differences (pairs, styles + 1), the last column those of the whole other bone;
     for `OUTLINE` the share of voxels within either outer contour that lies in one of them alone.
     """
     count = codes.shape[1]
     ones = sorted({i for pair in pairs for i in pair})
     swapped = [crossed(crossed(codes[i], codes[j], k), codes[i], k + 1) for i, j in pairs for k in range(count)]
-    found = each_measured(model, torch.cat([codes[ones], torch.stack(swapped)]), seed, traits_and_outline)
+    found = each_measured(model, torch.cat([codes[ones], torch.stack(swapped)]), seed, _traits_and_outline)
     whole, parts = dict(zip(ones, found, strict=False)), found[len(ones) :]
-    changes = {trait: np.full((len(pairs), count + 1), NOTHING) for trait in (*CARRIED, OUTLINE)}
+    changes = {trait: np.full((len(pairs), count + 1), np.nan) for trait in (*TRAITS, OUTLINE)}
     for row, (i, j) in enumerate(pairs):
         own, outline = whole[i]
         for k, (traits, other) in enumerate([*parts[row * count : (row + 1) * count], whole[j]]):
             changes[OUTLINE][row, k] = 1 - overlap(outline, other)
-            for trait in CARRIED:
+            for trait in TRAITS:
                 changes[trait][row, k] = traits[trait] - own[trait]
     return changes
 
@@ -133,7 +115,7 @@ def style_attribution(
     """
     rows = []
     for trait, values in changes.items():
-        known = np.where(np.isfinite(values).all(axis=1)[:, None], values, NOTHING) ** 2
+        known = np.where(np.isfinite(values).all(axis=1)[:, None], values, np.nan) ** 2
         for k in range(values.shape[1] - 1):
             rng = numpy_rng(seed, "carried", trait, k)
             share = pair_mean(known[:, k], names, over=known[:, -1], rng=rng, draws=draws)

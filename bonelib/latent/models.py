@@ -10,12 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bonelib import InputError
+from bonelib.core.config import section
 from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator, build_superres
+from bonelib.networks.config import SuperRes
 from bonelib.networks.superres import Cascaded, SuperResolution
-from bonelib.params import SuperRes, Train, section
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
+from bonelib.training.config import Train
 
 
 class Model(NamedTuple):
@@ -24,6 +26,11 @@ class Model(NamedTuple):
     generator: Any
     critic: Any
     config: dict
+
+    @property
+    def how(self) -> Train:
+        """How it was trained."""
+        return section(Train, self.config["train"], "config.json: train")
 
 
 def load_model(folder: str | Path) -> Model:
@@ -34,7 +41,7 @@ def load_model(folder: str | Path) -> Model:
             raise InputError(
                 f"{folder / name}: no such file; a model folder holds config.json and two safetensors files"
             )
-    config = read_config(folder, "train", "data")
+    config = _read_config(folder, "train", "data")
     params = section(Train, config["train"], f"{folder / 'config.json'}: train")
     parts = dict(
         generator=build_generator(params.generator, haar=params.haar, precision=params.precision),
@@ -48,7 +55,7 @@ def load_model(folder: str | Path) -> Model:
     return Model(generator, parts["critic"], config)
 
 
-def read_config(folder: Path, *sections: str) -> dict:
+def _read_config(folder: Path, *sections: str) -> dict:
     """config.json of a model folder; raises `InputError` where it is torn, or a section is missing."""
     file = folder / "config.json"
     try:
@@ -67,7 +74,7 @@ def load_superres(folder: str | Path) -> SuperResolution:
     for name in ("config.json", "superres.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; a super-resolution network is both")
-    config = read_config(folder, "superres")
+    config = _read_config(folder, "superres")
     network = build_superres(section(SuperRes, config["superres"], f"{folder / 'config.json'}: superres"))
     _fill(network, folder / "superres.safetensors")
     return network

@@ -8,13 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.config import section
 from bonelib.core.files import write_json
 from bonelib.evaluation import differentiable as gauge
 from bonelib.evaluation.similarity import psnr
+from bonelib.latent.config import Refinement, RefinementGrid
 from bonelib.latent.inversion import Inverter, draw_codes, encode, further_measures, refine
 from bonelib.latent.models import Model
 from bonelib.networks.encoder import trunk
-from bonelib.params import Refinement, RefinementGrid, section
 
 FILE = "refinement.json"
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.core.parallel import workers
 from bonelib.core.random import torch_rng
 from bonelib.evaluation.morphometry import measure
@@ -28,11 +29,6 @@ from bonelib.scans.volumes import write_volume
 def setting(model: str, truncation: float | None) -> str:
     """The name of a setting; without truncation, that of the model."""
     return model if truncation is None else f"{model} {truncation:g}"
-
-
-def of_kind(values: dict, model: str):
-    """The entry of `values` for a model, or for its kind, what stands before the first "-" of its name, or None."""
-    return values.get(model, values.get(model.split("-")[0]))
 
 
 def draw_settings(
@@ -104,7 +100,8 @@ def _check(args) -> None:
         raise InputError(f"--to: {args.to} is a file, or lies below one; accepted is a folder")
 
 
-def main() -> int:
+@command
+def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("model", type=Path)
     cli.add_argument("-n", type=int, default=8)
@@ -113,21 +110,16 @@ def main() -> int:
     cli.add_argument("--truncation", type=float)
     cli.add_argument("--seed", type=int, default=1)
     args = cli.parse_args()
-    try:
-        _check(args)
-        model = load_model(args.model)
-        if args.codes:
-            codes = read_codes(args.codes, sampled_code(model, args.seed).shape[1:])
-            volumes = [draw_code(model, code[None], args.seed) for code in codes]
-            files = write_samples(model, volumes, args.to, args.codes.stem, args.seed)
-        else:
-            volumes = draw(model, args.n, args.seed, args.truncation)
-            files = write_samples(model, volumes, args.to, f"sample-{args.seed}", args.seed)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    _check(args)
+    model = load_model(args.model)
+    if args.codes:
+        codes = read_codes(args.codes, sampled_code(model, args.seed).shape[1:])
+        volumes = [draw_code(model, code[None], args.seed) for code in codes]
+        files = write_samples(model, volumes, args.to, args.codes.stem, args.seed)
+    else:
+        volumes = draw(model, args.n, args.seed, args.truncation)
+        files = write_samples(model, volumes, args.to, f"sample-{args.seed}", args.seed)
     print(f"{len(files)} volumes and morphometry.tsv are in {args.to}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,17 +15,9 @@ from bonelib.evaluation.compartments import CLOSED, read
 from bonelib.evaluation.differentiable import UNITS
 from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import patient_interval
-from bonelib.latent.attribute_model import (
-    BATCH,
-    TOLERANCE,
-    AttributeModel,
-    Moved,
-    move,
-    optimise_to_target,
-    readings,
-    shifted,
-)
+from bonelib.latent.attribute_model import BATCH, AttributeModel, readings, shifted
 from bonelib.latent.directions import Direction
+from bonelib.latent.target_optimisation import TOLERANCE, Moved, move, optimise_to_target
 from bonelib.scans.volumes import Volume
 
 
@@ -88,7 +80,7 @@ def search_targets(
     return rows, found.codes
 
 
-def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float]:
+def _asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float]:
     """Of rows of `search_targets`: shares met within 2 % and medians of side effects, with intervals by patient."""
     if not rows:
         return {"N": 0}
@@ -121,9 +113,9 @@ def asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, float
 
 
 def asked_table(rows: list[dict], *, seed: int, draws: int) -> dict[str, dict[str, float]]:
-    """`asked_summary` of all rows, and of those of each source."""
+    """`_asked_summary` of all rows, and of those of each source."""
     parts = {"all": rows} | {s: [r for r in rows if r["source"] == s] for s in dict.fromkeys(r["source"] for r in rows)}
-    return {name: asked_summary(part, seed=seed, draws=draws) for name, part in parts.items()}
+    return {name: _asked_summary(part, seed=seed, draws=draws) for name, part in parts.items()}
 
 
 def infeasible_targets(tool: AttributeModel, codes: Tensor, n: int, names, *, seed: int) -> list[dict]:

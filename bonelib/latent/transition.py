@@ -15,9 +15,10 @@ from bonelib import InputError
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import TRAITS, read
 from bonelib.evaluation.statistics import pair_mean
-from bonelib.latent.attribute_model import AttributeModel, optimise_to_target, readings
+from bonelib.latent.attribute_model import AttributeModel, readings
 from bonelib.latent.codes import along
 from bonelib.latent.models import Model
+from bonelib.latent.target_optimisation import optimise_to_target
 
 
 def line(first: Tensor, last: Tensor, weights) -> Tensor:
@@ -98,28 +99,10 @@ def overshoot(values: np.ndarray) -> np.ndarray:
     return np.maximum(values.max(axis=1) - ends.max(axis=1), ends.min(axis=1) - values.min(axis=1))
 
 
-def low_pairs(values, patients, share: float, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """`count` pairs (all, if there are fewer) of bones of two patients, both among the lowest `share` of `values`.
-
-    `values` (n,) is the attribute of every bone, NaN where it is not known, and `patients` (n,) names theirs. Pairs
-    and their bones stand in random order. Raises `InputError` where fewer than two patients have low values.
-    """
-    values = np.asarray(values, float)
-    known = np.flatnonzero(np.isfinite(values))
-    low = known[values[known] <= np.quantile(values[known], share)] if len(known) else known
-    pairs = [(int(i), int(j)) for i in low for j in low if i < j and patients[i] != patients[j]]
-    if not pairs:
-        raise InputError(
-            f"the lowest {share:.0%} of {len(known)} known values belong to no two patients; take more codes"
-        )
-    chosen = rng.permutation(len(pairs))[:count]
-    return [pairs[k] if rng.random() < 0.5 else pairs[k][::-1] for k in chosen]
-
-
 def density_constrained_path(tool: AttributeModel, paths: Tensor, weights, name: str) -> Tensor:
     """Paths (n, weights, *code) whose inner codes are moved until attribute `name` runs straight from end to end.
 
-    Each goes as short a way as it can (`attribute_model.optimise_to_target`), with all other attributes left free;
+    Each goes as short a way as it can (`target_optimisation.optimise_to_target`), with all other attributes left free;
     where the loop does not get there, it ends as near as it came. Where an end cannot be read, the path stays as it
     is.
     """

@@ -2,22 +2,23 @@
 
 import torch
 
+from bonelib.networks.config import CriticNet, Generator, ProGANConfig, StyleGANConfig, SuperRes
 from bonelib.networks.critic import Critic
 from bonelib.networks.numerics import compute_dtype
 from bonelib.networks.progan import ProGAN
 from bonelib.networks.stylegan import StyleGAN
 from bonelib.networks.superres import SuperResolution
-from bonelib.params import CriticNet, Generator, SuperRes
 
 TEXTURE = 5  # numbers of a texture code (`scans.dataset.TEXTURE`)
 BASE = (1, 9, 7)  # (z, y, x) of the coarsest grid; every stage doubles it
 
 
+GENERATORS = {ProGANConfig: ProGAN, StyleGANConfig: StyleGAN}
+
+
 def build_generator(params: Generator, *, haar: bool = False, precision: str = "float32"):
-    """The generator that a `Generator` section describes."""
-    kinds = {"progan": ProGAN, "stylegan": StyleGAN}
-    given = params.model_dump(exclude={"kind"}, exclude_none=True)
-    return kinds[params.kind](base=BASE, haar=haar, dtype=compute_dtype(precision), **given)
+    """The generator that a section of `networks.config.GENERATORS` describes."""
+    return GENERATORS[type(params)](base=BASE, haar=haar, dtype=compute_dtype(precision), **params.network())
 
 
 def build_critic(

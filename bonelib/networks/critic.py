@@ -12,7 +12,7 @@ from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
 SLOPE = 0.2  # of the leaky rectifier
 
 
-def rectified_back(gradient: Tensor, active: Tensor) -> Tensor:
+def _leaky_relu_backward(gradient: Tensor, active: Tensor) -> Tensor:
     """The gradient before a leaky rectifier, given the one behind it and the rectifier's output `active`."""
     return torch.ops.aten.leaky_relu_backward(gradient.to(active.dtype), active, SLOPE, True)
 
@@ -81,9 +81,9 @@ class Critic(nn.Module):
         self, x: Tensor, stage: int | None = None, fade: float = 1.0, condition: Tensor | None = None
     ) -> Tensor:
         """The score of every patch, (n, patches)."""
-        return self._run(x, self.stages if stage is None else stage, fade, lambda active: None, condition)
+        return self.trace(x, self.stages if stage is None else stage, fade, lambda active: None, condition)
 
-    def _run(self, x: Tensor, stage: int, fade: float, seen, condition: Tensor | None = None) -> Tensor:
+    def trace(self, x: Tensor, stage: int, fade: float, seen, condition: Tensor | None = None) -> Tensor:
         """The forward pass; `seen` is shown the output of every rectifier, in order."""
 
         def layer(conv, x):
@@ -94,25 +94,25 @@ class Critic(nn.Module):
             seen(x)
             return x
 
-        h = layer(self.from_image[stage - 1], self._look(x, stage))
+        h = layer(self.from_image[stage - 1], self._to_network_grid(x, stage))
         doublings = stage - self.haar
         for s in range(doublings, 0, -1):
             for conv in self.blocks[s - 1]:
                 h = layer(conv, h)
             if s == doublings and stage > 1 and fade < 1:
-                old = layer(self.from_image[stage - 2], self._look(downsample(x), stage - 1))
+                old = layer(self.from_image[stage - 2], self._to_network_grid(downsample(x), stage - 1))
                 h = fade * h + (1 - fade) * old.to(h.dtype)
         for conv in self.head:
             h = layer(conv, h)
         return self.out(h).float().flatten(1)
 
-    def _look(self, x: Tensor, stage: int) -> Tensor:
+    def _to_network_grid(self, x: Tensor, stage: int) -> Tensor:
         """The critic's view of a volume: its bands, standardised."""
         mean, sd = self.statistics[stage - 1].reshape(2, -1, 1, 1, 1)
         return (((haar(x) if self.haar else x) - mean) / sd).contiguous(memory_format=CHANNELS_LAST)
 
-    def _look_back(self, gradient: Tensor, stage: int) -> Tensor:
-        """The adjoint of `_look`."""
+    def _from_network_grid(self, gradient: Tensor, stage: int) -> Tensor:
+        """The adjoint of `_to_network_grid`."""
         gradient = gradient.float() / self.statistics[stage - 1, 1].reshape(-1, 1, 1, 1)
         return unhaar(gradient) if self.haar else gradient
 
@@ -128,13 +128,13 @@ class Critic(nn.Module):
         stage = self.stages if stage is None else stage
         masks = []
         with torch.no_grad():
-            self._run(x, stage, fade, masks.append, condition)
+            self.trace(x, stage, fade, masks.append, condition)
         doublings = stage - self.haar
         old_mask = masks.pop(1 + len(self.blocks[doublings - 1])) if stage > 1 and fade < 1 else None
 
         def back(conv, gradient):
             mask = masks.pop()
-            return conv.transposed(rectified_back(gradient, mask))
+            return conv.transposed(_leaky_relu_backward(gradient, mask))
 
         first = (*self.head, self.out)[0]
         patches = [
@@ -146,9 +146,9 @@ class Critic(nn.Module):
         skip = 0.0
         for s in range(1, doublings + 1):
             if s == doublings and old_mask is not None:
-                old = rectified_back(gradient, old_mask) * (1 - fade)
-                skip = upsample(self._look_back(self.from_image[stage - 2].transposed(old), stage - 1)) / 8
+                old = _leaky_relu_backward(gradient, old_mask) * (1 - fade)
+                skip = upsample(self._from_network_grid(self.from_image[stage - 2].transposed(old), stage - 1)) / 8
                 gradient = gradient * fade
             for conv in reversed(self.blocks[s - 1]):
                 gradient = back(conv, gradient)
-        return self._look_back(back(self.from_image[stage - 1], gradient), stage) + skip
+        return self._from_network_grid(back(self.from_image[stage - 1], gradient), stage) + skip

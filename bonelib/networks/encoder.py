@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from bonelib.core.pyramid import haar
 from bonelib.networks import BASE
+from bonelib.networks.config import Generator
 from bonelib.networks.critic import Critic
 from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
 from bonelib.networks.numerics import compute_dtype
-from bonelib.params import Generator
 
 SLOPE = 0.2  # of the leaky rectifier
 GAIN = 2**0.5  # of a layer, since its rectifier halves the power
@@ -95,10 +95,8 @@ def build_encoder(
     statistics: Tensor | None = None,
 ) -> Encoder:
     """The reverse of the generator that a `Generator` section describes."""
-    code = generator.latent if generator.kind == "progan" else generator.style or 512
-    return Encoder(
-        BASE, generator.widths, code, dense, norm, haar, generator.padding, statistics, compute_dtype(precision)
-    )
+    how = dense, norm, haar, generator.padding, statistics, compute_dtype(precision)
+    return Encoder(BASE, generator.widths, generator.code, *how)
 
 
 def trunk(generator: nn.Module) -> nn.Module:
@@ -128,7 +126,7 @@ def critic_features(critic: Critic, volumes: Tensor, which: str = "penultimate")
     the first 3x3x3 convolution that sees it, finest first (eq. (2) of Fetty et al. 2020).
     """
     seen: list[Tensor] = []
-    critic._run(volumes, critic.stages, 1.0, seen.append)
+    critic.trace(volumes, critic.stages, 1.0, seen.append)
     if which == "penultimate":
         return [seen[-1].float()]
     firsts, place = [], 1  # behind the 1x1x1 convolution from the image

@@ -20,7 +20,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad: t
     return numerics.apply(operation, x, weight, bias)
 
 
-def fold_upsampling(weight: Tensor) -> Tensor:
+def _fold_upsampling(weight: Tensor) -> Tensor:
     """The kernel (in, out, 4, 4, 4) whose stride-2 transposed convolution equals nearest upsampling by two
     followed by convolution with `weight` (out, in, 3, 3, 3): 8 instead of 27 products per voxel, and no
     upsampled tensor."""
@@ -72,7 +72,7 @@ class Conv(nn.Module):
             pad = (0, 0, 0)
         if self.upsample:  # the padded border, doubled, is cut off again
             operation = Operation("transposed convolution", 2, (3 if self.replicate else 1,) * 3)
-            return numerics.apply(operation, x, fold_upsampling(weight), bias)
+            return numerics.apply(operation, x, _fold_upsampling(weight), bias)
         return convolve(x, weight, bias, self.stride, pad)
 
     def transposed(self, gradient: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Conv(nn.Module):
         return numerics.apply(Operation("transposed convolution", self.stride, self.pad, 1), gradient, weight)
 
 
-def slowed(stored: Tensor, rate: float) -> Tensor:
+def _lr_multiplier(stored: Tensor, rate: float) -> Tensor:
     """`rate` times a stored parameter, with the gradient passed back as it is: whatever the optimiser, the value in use
     then learns exactly as if its learning rate were multiplied by `rate`.
 
@@ -97,7 +97,7 @@ def slowed(stored: Tensor, rate: float) -> Tensor:
 class Dense(nn.Module):
     """A fully connected layer with equalised learning rate.
 
-    `rate` multiplies its learning rate: weight and bias are stored divided by it (see `slowed`).
+    `rate` multiplies its learning rate: weight and bias are stored divided by it (see `_lr_multiplier`).
     """
 
     def __init__(self, inputs, outputs, *, gain=1.0, bias=0.0, rate=1.0):
@@ -107,7 +107,7 @@ class Dense(nn.Module):
         self.scale, self.rate = gain / math.sqrt(inputs), rate
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = slowed(self.weight, self.rate), slowed(self.bias, self.rate)
+        weight, bias = _lr_multiplier(self.weight, self.rate), _lr_multiplier(self.bias, self.rate)
         return F.linear(x * self.scale, weight, bias)  # the input is the smaller one to scale
 
 

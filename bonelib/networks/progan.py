@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bonelib.core.pyramid import unhaar, upsample
-from bonelib.core.random import Part, drawn
+from bonelib.core.random import Rng, sample_per_rank
 from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense, PixelNorm, silu
 
 
@@ -52,9 +52,9 @@ class ProGAN(nn.Module):
         self.noise_scale = nn.ParameterList(scales) if noise else None
         self.norm, self.add_noise = PixelNorm(), AddNoise()
 
-    def sample_latent(self, n: int, rng: torch.Generator | Part) -> Tensor:
+    def sample_latent(self, n: int, rng: Rng) -> Tensor:
         """`n` latents from N(0, I), shape (n, latent)."""
-        return drawn(torch.randn, n, self.latent, rng=rng)
+        return sample_per_rank(torch.randn, n, self.latent, rng=rng)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """The latents, redrawn beyond +-`truncation` by folding the normal distribution's quantiles onto those of
@@ -66,7 +66,11 @@ class ProGAN(nn.Module):
         return normal.icdf(low + (high - low) * normal.cdf(latent)).clamp(-truncation, truncation)
 
     def synthesize(
-        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | Part | None = None
+        self,
+        styles: Tensor,
+        stage: int | None = None,
+        fade: float = 1.0,
+        noise: Rng | None = None,
     ) -> Tensor:
         """Volumes (n, 1, z, y, x) at `stage`; `fade` < 1 blends the new stage with the upsampled one before it.
 
@@ -89,9 +93,9 @@ class ProGAN(nn.Module):
         image = self.to_image[stage - 1](x).float()
         return torch.sigmoid(unhaar(image) if self.haar else image)
 
-    def _behind(self, x: Tensor, stage: int, layer: int, noise: torch.Generator | Part | None) -> Tensor:
+    def _behind(self, x: Tensor, stage: int, layer: int, noise: Rng | None) -> Tensor:
         if self.noise_scale is not None and noise is not None:
-            field = drawn(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
+            field = sample_per_rank(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
             x = self.add_noise(x, field, self.noise_scale[stage][layer])
         return self.norm(silu(x))
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from bonelib import InputError
 from bonelib.core.pyramid import unhaar, upsample
-from bonelib.core.random import Part, drawn, torch_rng
+from bonelib.core.random import Rng, sample_per_rank, torch_rng
 from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense, ModulatedConv
 
 MAPPING = 6  # dense layers from z to w: m1 ... m5 and w
@@ -80,9 +80,9 @@ class StyleGAN(nn.Module):
         self.register_buffer("mean_style", torch.zeros(style))
         self.centre()
 
-    def sample_latent(self, n: int, rng: torch.Generator | Part) -> Tensor:
+    def sample_latent(self, n: int, rng: Rng) -> Tensor:
         """`n` latents from N(0, I), shape (n, latent)."""
-        return drawn(torch.randn, n, self.latent, rng=rng)
+        return sample_per_rank(torch.randn, n, self.latent, rng=rng)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """The styles w (n, style) of latents (n, latent); `truncation` is psi of section 4.1, published 0.8: it draws
@@ -98,7 +98,11 @@ class StyleGAN(nn.Module):
         return torch.lerp(self.mean_style, latent, truncation)
 
     def synthesize(
-        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | Part | None = None
+        self,
+        styles: Tensor,
+        stage: int | None = None,
+        fade: float = 1.0,
+        noise: Rng | None = None,
     ) -> Tensor:
         """Volumes (n, 1, z, y, x) at `stage`; `fade` < 1 blends the new stage with the upsampled one before it.
 
@@ -116,7 +120,7 @@ class StyleGAN(nn.Module):
                 before = x
             x = self.convs[layer](x, styles[:, layer])
             if noise is not None:
-                field = drawn(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
+                field = sample_per_rank(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
                 x = self.add_noise(x, field, self.noise_scale[layer])
             x = F.leaky_relu(x, SLOPE, inplace=True)
         image = self._image(x, stage)

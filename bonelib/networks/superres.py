@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonelib.core.pyramid import downsample, unhaar, upsample
-from bonelib.core.random import Part, drawn
+from bonelib.core.random import RankShard, sample_per_rank
 from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense
 
 SLOPE = 0.2  # of the leaky rectifier
@@ -172,10 +172,10 @@ class Cascaded(nn.Module):
         self.stages = generator.stages + 2
         self.texture = superres.texture
 
-    def sample_latent(self, n: int, rng: torch.Generator | Part) -> Tensor:
+    def sample_latent(self, n: int, rng: torch.Generator | RankShard) -> Tensor:
         """`n` latents from N(0, I)."""
         own = self.generator.sample_latent(n, rng)
-        return torch.cat([own, drawn(torch.randn, n, self.texture, rng=rng).to(own)], 1)
+        return torch.cat([own, sample_per_rank(torch.randn, n, self.texture, rng=rng).to(own)], 1)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """As the generator's own; a truncation below 1 shrinks the texture's draw as well."""

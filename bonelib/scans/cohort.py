@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bonelib import InputError
+from bonelib.core.config import section
 from bonelib.core.parallel import die_with_run
-from bonelib.params import Cohort, Phantom, section
 from bonelib.scans import given, plausibility
+from bonelib.scans.config import Cohort, Phantom
 from bonelib.scans.grids import Calibration
 from bonelib.scans.listing import SITES, Listing, listed, summary
 from bonelib.scans.tables import write_table

@@ -14,7 +14,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.core.pyramid import downsample, haar
 from bonelib.core.random import numpy_rng, torch_rng
-from bonelib.params import Augment
+from bonelib.scans.config import Augment
 from bonelib.scans.tables import read_table
 
 TEXTURE = ("Tb.Th", "Tb.Sp", "skewness", "in plane", "along z")  # of the trabecular density, and its autocorrelations

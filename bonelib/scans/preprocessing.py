@@ -12,7 +12,7 @@ from scipy.fft import dctn, idctn
 from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
-from bonelib.params import Preprocess
+from bonelib.scans.config import Preprocess
 from bonelib.scans.given import CORTEX, MARROW, contours_file
 from bonelib.scans.plausibility import bone_box, cut_off, picture
 from bonelib.scans.tables import read_table, write_table

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from bonelib.core.config import fingerprint
+from bonelib.core.config import fingerprint, section
 from bonelib.core.files import write_json
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.metrics import frechet_distance, precision_recall
 from bonelib.evaluation.statistics import half_interval
 from bonelib.latent.models import draw, load_model
-from bonelib.params import Train, Trials, changed, section
 from bonelib.scans.dataset import Stacks, halved
+from bonelib.studies.config import Trials, changed
+from bonelib.training.config import Train
 from bonelib.training.loop import CODE, train
 
 COMPONENTS = 48  # principal components of the training stacks, at most, in which samples are compared with them

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from bonelib.core.parallel import peak_memory, workers
 from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator
-from bonelib.params import CriticNet, Generator
+from bonelib.networks.config import CriticNet, Generator
 from bonelib.training import losses, run
 
 PRECISIONS = ("float32", "bfloat16")

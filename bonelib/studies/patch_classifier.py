@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bonelib import InputError
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation.statistics import Interval, patient_interval
-from bonelib.params import Quality
 from bonelib.scans.dataset import Stacks
+from bonelib.studies.config import Quality
 
 SIZE = 64  # voxels a side, in plane; a coronal patch is as high as the volume, at most
 BONE = 0.31  # mean intensity of a patch that shows bone

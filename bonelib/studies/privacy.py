@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from scipy import stats
 from scipy.spatial.distance import cdist
 
+from bonelib.core.config import section
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import features
@@ -22,7 +23,7 @@ from bonelib.evaluation.features import standardised
 from bonelib.evaluation.statistics import auc, patient_interval, tpr_at
 from bonelib.networks import build_critic
 from bonelib.networks.critic import Critic
-from bonelib.params import Train, section
+from bonelib.training.config import Train
 
 FPR = 0.01
 CAUGHT = 0.9  # AUC that a planted leak must reach

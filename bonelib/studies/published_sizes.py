@@ -20,9 +20,10 @@ from bonelib import InputError
 from bonelib.core.config import section
 from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator
-from bonelib.params import Train, check_file
+from bonelib.params import check_file
 from bonelib.scans.tables import write_table
 from bonelib.studies.cost import update
+from bonelib.training.config import Train
 
 WARM_UP = 2  # updates that are not timed
 POWER_EVERY_S = 0.5

@@ -16,6 +16,8 @@ import numpy as np
 from safetensors.torch import load_file
 
 from bonelib import InputError
+from bonelib.core.cli import command
+from bonelib.core.config import read_params, section
 from bonelib.core.files import digest, write_json
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
@@ -23,9 +25,9 @@ from bonelib.evaluation.metrics import kernel_distance
 from bonelib.evaluation.statistics import half_interval
 from bonelib.latent.models import Model, draw
 from bonelib.networks import build_generator
-from bonelib.params import Train, check_file, section
 from bonelib.scans.dataset import Stacks, load_stacks, set_apart
 from bonelib.scans.tables import as_markdown, read_table, write_table
+from bonelib.training.config import Train
 
 NAME = "kernel distance, random3d"
 TABLE = ("seen", "chosen", NAME, "low", "high", "real against real", "N real", "patients", "N samples")
@@ -114,20 +116,16 @@ def _pooled(data: Stacks, rows: list[dict], depth: int) -> np.ndarray:
     return data.pooled(rows, halvings)[:, 0].float().numpy()
 
 
-def main() -> int:
+@command
+def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("folder", type=Path)
     cli.add_argument("--stacks", type=Path, required=True)
     cli.add_argument("--grades", type=Path, required=True)
     cli.add_argument("--seed", type=int, help="that of params.yaml")
     args = cli.parse_args()
-    try:
-        seed = check_file()["seed"] if args.seed is None else args.seed
-        print(as_markdown(choose(args.folder, load_stacks(args.stacks, args.grades), seed=seed)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    seed = read_params()["seed"] if args.seed is None else args.seed
+    print(as_markdown(choose(args.folder, load_stacks(args.stacks, args.grades), seed=seed)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bonelib.core.random import torch_rng
-from bonelib.params import Adaptive
+from bonelib.training.config import Adaptive
 
 LIMIT = 0.8  # of the probability; above it changes leak into what is drawn
 SHIFT = 1 / 8  # of height and width
@@ -62,7 +62,7 @@ def _of(values: Tensor) -> Tensor:
     return values[:, None, None, None, None]
 
 
-def steered(p: float, ranked: float, samples: int, how: Adaptive) -> float:
+def update_probability(p: float, ranked: float, samples: int, how: Adaptive) -> float:
     """The probability after `samples` more, of whose pairs the critic's mean sign, real over generated, is `ranked`.
 
     It moves at one speed, up where the critic is surer than `how.target` and down where it is less (section 3.1).

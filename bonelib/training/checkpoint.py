@@ -40,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[list[int]]:
+def stop_requested() -> Iterator[list[int]]:
     """A list that holds a signal once SIGTERM has come, so that a training can save itself before it ends.
 
     Outside of the main thread, which alone may listen to signals, it stays empty.

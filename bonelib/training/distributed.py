@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bonelib import InputError
-from bonelib.params import Schedule
+from bonelib.training.config import Schedule
 
 TIMEOUT_S = 600.0  # without a sign of another process until it is given up; reading stacks and saving take their time
 
@@ -43,20 +43,20 @@ class Ranks(NamedTuple):
         return f"rank {self.rank} of {self.size}"
 
 
-def alone() -> Ranks:
+def single_process() -> Ranks:
     """One process, on the GPU if there is one."""
     return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager
-def joined(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     """Join the processes that torchrun started, and leave them at the end; without torchrun there is one.
 
     Raises `InputError` if they do not find each other within `timeout_s`, and `RankError` when one is missed for as
     long later. They are left in order at a good end alone: after an error others may not answer, and the process ends.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield alone()
+        yield single_process()
         return
     timeout, cuda = timedelta(seconds=timeout_s), torch.cuda.is_available()
     try:
@@ -69,8 +69,11 @@ def joined(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     except (KeyError, ValueError, RuntimeError) as error:
         why = str(error).strip().split("\n")[0]
         raise InputError(f"the processes did not find each other; were they started by torchrun? ({why})") from None
-    yield ranks
-    meet(ranks)
+    try:
+        yield ranks
+    except InputError as error:
+        raise InputError(f"{ranks}: {error}") from None
+    barrier(ranks)
     dist.destroy_process_group()
 
 
@@ -99,7 +102,7 @@ def _together(ranks: Ranks) -> Iterator[None]:
         raise RankError(f"{ranks}: {who} does not answer, since it ended or hangs; this one ends too") from None
 
 
-def meet(ranks: Ranks) -> None:
+def barrier(ranks: Ranks) -> None:
     """Wait until all processes are here."""
     if ranks.size > 1:
         with _together(ranks):
@@ -119,7 +122,7 @@ def average_gradients(parameters: Iterable[Tensor], ranks: Ranks) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def means(values: Sequence[Tensor | float], ranks: Ranks) -> list[float]:
+def all_reduce_mean(values: Sequence[Tensor | float], ranks: Ranks) -> list[float]:
     """The means of single numbers over all processes."""
     own = [value.item() if isinstance(value, Tensor) else float(value) for value in values]
     if ranks.size == 1:
@@ -130,7 +133,7 @@ def means(values: Sequence[Tensor | float], ranks: Ranks) -> list[float]:
     return (sums / ranks.size).tolist()
 
 
-def from_first(thing: Any, ranks: Ranks) -> Any:
+def broadcast(thing: Any, ranks: Ranks) -> Any:
     """What rank 0 holds as `thing`, on all processes; it travels by pickle, between processes of one job alone."""
     box = [thing]
     if ranks.size > 1:
@@ -146,7 +149,7 @@ def checksum(parameters: Iterable[Tensor]) -> Tensor:
     return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum().cpu()  # wraps around, as a hash may
 
 
-def same_everywhere(parameters: Iterable[Tensor], ranks: Ranks, update: int) -> None:
+def assert_replicas_equal(parameters: Iterable[Tensor], ranks: Ranks, update: int) -> None:
     """Raise `RankError`, naming the processes and the `update`, unless all hold the same `parameters` bit for bit."""
     if ranks.size == 1:
         return

@@ -20,11 +20,11 @@ from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks import layers, numerics, resnet
 from bonelib.networks.numerics import compute_dtype
 from bonelib.networks.resnet import ResNet
-from bonelib.params import Grading
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented
 from bonelib.scans.tables import write_table
 from bonelib.training import checkpoint, run
+from bonelib.training.config import Grading
 
 GRADES = (1, 2, 3, 4, 5)
 WINDOWS_MG = ((300.0, 600.0), (12.0, 100.0))  # mg HA/cm3, centre and half width: of bone, and of soft tissue
@@ -91,7 +91,7 @@ def train_grader(how: Grading, data: Stacks, folder: str | Path, *, state: str |
     content = {
         "run": identity,
         "grading": json.loads(how.model_dump_json()),
-        "windows": unit_windows(data.meta["intensity"]),
+        "windows": _unit_windows(data.meta["intensity"]),
         "outputs": "logits of the grade being above 1, 2, 3 and 4",
         "data": data.meta,
         "scans": len(graded),
@@ -109,7 +109,7 @@ def load_grader(folder: str | Path) -> tuple[ResNet, dict]:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; no grader was trained, or this is another folder")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    net = build_grader(Grading(**config["grading"]), config["data"]["intensity"])
+    net = _build_grader(Grading(**config["grading"]), config["data"]["intensity"])
     net.load_state_dict(checkpoint.load_file(folder / "grader.safetensors"))
     return net.eval(), config
 
@@ -122,18 +122,18 @@ def known_grader(folder: str | Path) -> tuple[ResNet, dict] | None:
     return load_grader(folder)
 
 
-def build_grader(how: Grading, intensity) -> ResNet:
+def _build_grader(how: Grading, intensity) -> ResNet:
     """The network that a `Grading` section describes, for volumes with these densities at 0 and 1."""
-    return ResNet(how.widths, how.blocks, unit_windows(intensity), dtype=compute_dtype(how.precision))
+    return ResNet(how.widths, how.blocks, _unit_windows(intensity), dtype=compute_dtype(how.precision))
 
 
-def unit_windows(intensity) -> list[list[float]]:
+def _unit_windows(intensity) -> list[list[float]]:
     """The grey windows in the unit of the input."""
     low, high = intensity
     return [[(centre - low) / (high - low), width / (high - low)] for centre, width in WINDOWS_MG]
 
 
-def above(net: ResNet, volume: np.ndarray, depth: int) -> Tensor:
+def exceedance_probabilities(net: ResNet, volume: np.ndarray, depth: int) -> Tensor:
     """P(grade > 1, 2, 3, 4) of one volume (z, y, x) in [0, 1]: mean over windows of `depth` slices that cover it."""
     slices = len(volume)
     depth, count = min(depth, slices), -(-slices // depth)
@@ -156,7 +156,7 @@ def _fold(how, data, inside, asked, state, name, identity, seed, say) -> tuple[d
         say(f"{name}: kept from an earlier run", flush=True)
         return checkpoint.load_file(folder / "done.safetensors"), meta["predicted"]
     net = _trained(how, data, inside, folder, name, identity, seed, say)
-    predicted = {s["scan"]: above(net, data.volumes[s["volume"]], how.depth).tolist() for s in asked}
+    predicted = {s["scan"]: exceedance_probabilities(net, data.volumes[s["volume"]], how.depth).tolist() for s in asked}
     checkpoint.save_tensors(folder / "done.safetensors", net.state_dict())
     sha256 = checkpoint.digest(folder / "done.safetensors")
     checkpoint.write_json(file, dict(run=identity, sha256=sha256, predicted=predicted))
@@ -165,12 +165,12 @@ def _fold(how, data, inside, asked, state, name, identity, seed, say) -> tuple[d
 
 def _trained(how: Grading, data: Stacks, scans: list[dict], state, name, identity, seed, say) -> ResNet:
     torch.manual_seed(torch_rng(seed, "grading weights", name).initial_seed())
-    net = build_grader(how, data.meta["intensity"])
+    net = _build_grader(how, data.meta["intensity"])
     adam = torch.optim.AdamW(net.parameters(), lr=how.rate, weight_decay=how.decay)
 
     def train_step(at: run.Progress) -> dict[str, float]:
-        adam.param_groups[0]["lr"] = how.rate * one_cycle(at.seen / at.end, 1 / 25, 1, 4e-6)
-        adam.param_groups[0]["betas"] = (one_cycle(at.seen / at.end, 0.95, 0.85, 0.95), 0.999)
+        adam.param_groups[0]["lr"] = how.rate * _one_cycle(at.seen / at.end, 1 / 25, 1, 4e-6)
+        adam.param_groups[0]["betas"] = (_one_cycle(at.seen / at.end, 0.95, 0.85, 0.95), 0.999)
         volumes, grades = batch(how, data, scans, name, seed, at.seen // how.batch)
         wanted = (grades[:, None] > torch.tensor(GRADES[:-1])).float()
         loss = F.binary_cross_entropy_with_logits(net(volumes), wanted)
@@ -190,7 +190,7 @@ def _trained(how: Grading, data: Stacks, scans: list[dict], state, name, identit
     return net.eval()
 
 
-def one_cycle(share: float, start: float, top: float, end: float) -> float:
+def _one_cycle(share: float, start: float, top: float, end: float) -> float:
     """What rate and momentum are at a share of the training: to `top` over `WARM_UP` of it, then to `end`, by cosines
     (Smith and Topin 2019)."""
     first = share < WARM_UP

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bonelib.core.random import Part, drawn
+from bonelib.core.random import RankShard, sample_per_rank
 from bonelib.networks.superres import TexturePrior
-from bonelib.params import Train
+from bonelib.training.config import Train
 
 
 def of_critic(
-    how: Train, critic, real: Tensor, fake: Tensor, rng: torch.Generator | Part, stage: int, fade: float
+    how: Train, critic, real: Tensor, fake: Tensor, rng: torch.Generator | RankShard, stage: int, fade: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The critic's loss by `how.loss`, its scores of `real` and of `fake` (n,), and its slopes where they are held.
 
@@ -42,9 +42,9 @@ def of_generator(how: Train, critic, real: Tensor, fake: Tensor, stage: int, fad
     return relativistic(on_fake, on_real)
 
 
-def mix(real: Tensor, fake: Tensor, rng: torch.Generator | Part) -> Tensor:
+def mix(real: Tensor, fake: Tensor, rng: torch.Generator | RankShard) -> Tensor:
     """Points on the lines between real and generated volumes, uniform, for the gradient penalty of eq. (1)."""
-    share = drawn(torch.rand, len(real), 1, 1, 1, 1, rng=rng).to(real)
+    share = sample_per_rank(torch.rand, len(real), 1, 1, 1, 1, rng=rng).to(real)
     return share * real + (1 - share) * fake
 
 

@@ -4,7 +4,7 @@ import math
 from itertools import accumulate
 from typing import NamedTuple
 
-from bonelib.params import Schedule
+from bonelib.training.config import Schedule
 
 
 class Moment(NamedTuple):

@@ -1,11 +1,12 @@
 """Train the super-resolution network on windows of the training scans, each scan with its texture code.
 
-python -m bonelib.training.superres PROFILE [--stacks DIR] [--grades FILE] [--to DIR] [--state DIR]
+python -m bonelib.training.superres PROFILE [--stacks DIR] [--grades FILE] [--to DIR] [--state DIR] [--seconds S]
+
+With `--seconds` it stops after so many seconds of training, writes the network as it is, and goes on when run again.
 """
 
 import argparse
 import copy
-import csv
 import json
 import sys
 from functools import partial
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor
 
 from bonelib import InputError, core, networks, training
-from bonelib.core.config import fingerprint, section
+from bonelib.core.cli import command
+from bonelib.core.config import fingerprint, read_params, section
 from bonelib.core.provenance import code_hash
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.networks import build_superres
+from bonelib.networks.config import SuperRes
 from bonelib.networks.critic import Critic
 from bonelib.networks.numerics import compute_dtype
 from bonelib.networks.superres import HALO, quadrupled, quartered
-from bonelib.params import SuperRes, check_file
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, band_statistics, load_stacks, load_textures
 from bonelib.training import checkpoint, distributed, losses, run, texture_reader
@@ -60,6 +62,7 @@ def train_superres(
     seed: int,
     start: Path | None = None,
     say=print,
+    seconds: float | None = None,
 ) -> list[list]:
     """Train the network and write superres.safetensors, curves.csv and config.json to `folder`; returns the curves.
 
@@ -92,7 +95,7 @@ def train_superres(
     )
     reader = fit_texture(network, source)
     began = checkpoint.start_from(start, {"superres": network, "superres-critic": critic}, say)
-    device = distributed.alone().device
+    device = distributed.single_process().device
     network, critic, reader = network.to(device), critic.to(device), TextureReader(*(t.to(device) for t in reader))
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     average = copy.deepcopy(network).requires_grad_(False)
@@ -100,12 +103,12 @@ def train_superres(
     adam_g, adam_c = adam(network.parameters(), lr=params.rate), adam(critic.parameters(), lr=params.critic_rate)
     objects = dict(network=network, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c)
     step = partial(_step, params, source, reader, objects, seed)
-    at = run.run(step, objects, end=params.samples, state=state, fingerprint=identity, name="super-resolution", say=say)
+    how = dict(name="super-resolution", say=say, seconds=seconds)
+    at = run.run(step, objects, end=params.samples, state=state, fingerprint=identity, **how)
 
     checkpoint.save_tensors(folder / "superres.safetensors", average.state_dict())
     checkpoint.save_tensors(folder / "superres-critic.safetensors", critic.state_dict())
-    with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([CURVES, *at.curves])
+    run.write_curves(folder / "curves.csv", CURVES, at)
     content = {"run": identity, "superres": json.loads(params.model_dump_json()), "data": data.meta, "seen": at.seen}
     content |= {"started_from": began} if began else {}
     checkpoint.write_json(
@@ -229,7 +232,8 @@ def fit_texture(network, source: Source) -> TextureReader:
     return texture_reader.fit(torch.cat(seen), codes)
 
 
-def main() -> int:
+@command
+def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("profile")
     cli.add_argument("--stacks", type=Path, help="out/PROFILE/stacks")
@@ -237,24 +241,18 @@ def main() -> int:
     cli.add_argument("--to", type=Path, help="out/PROFILE/superres")
     cli.add_argument("--state", type=Path, help="scratch/state/PROFILE/superres")
     cli.add_argument("--start", type=Path, help="a model folder whose weights are trained further")
+    cli.add_argument("--seconds", type=float, help="of training, after which it stops")
     args = cli.parse_args()
-    out = Path("out") / args.profile
-    try:
-        values = check_file()
-        if args.profile not in values["profiles"]:
-            raise InputError(f"params.yaml: no profile {args.profile!r}; accepted are {', '.join(values['profiles'])}")
-        params = section(SuperRes, values["profiles"][args.profile]["superres"], f"profiles.{args.profile}.superres")
-        stacks = args.stacks or out / "stacks"
-        data = load_stacks(stacks, args.grades or out / "grading" / "grades.csv")
-        to = args.to or out / "superres"
-        state = args.state or Path("scratch/state") / args.profile / "superres"
-        textures = load_textures(stacks, data)
-        train_superres(params, data, textures, to, state=state, seed=values["seed"], start=args.start)
-        print(f"the network is in {to}")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    values, out = read_params(), Path("out") / args.profile
+    if args.profile not in values["profiles"]:
+        raise InputError(f"params.yaml: no profile {args.profile!r}; accepted are {', '.join(values['profiles'])}")
+    params = section(SuperRes, values["profiles"][args.profile]["superres"], f"profiles.{args.profile}.superres")
+    stacks, to = args.stacks or out / "stacks", args.to or out / "superres"
+    data = load_stacks(stacks, args.grades or out / "grading" / "grades.csv")
+    state = args.state or Path("scratch/state") / args.profile / "superres"
+    where = dict(state=state, seed=values["seed"], start=args.start, seconds=args.seconds)
+    train_superres(params, data, load_textures(stacks, data), to, **where)
+    print(f"the network is in {to}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from bonelib.evaluation.features import random3d, standardised
 from bonelib.evaluation.metrics import realism
 from bonelib.evaluation.morphometry import measure
 from bonelib.latent.models import Model, calibrated
-from bonelib.latent.sampling import draw_code, of_kind, sampled_code
+from bonelib.latent.sampling import draw_code, sampled_code
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.preprocessing import subsample
 from bonelib.scans.tables import read_table
@@ -82,10 +82,10 @@ class Bone(NamedTuple):
 def synthesis(models: dict[str, tuple[str, Model]], truncation: float | dict = 1.8, most: float = 3.0) -> Scene:
     """New bones under truncation (section 4.1). `models` is {name: (folder, model)}.
 
-    `truncation` is where it begins, for all models or {model or its kind: value}, as it means another thing in each.
+    `truncation` is where it begins, for all models or {model: value}, as it means another thing in each.
     """
     first, same = next(iter(models)), isinstance(truncation, (int, float))
-    begins = {name: float(truncation if same else of_kind(truncation, name) or most) for name in models}
+    begins = {name: float(truncation if same else truncation.get(name, most)) for name in models}
     controls = {
         "seed": Control("seed", 1, 0, 9999, 1),
         "truncation": Control("truncation ψ", begins[first], 0.05, most, 0.05),

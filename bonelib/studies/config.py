@@ -1,0 +1,132 @@
+"""The sections of params.yaml on studies."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from bonelib.core.config import Count, NotNegative, Positive, Section, Voxel, section
+from bonelib.networks.config import GENERATORS, CriticNet, Generator
+from bonelib.training.config import Train
+
+
+class Quality(Section):
+    """How image quality is measured: `samples` of each model and setting, of which the first `measured` by morphometry.
+
+    A setting is a model at a truncation of its codes, which its own section gives (`networks.config`). `draws` are
+    those of the intervals, `pairs` those compared by MS-SSIM; the classifier of patches learns for `classifier`
+    updates, from `classified` patients at most; `inception` and `medicalnet` are files of weights, looked for in the
+    usual cache if null.
+    """
+
+    samples: Annotated[int, Field(ge=8)] = 1000
+    measured: Annotated[int, Field(ge=2)] = 200
+    draws: Annotated[int, Field(ge=2)] = 1000
+    pairs: Count = 1000
+    classifier: Count = 2000
+    classified: Count = 200
+    inception: str | None = None
+    medicalnet: str | None = None
+
+
+class Experts(Section):
+    """The rating form: `samples` of a model, `controls` real ones, of a patient each, and `repeats` of all these.
+
+    `reference` real stacks are what the realism score compares with, bones of `degraded` patients calibrate it; `draws`
+    are those of the intervals.
+    """
+
+    samples: Count = 64
+    controls: Annotated[int, Field(ge=0)] = 16
+    repeats: Annotated[int, Field(ge=0)] = 16
+    reference: Annotated[int, Field(ge=5)] = 400
+    degraded: Annotated[int, Field(ge=4)] = 32
+    draws: Count = 400
+
+
+class Ladder(Section):
+    """The corruption ladder: `volumes` of `pool` held-out stacks are spoiled and compared with `reference` stacks.
+
+    `draws` sets of real stacks say how much a metric varies by itself.
+    """
+
+    volumes: Annotated[int, Field(ge=8)] = 200
+    reference: Annotated[int, Field(ge=8)] = 400
+    pool: Annotated[int, Field(ge=8)] = 400
+    draws: Annotated[int, Field(ge=2)] = 100
+    strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+class Privacy(Section):
+    """The privacy audit: `stacks` of each of `members` training patients and of all held-out ones, `samples` drawn.
+
+    The leak is planted with `planted` patients: copies with noise of `copy_noise` of the intensities, and a critic that
+    is trained `overtraining` updates too long. Voxels are compared after `halvings`, codes fitted in `steps` of Adam at
+    `rate`. `tolerated` is the share of members that may be recognised at 1 % false alarms.
+    """
+
+    samples: Annotated[int, Field(ge=4)] = 1000
+    members: Annotated[int, Field(ge=4)] = 80
+    planted: Annotated[int, Field(ge=2)] = 20
+    stacks: Count = 8
+    copy_noise: NotNegative = 0.005
+    overtraining: Count = 600
+    halvings: Annotated[int, Field(ge=0)] = 2
+    steps: Count = 300
+    rate: Positive = 0.05
+    tolerated: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    draws: Annotated[int, Field(ge=2)] = 1000
+
+
+class Cost(Section):
+    """What is timed: both precisions in turns at `stage`, `rounds` times, and each of `stages` once."""
+
+    generators: dict[str, Generator] = {kind: config() for kind, config in GENERATORS.items()}
+    critic: CriticNet = CriticNet()
+    stage: Count = 3
+    stages: tuple[Count, ...] = (1, 2, 3, 4)
+    batch: Count = 1
+    n_critic: Count = 5
+    rounds: Count = 3
+
+
+class Trials(Section):
+    """Short trainings of variants of one model (see `studies.ablation`).
+
+    `base` is a `Train` section, `variants` are changes of it, nested alike; each is trained with `seeds` seeds, for
+    `seconds` of CPU time, and judged by `samples`; `draws` are those of the intervals.
+    """
+
+    base: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    seeds: Count = 2
+    seconds: Positive
+    samples: Annotated[int, Field(ge=8)] = 320
+    draws: Annotated[int, Field(ge=2)] = 200
+
+    @model_validator(mode="after")
+    def _trains(self):
+        for name, changes in self.variants.items():
+            section(Train, changed(self.base, changes), name)
+        return self
+
+
+def changed(base: dict, changes: dict) -> dict:
+    """A nested dictionary with some values replaced; `changes` is nested alike, and an empty one replaces all."""
+    both = dict(base)
+    for key, value in changes.items():
+        inner = value and isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = changed(both[key], value) if inner else value
+    return both
+
+
+class PhantomCheck(Section):
+    """How many phantoms are drawn and measured on each grid, from many coarse ones to few on the scanner's own."""
+
+    phantoms: Annotated[tuple[Annotated[int, Field(ge=4)], ...], Field(min_length=2)]
+    voxel_mm: tuple[Voxel, ...]
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if len(self.phantoms) != len(self.voxel_mm):
+            raise ValueError("phantoms and voxel_mm must have one entry a grid each")
+        return self

@@ -1,0 +1,129 @@
+"""The sections of params.yaml on trainings. Defaults are published values (Angermann et al. 2023, Appendix B)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bonelib.core.config import Count, NotNegative, Positive, Section, Share
+from bonelib.networks.config import CriticNet, Generator
+from bonelib.scans.config import Augment
+
+
+class Schedule(Section):
+    """Appendix B. Lists have one entry a stage, in samples the critic has seen."""
+
+    samples: tuple[Count, ...] = (180_000, 360_000, 360_000, 360_000, 360_000)
+    fade: tuple[Annotated[int, Field(ge=0)], ...] = (0, 180_000, 180_000, 180_000, 180_000)
+    batch: tuple[Count, ...] = (24, 24, 12, 6, 3)
+    rate_decay: Share = 0.85
+    final_decay: Share = 0.0
+
+    @model_validator(mode="after")
+    def _lengths(self):
+        if not len(self.samples) == len(self.fade) == len(self.batch):
+            raise ValueError("samples, fade and batch must have one entry a stage each")
+        return self
+
+
+class Adaptive(Section):
+    """Adaptive augmentation (see `training.adaptive`).
+
+    The probability of every change is steered so that the critic's mean sign, of real over generated volumes in pairs,
+    stays near `target`; it may rise from 0 to 1 in `ramp` samples.
+    """
+
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    ramp: Count
+
+
+class Snapshots(Section):
+    """From which weights a training's best are chosen, by measurement (see `studies.selection`).
+
+    The generator, or its running average, is kept `number` times, evenly over the last `part` of the last stage and at
+    its end. `samples` of each are compared with the bones of a share of the training patients, `validation`, who are
+    set apart.
+    """
+
+    number: Annotated[int, Field(ge=2)]
+    part: Annotated[float, Field(gt=0, le=1)] = 0.5
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    samples: Annotated[int, Field(ge=4)] = 200
+    draws: Annotated[int, Field(ge=2)] = 200
+
+
+class Train(Section):
+    """One model and how it is trained.
+
+    Not in the paper: `loss` relativistic, which pairs real and generated volumes and holds the critic's slope at both
+    towards zero with the weight `penalty` (its gamma); `ema`, the half-life of the generator's running average in
+    updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes, on grids half as fine;
+    `autocorrelation`, the weight of `losses.autocorrelation_difference` in the generator's loss while the rate falls
+    towards the end, and `histogram`, that of `losses.histogram_distance` all along; `adaptive` augmentation; and
+    `snapshots` to choose from.
+    """
+
+    generator: Generator
+    critic: CriticNet = CriticNet()
+    schedule: Schedule = Schedule()
+    augment: Augment | None = Augment()
+    n_critic: Count = 5
+    rate: Positive = 4e-3
+    loss: Literal["wasserstein", "relativistic"] = "wasserstein"
+    penalty: Annotated[float, Field(ge=0)] = 10.0
+    drift: Annotated[float, Field(ge=0)] = 1e-3
+    autocorrelation: NotNegative = 0.0
+    histogram: NotNegative = 0.0
+    clip: Positive = 2.0
+    ema: Annotated[float, Field(ge=0)] = 0.0
+    haar: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    adaptive: Adaptive | None = None
+    snapshots: Snapshots | None = None
+
+    @model_validator(mode="after")
+    def _stages(self):
+        n, plan = len(self.schedule.samples), self.schedule
+        needed = n if self.haar else n + 1
+        if not len(self.generator.widths) == len(self.critic.widths) == needed:
+            raise ValueError(f"{n} stages{' of haar' * self.haar} need {needed} widths in generator and critic")
+        if self.adaptive and self.loss != "relativistic":
+            raise ValueError(f"adaptive is steered by pairs of scores, which loss relativistic has and {self.loss} not")
+        if self.snapshots and plan.fade[-1] > (1 - self.snapshots.part) * plan.samples[-1]:
+            raise ValueError(f"snapshots.part {self.snapshots.part} reaches into the fade-in of the last stage")
+        return self
+
+
+class Published(Section):
+    """A model of the store in the repository, by its hash (see `bonelib.published`), in place of a `Train` section."""
+
+    published: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
+
+
+class Grading(Section):
+    """The network that grades motion (section 3.3), by default a ResNet-18 in 3D, and how it is trained.
+
+    Scans are averaged over blocks of 2^`halvings` voxels a side first; motion shows on a coarse grid as well.
+    `samples` windows of `depth` slices are seen by each of the `folds` networks and by the last one, trained on all
+    scans. `mirror` reflects windows at random along all axes, `decay` is the weight decay, `draws` are those of the
+    intervals.
+    """
+
+    widths: tuple[Count, ...] = (64, 128, 256, 512)
+    blocks: tuple[Count, ...] = (2, 2, 2, 2)
+    halvings: Annotated[int, Field(ge=0)] = 0
+    folds: Annotated[int, Field(ge=2)] = 5
+    depth: Count = 32
+    samples: Count = 30_000
+    batch: Count = 8
+    rate: Positive = 1e-3
+    decay: Annotated[float, Field(ge=0)] = 0.05
+    mirror: bool = True
+    augment: Augment | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    draws: Count = 1000
+
+    @model_validator(mode="after")
+    def _stages(self):
+        if len(self.widths) != len(self.blocks):
+            raise ValueError("widths and blocks must have one entry a stage each")
+        return self
