@@ -14,7 +14,7 @@ UPWARD = {
     "latent": {"studies", "views"},
     "studies": {"views"},
 }
-TOOLS = {"corruption"}  # used by two studies, and no study of its own
+TOOLS = {"corruption", "config"}  # used by several studies, and no studies of their own
 
 
 def imported(path):
