@@ -23,7 +23,7 @@ SMALLEST = {  # of what the tiny profile takes longest for, and as few patients 
     "privacy__overtraining": 8,
 }
 NEEDED = ["image_transition@progan", "attribute_editing@progan", "style_mixing", "image_quality", "expert_validation"]
-NEEDED += ["ladder", "privacy", "trials"]  # what depends on the cohort, and all that these need
+NEEDED += ["metric_sensitivity", "privacy", "ablation"]  # what depends on the cohort, and all that these need
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,6 @@ def own(pipeline, tmp_path_factory):
     folder = copy_of_the_repository(tmp_path_factory.mktemp("own"))
     params = folder / "params.yaml"
     set_value(params, "models", ["progan"])
-    set_value(params, "cohort__mirror_left", False)
     for key, value in SMALLEST.items():
         set_value(params, f"profiles__tiny__{key}", value)
     cohort = pipeline / "out/tiny/cohort"
@@ -63,7 +62,13 @@ def test_eight_scans_without_any_table_go_through_all_stages(own, tmp_path):
     quality = metrics["04_image_quality"]
     assert not any(".vgs." in key for key in quality) and any(".random3d.FD.value" in key for key in quality)
     assert quality["progan 1.8.random3d.FD.low"] is None  # four patients are held out, too few for an interval
-    for stage in ("05_inversion_progan", "07_style_mixing_progan", "09_expert_validation", "S4_ladder", "S5_privacy"):
+    for stage in (
+        "05_inversion_progan",
+        "07_style_mixing_progan",
+        "09_expert_validation",
+        "S4_metric_sensitivity",
+        "S5_privacy",
+    ):
         assert metrics[stage]
     assert "(no interval)" in done.stdout
 

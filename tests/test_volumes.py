@@ -483,6 +483,10 @@ def test_left_bones_are_mirrored_on_import(scanner_files, tmp_path):
 
     with pytest.raises(InputError, match=r"sub-e.nrrd: mirror_left needs .* column side"):
         run()
+    said = []
+    write_table(scanner_files / "scans.tsv", [dict(file="sub-e.nrrd", patient="e")])
+    import_scans(scanner_files, tmp_path / "plain", "mgHA", say=lambda line, **_: said.append(line), mirror_left=True)
+    assert "none of 1 scans tells the side of the body; none is mirrored" in said
     with pytest.raises(InputError, match=r"sub-b.isq: the header says that the side is right, but .* says left"):
         run(b="L", e="R")
     with pytest.raises(InputError, match=r"scans.tsv: side 'both' of sub-e.nrrd"):

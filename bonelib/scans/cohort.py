@@ -115,6 +115,7 @@ def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: 
     """Read, check and write every scan; the rows of the cohort's scans.tsv. `names` gets {file: scan}."""
     number, visits = _numbers(listing), _visits(listing)
     scans, seen, parts, owners, ends = [], defaultdict(list), defaultdict(list), defaultdict(dict), Counter()
+    sided: dict[bool, str] = {}  # a file that tells the side of the body, and one that does not
     for i, row in enumerate(listing.rows):
         file, patient = row["file"], row["patient"]
         name = f"sub-{number[patient]:03d}_scan-{i + 1:03d}"
@@ -127,6 +128,12 @@ def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: 
         )
         names[file] = name
         ends[end] += 1
+        sided.setdefault(bool(volume.side), file)
+        if how.mirror_left and len(sided) > 1:
+            raise InputError(
+                f"{source / sided[False]}: mirror_left needs the side of the body, which other scans tell; give "
+                "scans.tsv a column side (left or right), or set cohort.mirror_left to false"
+            )
         for first in _again(volume, row, seen):
             if first["patient"] != patient:
                 says = f"the same voxels as {first['file']}, but of {patient!r} and not of {first['patient']!r}"
@@ -146,6 +153,8 @@ def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: 
     if not scans:
         raise InputError(f"{source}: all of its {len(listing.rows)} scans hold two values, as masks do")
     _check_owners(owners, listing.people)
+    if how.mirror_left and True not in sided:
+        say(f"none of {len(scans)} scans tells the side of the body; none is mirrored", flush=True)
     if ends["unknown"]:
         says = "the shape of the bone does not tell which end of z is distal; it is taken to be the first"
         say(f"{ends['unknown']} of {len(scans)} scans: {says}", flush=True)
@@ -202,11 +211,6 @@ def _import(path: Path, volume: Volume, row: dict, masks: list[Path], how: How, 
     if volume.site and volume.site != how.site:
         mend = f"take it out, or set cohort.site to {volume.site}" if volume.site in SITES else "take it out"
         raise InputError(f"{path}: the bone is {volume.site}, but the cohort is of the {how.site}; {mend}")
-    if how.mirror_left and not volume.side:
-        raise InputError(
-            f"{path}: mirror_left needs the side of the body; give scans.tsv a column side (left or right), "
-            "or set cohort.mirror_left to false"
-        )
     try:
         volume = convert(oriented(volume), "mgHA")
     except InputError as error:
