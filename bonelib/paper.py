@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from bonelib import InputError
-from bonelib.core.config import Section, section
+from bonelib.core.config import section
 from bonelib.evaluation.statistics import patient_interval
-from bonelib.params import Inversion, Quality, Train
+from bonelib.params import Inversion, Preprocess, Quality, Train
 from bonelib.scans.tables import write_table
 
 SOURCE = Path("paper/paper.typ")
@@ -41,9 +41,8 @@ def facts(out: Path, target: str, supplements: bool) -> dict[str, Any]:
     quality = section(Quality, own["quality"], "quality")
     kinds = {model: model.split("-")[0] for model in models}
     configs = {model: _config(out, model) for model in models}
-    found = (
-        {"seed": values["seed"], "interval level": INTERVAL_LEVEL} | _given(own) | {"published": _unstated(published)}
-    )
+    settings = {"interval level": INTERVAL_LEVEL, "voxel_mm": own["voxel_mm"], "published": _unstated(published)}
+    settings["preprocess"] = section(Preprocess, own["preprocess"], "preprocess").model_dump(mode="json")
     return {
         "out": f"/{out.as_posix()}",
         "profile": profile,
@@ -51,7 +50,7 @@ def facts(out: Path, target: str, supplements: bool) -> dict[str, Any]:
         "metrics": [stage for stage in stages if supplements or not stage.startswith("S")],
         "wide": {m: f"{m} {quality.untruncated.get(m, quality.untruncated[kind]):g}" for m, kind in kinds.items()},
         "narrow": {m: f"{m} {quality.truncation.get(m, quality.truncation[kind]):g}" for m, kind in kinds.items()},
-        "settings": dict(flat(found)),
+        "settings": dict(flat(settings)),
         "seed": values["seed"],
         "phantom": values["cohort"]["source"].startswith("bonelib/scans/phantom"),
         "superres": any("superres" in config for config in configs.values()),
@@ -69,13 +68,12 @@ def departures(model: str, config: dict, own: dict, published: dict) -> list[dic
     """
     kind = model if model in published["train"] else config["train"]["generator"]["kind"]
     pairs = [("train", Train, config["train"], published["train"][kind])]
-    if "published" not in own["inversion"][model]:
-        pairs.append(("inversion", Inversion, own["inversion"][model], published["inversion"][kind]))
+    pairs.append(("inversion", Inversion, own["inversion"][model], published["inversion"][kind]))
     rows = []
     for name, how, found, given in pairs:
         here, there = (dict(flat(section(how, values, name).model_dump(mode="json"))) for values in (found, given))
         for key in sorted(here.keys() | there.keys()):
-            if here.get(key) != there.get(key) and not key.startswith("generator.kind"):
+            if here.get(key) != there.get(key) and not key.endswith(".published"):
                 row = {"model": model, "key": f"{name}.{key}", "published": there.get(key), "here": here.get(key)}
                 rows.append(row)
     return rows
@@ -103,25 +101,6 @@ def _unstated(published: dict) -> dict:
     train = section(Train, published["train"]["progan"], "train")
     encoder = section(Inversion, published["inversion"]["progan"], "inversion").encoder
     return {"penalty": train.penalty, "drift": train.drift, "encoder samples": encoder.samples}
-
-
-def _given(own: dict) -> dict:
-    """The sections of a profile that the paper quotes, with what they leave to their defaults."""
-    from bonelib import params
-
-    kinds = {
-        "phantom": params.Phantom, "preprocess": params.Preprocess, "grading": params.Grading,
-        "superres": params.SuperRes, "quality": params.Quality, "transition": params.Transition,
-        "mixing": params.Mixing, "editing": params.Editing, "experts": params.Experts,
-    }  # fmt: skip
-    return {"voxel_mm": own["voxel_mm"]} | {
-        name: own[name] if "published" in own[name] else _plain(section(kind, own[name], name))
-        for name, kind in kinds.items()
-    }
-
-
-def _plain(values: Section) -> dict:
-    return values.model_dump(mode="json")
 
 
 def compiled(told: dict[str, Any], selector: str | None = None, source: Path = SOURCE, root: str | Path = ".") -> Any:

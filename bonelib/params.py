@@ -10,6 +10,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from bonelib import InputError
 from bonelib.core.config import Count, NotNegative, Positive, Section, Shape, Share, Voxel, section
 
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]  # of a folder in dvc-store/
+
 
 class Calibration(Section):
     """Of one scanner: native = mu_scaling * mu, mgHA = slope * mu + intercept, with mu and mu_water in 1/cm."""
@@ -43,9 +45,13 @@ class Cohort(Section):
 
 
 class Phantom(Section):
-    """The phantom cohort: `visits` at most, `scans` in all (null: none is missed), shares of the motion grades 1-5."""
+    """The phantom cohort: `visits` at most, `scans` in all (null: none is missed), shares of the motion grades 1-5.
+
+    Patients are numbered from `first`; those of other numbers are other people.
+    """
 
     patients: Annotated[int, Field(ge=3)]
+    first: Count = 1
     visits: Count
     scans: Count | None = None
     grades: tuple[Share, Share, Share, Share, Share] = (1.0, 0.0, 0.0, 0.0, 0.0)
@@ -219,7 +225,7 @@ class Train(Section):
 class Published(Section):
     """A model of the store in the repository, by its hash (see `bonelib.published`), in place of a `Train` section."""
 
-    published: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
+    published: Hash
 
 
 class SuperRes(Section):
@@ -266,9 +272,11 @@ class Grading(Section):
     Scans are averaged over blocks of 2^`halvings` voxels a side first; motion shows on a coarse grid as well.
     `samples` windows of `depth` slices are seen by each of the `folds` networks and by the last one, trained on all
     scans. `mirror` reflects windows at random along all axes, `decay` is the weight decay, `draws` are those of the
-    intervals.
+    intervals. With `published`, a hash (see `bonelib.published`), nothing is trained: the grader of the repository
+    grades all scans.
     """
 
+    published: Hash | None = None
     widths: tuple[Count, ...] = (64, 128, 256, 512)
     blocks: tuple[Count, ...] = (2, 2, 2, 2)
     halvings: Annotated[int, Field(ge=0)] = 0
@@ -409,9 +417,11 @@ class EncoderTraining(Section):
     in eq. (6) or (9). `dense` adds fully connected layers, two for a StyleGAN. `pairs` "sampled" trains on drawn
     volumes, whose codes are known, as Fetty et al. 2020 with `norm` "instance", four dense layers, radam, betas (0,
     0.99) and truncation 0.7. Not in the paper: `final_decay`, the share of the training over which the rate falls,
-    `ema`, the half-life of a running average of the weights in updates (0 is none), and `clip`.
+    `ema`, the half-life of a running average of the weights in updates (0 is none), and `clip`. With `published`, a
+    hash (see `bonelib.published`), nothing is trained: the encoder of the repository is taken, with its refinement.
     """
 
+    published: Hash | None = None
     prior: Literal["normal", "discriminator"]
     weights: tuple[NotNegative, NotNegative, NotNegative] = (1.0, 1.0, 1.0)
     dense: Annotated[int, Field(ge=0)] = 0

@@ -14,11 +14,11 @@ torch.manual_seed(0)  # of networks that are built while tests are collected
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Both files that need the pipeline run in one process, which is given them first, as they take longest."""
+    """The files that need the pipeline run in one process, which is given them first, as they take longest."""
     from xdist.scheduler import LoadScopeScheduling
 
     scheduler = LoadScopeScheduling(config, log)
-    together = ("tests/test_pipeline.py", "tests/test_browser.py")
+    together = ("tests/test_pipeline.py", "tests/test_browser.py", "tests/test_paper.py")
     scheduler._split_scope = lambda test: "pipeline" if test.startswith(together) else test
     return scheduler
 

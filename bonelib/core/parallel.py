@@ -53,6 +53,11 @@ def _end_with(process: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
+
+
 def peak_memory() -> float:
     """The most memory this process has held so far, in MB (2^20 bytes).
 

@@ -38,7 +38,7 @@ from bonelib.networks.encoder import (
 from bonelib.params import EncoderTraining, Refinement, Train, section
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
-from bonelib.scans.tables import write_table
+from bonelib.scans.tables import read_table, write_table
 from bonelib.training import checkpoint, distributed, run
 from bonelib.training.run import SAVE_EVERY_S, SAY_EVERY_S
 
@@ -201,8 +201,16 @@ def train_encoder(
     parts = {name: part for name, part in inverter._asdict().items() if part is not None}
     checkpoint.save_tensors(folder / "encoder.safetensors", checkpoint.pack(**parts))
     content = {"run": identity, "encoder": json.loads(params.model_dump_json()), "model": model.config["sha256"]}
+    curves = [dict(zip(CURVES, point, strict=True)) for point in points]
+    write_table(folder / "encoder-curves.csv", curves)
     checkpoint.write_json(folder / "encoder.json", content)
-    return inverter, [dict(zip(CURVES, point, strict=True)) for point in points]
+    return inverter, curves
+
+
+def known_encoder(folder: str | Path, model: Model) -> tuple[Inverter, list[dict]]:
+    """What `train_encoder` wrote to a folder: the encoder, and its curves. Raises `InputError` as `load_inverter`."""
+    rows = read_table(Path(folder) / "encoder-curves.csv")
+    return load_inverter(folder, model), [{k: float(v) if v else float("nan") for k, v in r.items()} for r in rows]
 
 
 def load_inverter(folder: str | Path, model: Model) -> Inverter:

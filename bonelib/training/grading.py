@@ -102,6 +102,22 @@ def train_grader(how: Grading, data: Stacks, folder: str | Path, *, state: str |
     return _written(folder, [_row(s, predicted[s["scan"]]) for s in scans])
 
 
+def grade_all(folder: str | Path, data: Stacks) -> list:
+    """Grade all scans by the grader in `folder`, which knew none of their patients; writes grades.csv.
+
+    Raises `InputError` if it was made for volumes of another voxel size or intensity map.
+    """
+    net, config = load_grader(folder)
+    for key in ("spacing_mm", "intensity"):
+        if config["data"][key] != data.meta[key]:
+            says = f"made for {key} {config['data'][key]}, but that of the scans is {data.meta[key]}"
+            raise InputError(f"{Path(folder) / 'config.json'}: {says}")
+    depth = config["grading"]["depth"]
+    return _written(
+        Path(folder), [_row(s, above(net, data.volumes[s["volume"]], depth).tolist()) for s in scans_of(data)]
+    )
+
+
 def load_grader(folder: str | Path) -> tuple[ResNet, dict]:
     """The grader of a model folder and its config. Raises `InputError` naming the missing file."""
     folder = Path(folder)
