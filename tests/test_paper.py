@@ -9,6 +9,7 @@ import pytest
 
 from bonelib import InputError, paper
 from bonelib.scans.tables import read_table
+from bonelib.views import readme
 
 ROOT = Path(__file__).parents[1]
 # Names, years and references hold digits and are no results
@@ -147,3 +148,37 @@ def test_every_number_of_the_paper_is_that_of_its_key(pipeline):
         elif not isinstance(value, bool):
             assert row["shown"] == str(value), row
     assert (pipeline / "out/tiny/paper.pdf").read_bytes().startswith(b"%PDF")
+
+
+def results_of(text):
+    """The block of results of a README, and the profile that it is of, or None before the first."""
+    block = readme.BLOCK.search(text)[0]
+    found = re.search(r"Of the profile `(\w+)`", block)
+    return block.split("-->\n", 1)[1].rsplit("<!--", 1)[0], found and found[1]
+
+
+def test_the_readme_has_the_numbers_of_its_profile(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = Path("README.md").read_text(encoding="utf-8")
+    block, profile = results_of(text)
+    assert len(text.splitlines()) <= 120
+    if profile is None or not Path(f"out/{profile}/paper.csv").is_file():
+        pytest.skip("no results of the README's profile in out/")
+    assert block == readme.findings(profile), "run `make readme`"
+
+
+@pytest.mark.pipeline
+def test_the_readme_is_written_from_the_numbers_of_the_paper(pipeline, monkeypatch):
+    monkeypatch.chdir(pipeline)
+    before = {path: Path(path).read_bytes() for path in ("README.md", "paper/figures/teaser.png")}
+    try:
+        monkeypatch.setattr("sys.argv", ["readme", "tiny"])
+        assert readme.main() == 0
+        block, profile = results_of(Path("README.md").read_text(encoding="utf-8"))
+    finally:
+        for path, content in before.items():
+            Path(path).write_bytes(content)
+    shown = {row["shown"] for row in read_table(Path("out/tiny/paper.csv"))}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines() if line.startswith("|")]
+    numbers = [n for row in rows[2:] for cell in row[1:] for n in re.findall(r"[−\d.]+(?: %)?", cell)]
+    assert profile == "tiny" and len(numbers) > 20 and set(numbers) <= shown
