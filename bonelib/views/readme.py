@@ -41,7 +41,7 @@ def findings(profile: str) -> str:
         real = [value for key, value in shown.items() if key.endswith(f".random3d.{metric}.real_against_real")]
         lines.append([metric, *(cell(f"{key}.value", key) for key in keys), *(real[:1] or ["not measured"])])
     for trait in TRAITS:
-        groups = [f"measured.{group}.{trait}" for group in (*models, "real")]
+        groups = [f"measured.{group}.{trait}" for group in (*models.values(), "real")]
         lines.append([trait, *(cell(group, group) for group in groups)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\nOf the profile `{profile}`.\n"
 
