@@ -74,7 +74,8 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
     now = {"bone": found, "rows": first[1] if first else readings(found, known), "next": None}
     kept, shape, spacing = {tuple(state.values()): found}, found.volume.shape, found.volume.spacing
     plot, body, surface = bone3d.plot3d(found.volume.voxels, spacing)
-    picture, table, status = widgets.Image(format="png", layout=WIDE), widgets.HTML(), widgets.HTML()
+    whole = dict(width="auto", height="auto", max_width="97%", align_self="flex-start")  # no slice is cut at the edge
+    picture, table, status = widgets.Image(format="png", layout=whole), widgets.HTML(), widgets.HTML()
     line = widgets.Textarea(rows=3, description="draw it again", disabled=True, **LABELLED)
     cut = [
         widgets.FloatSlider(0.5, min=0, max=1, step=0.01, description=f"slice at {axis}", **LABELLED) for axis in "zyx"
