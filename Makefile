@@ -7,12 +7,19 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro all test lab strip pins readme
+.PHONY: repro all results site test lab strip pins readme
 repro: $(STAMP) strip
 	python -m bonelib.repro $(if $(PROFILE),--profile $(PROFILE))
 
 all: $(STAMP) strip
 	python -m bonelib.repro --all $(if $(PROFILE),--profile $(PROFILE))
+
+# The results of a long run that come with the repository, without running anything
+results: $(STAMP)
+	python -m bonelib.results
+
+site: $(STAMP)
+	python -m bonelib.site
 
 test: $(STAMP)
 	python -m pytest -n 2 --dist loadscope

@@ -100,16 +100,22 @@ def publish(folder: str | Path, name: str, audit: str | Path, say=print) -> str:
     for path in folder.iterdir():
         if path.name in PARTS[kind]:
             shutil.copy2(path, target / path.name)
+    after = put(name)
+    _name_in_params(Path("params.yaml"), kind, name, before, after, say)
+    return after
+
+
+def put(name: str) -> str:
+    """Let DVC write the folder published/`name` to the store, and take out what nothing names any more."""
+    target = pointer(name).with_suffix("")
     _dvc("add", "--quiet", str(target))
     content = yaml.safe_load(pointer(name).read_text(encoding="utf-8"))
     content["outs"][0]["remote"] = REMOTE  # so that `dvc push` and `dvc pull` of nothing else go there
     pointer(name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     _dvc("push", "--quiet", str(pointer(name)))
     for path in set(STORE.glob("*/*")) - {path for one in Path("published").glob("*.dvc") for path in stored(one)}:
-        path.unlink()  # of a model that was replaced
-    after = published_hash(name)
-    _name_in_params(Path("params.yaml"), kind, name, before, after, say)
-    return after
+        path.unlink()  # of what was replaced
+    return published_hash(name)
 
 
 def require_phantoms(values: dict, folder: Path, audit: Path) -> str:
