@@ -116,18 +116,20 @@ def write_site(out: str | Path) -> Path:
         (site / "films" / f"{name}.html").write_text(slider(film, name.replace("_", " ")), encoding="utf-8")
         films.append((name.replace("_", " ").replace("-", ", "), f"films/{name}.html"))
     paper = [("the paper", "paper.pdf")] if (site / "paper.pdf").is_file() else []
-    body = "<h1>Bones that nobody had</h1>" + "".join(
-        f"<h2>{head}</h2><ul>{''.join(f'<li><a href="{to}">{html.escape(name)}</a></li>' for name, to in links)}</ul>"
-        for head, links in (
-            ("Text", paper),
-            ("Bones to turn", bones),
-            ("From bone to bone, by a slider", films),
-            ("Executed notebooks", pages),
-        )
-        if links
-    )
+    heads = {
+        "Text": paper,
+        "Bones to turn": bones,
+        "From bone to bone, by a slider": films,
+        "Executed notebooks": pages,
+    }
+    lists = "".join(f"<h2>{head}</h2>{_links(links)}" for head, links in heads.items() if links)
+    body = f"<h1>Bones that nobody had</h1>{lists}"
     (site / "index.html").write_text(_page("Bones that nobody had", body), encoding="utf-8")
     return site
+
+
+def _links(links):
+    return "<ul>" + "".join(f'<li><a href="{to}">{html.escape(name)}</a></li>' for name, to in links) + "</ul>"
 
 
 def _named(path: Path, site: Path) -> tuple[str, str]:

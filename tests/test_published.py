@@ -35,7 +35,7 @@ def write_model(folder):
     at = loop.Progress(8, seen=8, curves=[[8]])
     parts = dict(average=build_generator(how.generator), critic=build_critic(how.critic), at=at)
     growth = {"0000000008": torch.zeros(1)}
-    loop.write_model(folder, how, DATA, **parts, growth=growth, candidates=[], run="0", superres=None)
+    loop.write_model(folder, how, DATA, **parts, growth=growth, candidates=[], run="0", began={}, superres=None)
 
 
 def audit(folder, **values):
