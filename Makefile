@@ -19,7 +19,7 @@ results: $(STAMP)
 	python -m bonelib.results
 
 site: $(STAMP)
-	python -m bonelib.site
+	python -m bonelib.site $(OUT)
 
 test: $(STAMP)
 	python -m pytest -n 2 --dist loadscope

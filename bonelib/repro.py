@@ -208,7 +208,8 @@ def main() -> int:
     own = Path("scratch/stage_seconds") / f"{profile}.json"  # of an earlier run on this machine
     measured = json.loads(SECONDS.read_text(encoding="utf-8")).get(profile, {})
     measured |= json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
-    progress = Progress(before(targets, itself=True), measured, cores())
+    stages = [name for name in before(targets, itself=True) if not name.endswith(".dvc")]
+    progress = Progress(stages, measured, cores())
     print(f"profile {profile}: {progress.remaining()}", flush=True)
     status = repro(values["models"], targets, progress, share=not args.targets)
     own.parent.mkdir(parents=True, exist_ok=True)
