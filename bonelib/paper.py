@@ -53,6 +53,7 @@ def facts(out: Path, target: str, supplements: bool) -> dict[str, Any]:
         "settings": dict(flat(settings)),
         "seed": values["seed"],
         "phantom": values["cohort"]["source"].startswith("bonelib/scans/phantom"),
+        "published": any("published" in own["train"][model] for model in models),
         "superres": any("superres" in config for config in configs.values()),
         "departures": [row for model in models for row in departures(model, configs[model], own, published)],
         "table": Path(target).with_suffix(".csv").name,
