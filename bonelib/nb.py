@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bonelib import InputError
-from bonelib.core.parallel import cpu_seconds, die_with_run, map_large_blocks
+from bonelib.core.parallel import die_with_run, elapsed, map_large_blocks
 
 TRIES, WAIT_S = 10, 0.3  # of reading dvc.lock
 STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
@@ -126,7 +126,7 @@ def main() -> int:
         says = f"{source} failed with {error.ename}: {error.evalue}; the failing cell is marked in {target}"
         print(says, file=sys.stderr)
         return 1
-    print(f"{stage}: {cpu_seconds():.0f} s of CPU time", flush=True)  # `make repro` keeps it
+    print(f"{stage}: took {elapsed():.0f} s", flush=True)  # `make repro` keeps it
     return 0
 
 

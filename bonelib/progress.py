@@ -5,21 +5,21 @@ import threading
 from collections.abc import Iterable
 
 RUNS = re.compile(r"Running stage '([^']+)'")
-TOOK = re.compile(r"^(\S+): (\d+) s of CPU time")
+TOOK = re.compile(r"^(\S+): took (\d+) s$")
 SKIPPED = re.compile(r"Stage '([^']+)' (?:didn't change|is cached)")
 
 
 class Progress:
     """Told the lines that DVC prints, `heard` answers with a line of its own where a stage begins.
 
-    `stages` are all that may run; `seconds` {stage: CPU seconds}, of those that were measured, and follows what stages
-    say that they took; `cores` share them.
+    `stages` are all that may run; `seconds` {stage: seconds}, of those that were measured, and follows what stages say
+    that they took; the stages of a model run beside those of `abreast` - 1 others.
     Several threads may tell lines, of models that run side by side.
     """
 
-    def __init__(self, stages: Iterable[str], seconds: dict[str, float], cores: int):
+    def __init__(self, stages: Iterable[str], seconds: dict[str, float], abreast: int = 1):
         self.left = dict.fromkeys(stages)
-        self.seconds, self.cores = seconds, cores
+        self.seconds, self.abreast = seconds, abreast
         self.running: dict[str, str] = {}
         self.lock = threading.Lock()
 
@@ -39,9 +39,11 @@ class Progress:
     def remaining(self) -> str:
         """As "5 stages left, about 4 min"; without the time where nothing was measured."""
         count = len(self.left)
-        known = [self.seconds[name] for name in self.left if name in self.seconds]
+        known = [
+            self.seconds[name] / (self.abreast if "@" in name else 1) for name in self.left if name in self.seconds
+        ]
         says = f"{count} stage{'s' * (count != 1)} left"
         if not known:
             return says
-        seconds = sum(known) * count / len(known) / max(1, self.cores)
+        seconds = sum(known) * count / len(known)
         return f"{says}, about {seconds:.0f} s" if seconds < 90 else f"{says}, about {seconds / 60:.0f} min"

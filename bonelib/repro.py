@@ -34,7 +34,7 @@ REPRO = ("dvc", "--wait-for-lock", "repro")
 CHILD = {"preexec_fn": die_with_parent} if sys.platform == "linux" else {}  # Windows has no such option
 LOCAL = Path(".dvc/config.local")
 STORY = ["paper"]  # the stage that needs 01-09
-SECONDS = Path(__file__).with_name("stage_seconds.json")  # {profile: {stage: CPU seconds}}, as measured
+SECONDS = Path(__file__).with_name("stage_seconds.json")  # {profile: {stage: seconds}}, as measured on two cores
 
 
 def closing_lines(profile: str) -> str:
@@ -209,7 +209,7 @@ def main() -> int:
     measured = json.loads(SECONDS.read_text(encoding="utf-8")).get(profile, {})
     measured |= json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
     stages = [name for name in before(targets, itself=True) if not name.endswith(".dvc")]
-    progress = Progress(stages, measured, cores())
+    progress = Progress(stages, measured, len(values["models"]) if _cores_alone() else 1)
     print(f"profile {profile}: {progress.remaining()}", flush=True)
     status = repro(values["models"], targets, progress, share=not args.targets)
     own.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from bonelib import InputError, nb
-from bonelib.core.parallel import cpu_seconds, die_with_run, keep_freed_memory
+from bonelib.core.parallel import die_with_run, elapsed, keep_freed_memory
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{stage}: {cpu_seconds():.0f} s of CPU time", flush=True)
+    print(f"{stage}: took {elapsed():.0f} s", flush=True)
     return 0
 
 

@@ -70,14 +70,14 @@ def test_dvc_does_without_git_where_there_is_none(tmp_path, monkeypatch):
 
 
 def test_a_line_says_what_is_left():
-    progress = Progress(["a", "b@x", "b@y", "c"], {"a": 60, "c": 300}, cores=2)
+    progress = Progress(["a", "b@x", "b@y", "c"], {"a": 30, "c": 150}, abreast=2)
     assert progress.heard("Stage 'a' didn't change, skipping\n") is None
     assert progress.heard("Running stage 'b@x':\n", "x") == "b@x: 3 stages left, about 8 min"
-    assert progress.heard("b@x: 40 s of CPU time\n", "x") is None
+    assert progress.heard("b@x: took 60 s\n", "x") is None
     assert progress.heard("Running stage 'b@y':\n", "y") == "b@y: 3 stages left, about 4 min"
-    assert progress.heard("Running stage 'c':\n", "x") == "c: 2 stages left, about 3 min"
+    assert progress.heard("Running stage 'c':\n", "x") == "c: 2 stages left, about 5 min"
     assert progress.heard("anything else\n") is None
-    assert Progress(["a"], {}, cores=2).remaining() == "1 stage left"
+    assert Progress(["a"], {}).remaining() == "1 stage left"
 
 
 def test_another_profile_is_written_to_the_file_and_an_unknown_one_is_refused(tmp_path, capsys):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bonelib import InputError
-from bonelib.core.parallel import cpu_seconds, die_with_run
+from bonelib.core.parallel import die_with_run, elapsed
 from bonelib.params import Cohort, Phantom, section
 from bonelib.scans import given, plausibility
 from bonelib.scans.grids import Calibration
@@ -253,7 +253,7 @@ def main() -> int:
 
         stage, folder = sys.argv[1:]
         _make(stage_params(stage), folder)
-        print(f"{stage}: {cpu_seconds():.0f} s of CPU time", flush=True)
+        print(f"{stage}: took {elapsed():.0f} s", flush=True)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
