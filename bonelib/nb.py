@@ -115,6 +115,7 @@ def main() -> int:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             progress_bar=False,
+            start_timeout=600,  # a kernel starts late where other programs want the cores
             autosave_cell_every=30,
             store_widget_state=False,  # megabytes of a view that is in a page of its own
             extra_arguments=["--IPKernelApp.log_level=40"],  # else it warns that loopback is not encrypted
