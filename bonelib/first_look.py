@@ -14,31 +14,35 @@ from bonelib.core.parallel import die_with_parent
 from bonelib.params import Published, Quality, check_file
 from bonelib.store import fetch_files
 
-BONES = 3  # of each model
+BONES = 1  # of each model; more would keep a reader waiting
 FILE = "figures/first_look.png"
 
 
 def first_look(out: str | Path, values: dict) -> Path:
     """Draw `BONES` bones of each published model of the active profile, truncated; returns the picture's path."""
-    from bonelib.latent.models import calibrated, draw, load_model
-    from bonelib.latent.sampling import of_kind
+    from bonelib.latent.models import calibrated, read_config
+    from bonelib.latent.sampling import draw_settings, of_kind, setting
     from bonelib.views import figures
 
     own = values["profiles"][values["profile"]]
-    quality = section(Quality, own["quality"], "quality")
-    rows, spacing, known = [], None, []
-    for name in values["models"]:
-        wanted = section(Published, own["train"][name], f"train.{name}").published
-        folder = fetch_files(name, wanted, Path("scratch/first_look") / name, f"train.{name}.published")
-        model = load_model(folder)
-        volumes = draw(model, BONES, values["seed"], of_kind(quality.truncation, name))
-        drawn = [calibrated(v, model.config["data"]) for v in volumes]
-        rows.append((name, [v.voxels for v in drawn]))
-        spacing = drawn[0].spacing
-        known.append(wanted)
+    truncation = section(Quality, own["quality"], "quality").truncation
+    known = {m: section(Published, own["train"][m], f"train.{m}").published for m in values["models"]}
+    folders = {
+        name: fetch_files(name, wanted, Path("scratch/first_look") / name, f"train.{name}.published")
+        for name, wanted in known.items()
+    }
+    chosen = {name: (name, of_kind(truncation, name)) for name in folders}
+    drawn = draw_settings(folders, {key: BONES for key in chosen.values()}, values["seed"])
+    data = {name: read_config(folder, "data")["data"] for name, folder in folders.items()}
+    rows = [
+        (name, [calibrated(v.astype("float32"), data[name]).voxels for v in drawn[setting(*key)]])
+        for name, key in chosen.items()
+    ]
+    spacing = next(iter(data.values()))["spacing_mm"]
     path = Path(out) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(figures.bones(rows, spacing, width=5), str(path), fingerprint(known, values["seed"])[:8])
+    picture = figures.bones(rows, spacing, width=2.5 * BONES)
+    figures.save(picture, str(path), fingerprint(known, values["seed"])[:8])
     return path
 
 
