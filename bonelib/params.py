@@ -612,14 +612,14 @@ class Profile(Section):
     superres: SuperRes
     train: dict[str, TrainOrPublished]
     quality: Quality
-    ladder: Ladder
+    metric_sensitivity: Ladder
     privacy: Privacy
     transition: Transition
     mixing: Mixing
     editing: Editing
     inversion: dict[str, Inversion]
     cost: Cost
-    trials: Trials
+    ablation: Trials
     experts: Experts
 
     @model_validator(mode="after")

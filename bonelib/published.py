@@ -123,7 +123,7 @@ def require_phantoms(values: dict, folder: Path, audit: Path) -> str:
     where = folder.resolve().parents[1 if kind_of(folder) == "encoder" else 0]
     if audit.resolve().parent.parent != where:
         raise InputError(f"{audit}: of another run than {folder}; accepted is {where / 'metrics' / audit.name}")
-    found = [value for key, value in values.items() if key.endswith(".holds nobody")]
+    found = [value for key, value in values.items() if key.endswith(".phantoms only")]
     if not found or not all(value is True for value in found):
         raise InputError(f"{folder}: trained on scans of people, or not known; only what learned from phantoms passes")
     return "it was trained on phantoms and holds no person"
@@ -141,7 +141,7 @@ def require_release(values: dict, model: str, weights: dict[str, str]) -> str:
         raise InputError(f"{model}: the weights are not those that were audited; run the stage `privacy` on them first")
     if found == "released":
         return "the privacy audit says 'released'"
-    if found != "not audited" and values.get(f"{model}.holds nobody") is True:
+    if found != "not audited" and values.get(f"{model}.phantoms only") is True:
         return f"the model was trained on phantoms and holds no person (the audit, as if it did: {found!r})"
     raise InputError(
         f"{model}: the privacy audit says {found!r}; weights are published if it says 'released', or of phantoms"

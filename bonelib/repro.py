@@ -56,7 +56,7 @@ def closing_lines(profile: str) -> str:
             values.append(f"{value} ({low} to {high})" if low != "none" else f"{value} (no interval)")
         real = number(found[f"{models[0]}.random3d.{name}.real_against_real"])
         lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values) + real)
-    for name in ("contours found", "closed slices", "stamp", "Tb.BMD", "Tb.Th", "Tb.N"):
+    for name in ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Tb.Th", "Tb.N"):
         values = [number(found[f"measured.{group}.{name}"]) for group in (*models, "real")]
         lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values).rstrip())
     grades = json.loads((out / "metrics/02_motion_grading.json").read_text(encoding="utf-8"))

@@ -24,11 +24,11 @@ def ring(hole=True, gap=0, seed=0):
 
 def test_bones_without_contours_are_counted_not_measured():
     found = summary([ring(), ring(hole=False), ring(seed=1)], seed=1)
-    assert found["N"] == 3 and found["contours found"] == pytest.approx(2 / 3) and abs(found["stamp"]) < 0.1
+    assert found["N"] == 3 and found["contours found"] == pytest.approx(2 / 3) and abs(found["fixed pattern"]) < 0.1
     assert found["Tt.Ar"] == pytest.approx(np.pi * (22 * 0.3) ** 2, rel=0.05) and found["closed slices"] == 1
-    assert summary([ring(), ring()], seed=1)["stamp"] > 0.99
+    assert summary([ring(), ring()], seed=1)["fixed pattern"] > 0.99
     nothing = summary([ring(hole=False)], seed=1)
-    assert nothing["contours found"] == 0 and nothing["stamp"] is None and nothing["Tt.Ar"] is None
+    assert nothing["contours found"] == 0 and nothing["fixed pattern"] is None and nothing["Tt.Ar"] is None
 
 
 def test_an_open_ring_has_contours_but_no_closed_slices():
@@ -48,7 +48,7 @@ def test_a_summary_has_intervals_by_patients_and_numbers_beside_those_of_other_r
     assert trait["low"] < trait["value"] < trait["high"] and trait["n"] == 40
     assert trait["value"] == pytest.approx(1.5, abs=0.5)
     assert patients["Tb.N"]["high"] - patients["Tb.N"]["low"] > 1.5 * (trait["high"] - trait["low"])
-    assert alone["stamp"]["low"] <= alone["stamp"]["value"] <= alone["stamp"]["high"]
+    assert alone["fixed pattern"]["low"] <= alone["fixed pattern"]["value"] <= alone["fixed pattern"]["high"]
     numbers = comparison.as_numbers({"other real": alone, "m 1": patients})
     assert numbers["m 1.Tb.N.real_against_real"] == trait["value"] == numbers["other real.Tb.N"]
     table = comparison.side_by_side({"other real": alone, "m 1": patients})

@@ -118,8 +118,7 @@ def test_partial_volume_keeps_mass_and_lowers_cortical_density(spacing):
     assert 0.85 * CORTEX < found["Ct.BMD"] < CORTEX
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("gap", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("spacing, gap", [(0.0607, 0.3), (0.1214, 0.0), (0.1214, 0.3), (0.1214, 2.0), (0.2428, 0.3)])
 def test_the_neighbouring_bone_is_not_the_radius(spacing, gap):
     """A second ring, cut by the image border, at or near the first."""
     y, x = grid(spacing)
@@ -207,8 +206,7 @@ def test_plates_across_the_grid(spacing, voxels_thick, noise):
     assert found[2] == pytest.approx(11.3, rel=0.06 if noise else 0.03)
 
 
-@pytest.mark.parametrize("noise", [0.0, 105.0])
-@pytest.mark.parametrize("true", [0.14, 0.2])
+@pytest.mark.parametrize("true, noise", [(0.14, 0.0), (0.2, 0.0), (0.14, 105.0)])
 def test_thin_plates_look_as_thick_as_the_scanner_makes_them(true, noise):
     """A slab blurred by the scanner and the smoothing is as wide as the threshold cuts it."""
     spacing, spread, tissue = 0.0607, np.hypot(0.065, 0.0486), 1100.0
@@ -232,8 +230,7 @@ def published_laplace_hamming(density, spacing):
     return np.fft.ifftn(np.fft.fftn(native) * gain).real / 200_000 * 1000 - 475
 
 
-@pytest.mark.parametrize("noise", [0.0, 105.0])
-@pytest.mark.parametrize("true", [0.14, 0.2])
+@pytest.mark.parametrize("true, noise", [(0.14, 0.0), (0.2, 0.0), (0.14, 105.0)])
 def test_sharpened_plates_are_as_thick_as_the_published_filter_makes_them(true, noise):
     """Of one plate in its period the filter's answer is worked out along a line, a hundred times finer than voxels."""
     spacing, tissue, period = 0.0607, 1100.0, 12 * 0.0607

@@ -103,7 +103,7 @@ def audited(gap, planted, others=20):
 
 
 def numbers(rows, nobody=False):
-    return {"m.verdict": privacy.verdict(rows), "m.sha256.generator": "a", "m.holds nobody": nobody}
+    return {"m.verdict": privacy.verdict(rows), "m.sha256.generator": "a", "m.phantoms only": nobody}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_weights_that_were_not_audited_are_not_released():
     with pytest.raises(InputError, match="not audited"):
         published.require_release(values, "other", {"generator": "a"})
     with pytest.raises(InputError, match="not audited"):
-        published.require_release({"m.holds nobody": True}, "m", {})
+        published.require_release({"m.phantoms only": True}, "m", {})
 
 
 def test_members_that_differ_among_themselves_fail_the_audit(monkeypatch):

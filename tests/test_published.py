@@ -129,7 +129,7 @@ def test_weights_are_published_only_if_the_audit_lets_them_pass(inside, tmp_path
     with pytest.raises(InputError, match="not those that were audited"):
         published.publish(folder, "mine", audit(folder, **{"sha256.generator": "0"}))
     assert {path: path.stat().st_mtime_ns for path in published.STORE.glob("*/*")} == before
-    published.publish(folder, "mine", audit(folder, verdict="blocked", **{"holds nobody": True}))
+    published.publish(folder, "mine", audit(folder, verdict="blocked", **{"phantoms only": True}))
     assert "holds no person" in capsys.readouterr().out
 
 
@@ -169,7 +169,7 @@ def run_of_phantoms(place, nobody=True):
     (codes / "encoder-curves.csv").write_text("seen,dist\n8,0.5\n")
     (codes / "codes.csv").write_text("scan\n")
     (place / "metrics").mkdir()
-    (place / "metrics/S5_privacy.json").write_text(json.dumps({"mine.holds nobody": nobody}))
+    (place / "metrics/S5_privacy.json").write_text(json.dumps({"mine.phantoms only": nobody}))
     return place / "metrics/S5_privacy.json", model
 
 

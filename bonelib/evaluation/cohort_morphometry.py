@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from bonelib.core.parallel import workers
@@ -53,13 +54,11 @@ def _given(path: Path, index: int, step: int):
 
 def by_patient(rows: list[dict], trait: str, **where) -> np.ndarray:
     """The mean of `trait` over the scans of each patient, of rows whose columns equal `where`; NaN is left out."""
-    values = {}
-    for row in rows:
-        value = row.get(trait, "")
-        value = float("nan") if value in ("", None) else float(value)  # a porosity of 0 is a value
-        if np.isfinite(value) and all(row[key] == wanted for key, wanted in where.items()):
-            values.setdefault(row["patient"], []).append(value)
-    return np.array([np.mean(v) for v in values.values()])
+    table = pd.DataFrame([row for row in rows if all(row[key] == wanted for key, wanted in where.items())])
+    if trait not in table:
+        return np.zeros(0)
+    values = pd.to_numeric(table[trait]).replace([np.inf, -np.inf], np.nan).dropna()
+    return values.groupby(table["patient"], sort=False).mean().to_numpy()
 
 
 def normality(rows: list[dict], traits: tuple[str, ...]) -> list[dict]:
@@ -67,16 +66,9 @@ def normality(rows: list[dict], traits: tuple[str, ...]) -> list[dict]:
     table = []
     for trait in traits:
         values = by_patient(rows, trait)
-        test = stats.shapiro(values) if len(values) >= 3 and np.ptp(values) > 0 else None
-        table.append(
-            {
-                "trait": trait,
-                "N patients": len(values),
-                "mean": float(values.mean()),
-                "SD": float(values.std(ddof=1)),
-                "skewness": float(stats.skew(values)),
-                "Shapiro W": float(test.statistic) if test else None,
-                "p": float(test.pvalue) if test else None,
-            }
-        )
+        row = {"trait": trait, "N patients": len(values), "mean": float(values.mean())}
+        row |= {"SD": float(values.std(ddof=1)), "skewness": float(stats.skew(values)), "Shapiro W": None, "p": None}
+        if len(values) >= 3 and np.ptp(values) > 0:
+            row["Shapiro W"], row["p"] = map(float, stats.shapiro(values))
+        table.append(row)
     return table

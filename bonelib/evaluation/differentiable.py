@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from bonelib import InputError
@@ -247,11 +248,8 @@ def fit(found: Tensor, measured: np.ndarray, closed: float = CLOSED) -> Surrogat
     x, y = x[kept], y[kept]
     if len(x) < LEAST:
         raise InputError(f"{len(x)} measured scans are too few for a fit; at least {LEAST} are needed")
-    mean = x.mean(0)
-    centred, logs = x - mean, y.log()
-    square = centred.T @ centred + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-    powers = torch.linalg.solve(square, centred.T @ (logs - logs.mean(0)))
-    powers[0] = logs.mean(0) - mean[1:] @ powers[1:]
+    ridge = Ridge(RIDGE * len(x), solver="cholesky").fit(x[:, 1:].numpy(), y.log().numpy())
+    powers = torch.from_numpy(np.vstack([ridge.intercept_, ridge.coef_.T]))
     return SurrogateMorphometry(powers.float(), y.amin(0).float(), y.amax(0).float(), torch.tensor(closed))
 
 
@@ -297,29 +295,6 @@ def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: 
             row |= {key: float(found.value[k][j])} | ends
         rows.append(row | {"SD of error": float((x[:, k] - y[:, k]).std()), "SD": float(y[:, k].std())})
     return rows
-
-
-def rows(scans: list[dict], measured: np.ndarray, read: Tensor) -> list[dict]:
-    """What was measured and what is read of every scan, as a table."""
-    table = []
-    for scan, theirs, ours in zip(scans, measured.tolist(), read.tolist(), strict=True):
-        row = {key: scan[key] for key in ("scan", "patient", "split")}
-        for name, a, b in zip(FITTED, theirs, ours, strict=False):
-            row |= {f"{name} measured": a, f"{name} read": b}
-        table.append(row)
-    return table
-
-
-def panels(measured: np.ndarray, read: Tensor, sets: dict[str, np.ndarray]) -> list[dict]:
-    """For `figures.scatter`: what is read against what was measured (n, `FITTED`), by set of scans (masks)."""
-    drawn = []
-    for k, name in enumerate(FITTED):
-        ends = [float(np.nanmin(measured[:, k])), float(np.nanmax(measured[:, k]))]
-        dots = {label: (measured[mask, k], read[mask, k].numpy()) for label, mask in sets.items()}
-        drawn.append(
-            dict(title=f"{name}, {UNITS[name]}", x="morphometry", y="read", sets=dots, lines={"": (ends, ends)})
-        )
-    return drawn
 
 
 def _correlation(a, b):

@@ -122,13 +122,6 @@ def graded(volumes, grader) -> np.ndarray:
     return _by_batch(_checked(volumes), lambda batch: _over_windows(batch, config["grading"], network.features))
 
 
-def halved(volumes: np.ndarray) -> np.ndarray:
-    """Means over blocks of 2x2x2 voxels of volumes (n, z, y, x) with even edges."""
-    n, z, y, x = volumes.shape
-    blocks = volumes.reshape(n, z // 2, 2, y // 2, 2, x // 2, 2)
-    return np.stack([block.astype(np.float32).mean(axis=(1, 3, 5)) for block in blocks])
-
-
 def grade_chances(volumes, grader) -> np.ndarray:
     """The grader's probabilities (n, 5) of motion grades 1 to 5, the classes of an inception score."""
     network, config = grader

@@ -27,7 +27,8 @@ from bonelib.evaluation.contours import (
     largest,
     smoothed,
 )
-from bonelib.evaluation.thickness import gradient_at, local_thickness, thickness_and_axes
+from bonelib.evaluation.neighbours import gradient_at
+from bonelib.evaluation.thickness import local_thickness, thickness_and_axes
 from bonelib.scans.grids import Calibration
 from bonelib.scans.plausibility import FLAGS, flags
 from bonelib.scans.volumes import Volume
@@ -242,8 +243,7 @@ def _porosity(density, cortex, spacing):
 
 def _fabric(density, threshold, mask, spacing):
     axes = np.full(3, np.nan), np.full((3, 3), np.nan)
-    bone, inner = density > threshold, np.zeros_like(mask)
-    inner[1:-1, 1:-1, 1:-1] = mask[1:-1, 1:-1, 1:-1]
+    bone, inner = density > threshold, np.pad(mask[1:-1, 1:-1, 1:-1], 1)
     normals, areas = [], []
     places, steps = [], (density.shape[1] * density.shape[2], density.shape[2], 1)
     for axis in range(3):

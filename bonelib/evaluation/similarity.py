@@ -10,7 +10,6 @@ from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.features import halved
 from bonelib.evaluation.statistics import pair_mean, pairs_between
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first: Wang et al. 2003
@@ -88,7 +87,8 @@ def diversities(sets: dict[str, tuple], *, pairs: int, seed: int, draws: int) ->
 
 
 def _of_halved(volumes, groups, how):
-    return diversity(halved(volumes), groups, **how)
+    coarse = downsample(torch.from_numpy(np.asarray(volumes, np.float32))[:, None])[:, 0]
+    return diversity(coarse.numpy(), groups, **how)
 
 
 def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

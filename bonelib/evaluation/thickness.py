@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from bonelib.evaluation.neighbours import CHUNK, DIRECTIONS, gradient_at, parts_of, steps_of
+
 SLOPE = 0.8  # the distance rises so steeply, per mm, towards a neighbour whose sphere holds one's own
 FACING = 0.7  # across the medial axis it falls so steeply: walls that face one another, not corners or roughness
 LEVEL = 0.1  # and does not rise by more, per mm, to either side, so that noise tears no hole into the axis
@@ -23,9 +25,6 @@ FAR = np.float32(-1e6)  # stands for a distance not worked out, away from the su
 BEYOND = 0.87  # voxels, from the surface to the nearest voxel outside, at most
 LARGE = 6  # lattice steps in a sphere's radius for each step between the centres of such spheres
 CLASSES = 8  # sphere radii are told apart to this part of a voxel
-CHUNK = 1 << 16  # voxels looked at, or painted, at a time: their numbers stay near the processor
-DIRECTIONS = np.array([d for d in product((-1, 0, 1), repeat=3) if d > (0, 0, 0)])
-DIRECTIONS = DIRECTIONS[np.argsort(np.abs(DIRECTIONS).sum(1), kind="stable")]  # axes first: they sort out most
 
 
 class Ridge(NamedTuple):
@@ -159,28 +158,14 @@ def _next_to(inside):
 
 def _beside(voxels, shape):
     """Across each of the six faces: axis, side, which of the voxels have a neighbour there, and its flat index."""
-    place, steps = np.unravel_index(voxels, shape), _steps(shape)
+    place, steps = np.unravel_index(voxels, shape), steps_of(shape)
     for axis, side in product(range(3), (-1, 1)):
         at = np.flatnonzero((place[axis] + side >= 0) & (place[axis] + side < shape[axis]))
         yield axis, side, at, voxels[at] + side * steps[axis]
 
 
 def _off_border(mask):
-    core = np.zeros_like(mask)
-    core[1:-1, 1:-1, 1:-1] = mask[1:-1, 1:-1, 1:-1]
-    return core
-
-
-def gradient_at(values: np.ndarray, voxels: np.ndarray, spacing) -> np.ndarray:
-    """Direction (n, 3) in which `values` (z, y, x) rise at voxels (flat indices) off the border, after Sobel."""
-    flat, steps = values.ravel(), _steps(values.shape)
-    gradient = np.zeros((len(voxels), 3), np.float32)
-    for part in _parts(voxels):
-        for direction in DIRECTIONS:
-            step, weight = int(direction @ steps), 2.0 ** -np.abs(direction).sum()
-            difference = flat[voxels[part] + step] - flat[voxels[part] - step]
-            gradient[part] += difference[:, None] * (weight * direction / spacing).astype(np.float32)
-    return gradient
+    return np.pad(mask[1:-1, 1:-1, 1:-1], 1)
 
 
 def _to_points(inside, points, shifts, spacing, *, surface):
@@ -190,7 +175,7 @@ def _to_points(inside, points, shifts, spacing, *, surface):
     distance is that to its tangent plane: the point whose voxel is nearest may lie some voxels to the side. Else the
     points that are nearest to the six neighbours are tried as well. `FAR` outside.
     """
-    shape, steps = inside.shape, _steps(inside.shape)
+    shape, steps = inside.shape, steps_of(inside.shape)
     row, away = np.zeros(inside.size, np.int32), np.ones(shape, bool)
     row[points] = np.arange(len(points), dtype=np.int32)
     away.ravel()[points] = False
@@ -200,7 +185,7 @@ def _to_points(inside, points, shifts, spacing, *, surface):
     depth = np.sqrt((shifts**2).sum(1))
     normals = moves / np.maximum(depth, 1e-9)
     found, voxels = np.full(shape, FAR), np.flatnonzero(inside)
-    for part in _parts(voxels):
+    for part in parts_of(voxels):
         here = voxels[part]
         place = np.unravel_index(here, shape)
 
@@ -240,8 +225,8 @@ def _ridge(distance, inside, spacing):
             face, next_to_it = (np.moveaxis(distance, axis, 0)[i] for i in (end, last))
             np.copyto(face, next_to_it, where=np.moveaxis(inside, axis, 0)[end])
     flat, voxels = distance.ravel(), np.flatnonzero(_off_border(inside))
-    neighbours = [(d, int(d @ _steps(inside.shape)), np.linalg.norm(d * spacing)) for d in DIRECTIONS]
-    parts = [_peaks(flat, voxels[part], neighbours) for part in _parts(voxels)]
+    neighbours = [(d, int(d @ steps_of(inside.shape)), np.linalg.norm(d * spacing)) for d in DIRECTIONS]
+    parts = [_peaks(flat, voxels[part], neighbours) for part in parts_of(voxels)]
     ridge = Ridge(*map(np.concatenate, zip(*parts, strict=True)))
     return _evened(ridge, distance.shape, spacing)
 
@@ -277,11 +262,11 @@ def _evened(ridge, shape, spacing):
     for _ in range(2):
         values = radii[ridge.medial]
         field[voxels] = values
-        for part in _parts(voxels):
+        for part in parts_of(voxels):
             own = values[part]
             total, count = own.copy(), np.ones_like(own)
             for direction, side in product(DIRECTIONS, (1, -1)):
-                other = field[voxels[part] + side * int(direction @ _steps(shape))]
+                other = field[voxels[part] + side * int(direction @ steps_of(shape))]
                 alike = np.abs(own - other) < LIKE * min(spacing)
                 total += np.where(alike, other, np.float32(0))
                 count += alike
@@ -301,7 +286,7 @@ def _spheres(ridge, distance, inside, frame, spacing, stride):
     found = _painted(ridge, distance.shape, spacing, stride)[core]
     answered = inside[::stride, ::stride, ::stride]
     padded, missed = np.pad(found, 1), np.flatnonzero(np.pad(answered & (found == 0), 1))
-    largest, flat, steps = np.zeros(len(missed), np.float32), padded.ravel(), _steps(padded.shape)
+    largest, flat, steps = np.zeros(len(missed), np.float32), padded.ravel(), steps_of(padded.shape)
     for direction in (*DIRECTIONS, *-DIRECTIONS):
         largest = np.maximum(largest, flat[missed + int(direction @ steps)])
     own = 2 * distance[::stride, ::stride, ::stride][core][answered & (found == 0)]
@@ -317,7 +302,7 @@ def _painted(ridge, shape, spacing, stride):
     spacing = np.asarray(spacing)
     grid = 2 * stride  # centres lie on half voxels
     centres = np.empty((len(ridge.voxels), 3), np.int32)
-    for part in _parts(centres):
+    for part in parts_of(centres):
         voxels = np.stack(np.unravel_index(ridge.voxels[part], shape), 1)
         centres[part] = np.rint(2 * (voxels + ridge.shifts[part]))
     kept = _thinned(centres, ridge.radii / (spacing.min() * stride), grid)
@@ -325,7 +310,7 @@ def _painted(ridge, shape, spacing, stride):
     width = spacing.min() / CLASSES
     reach = np.ceil((radii.max(initial=0) + width) / (spacing * stride)).astype(int) + 2
     lattice = np.zeros([-(-n // stride) + 2 * r for n, r in zip(shape, reach, strict=True)], np.float32)
-    flat, steps = lattice.ravel(), _steps(lattice.shape)
+    flat, steps = lattice.ravel(), steps_of(lattice.shape)
     cell, rest = np.divmod(centres, grid)
     key = np.floor(radii / width).astype(np.int64) * grid**3 + rest @ np.array([grid**2, grid, 1])
     order = np.argsort(key, kind="stable")
@@ -355,12 +340,3 @@ def _thinned(centres, radii, grid):
     parts = np.column_stack([coarse[large], cell])[order]
     first = np.append(True, (parts[1:] != parts[:-1]).any(1))[: len(order)]
     return np.concatenate([np.flatnonzero(coarse <= 1), large[order[first]]])
-
-
-def _steps(shape):
-    return np.array([shape[1] * shape[2], shape[2], 1])
-
-
-def _parts(voxels):
-    """Slices of `CHUNK` voxels."""
-    return [slice(start, start + CHUNK) for start in range(0, max(1, len(voxels)), CHUNK)]

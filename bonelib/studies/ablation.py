@@ -1,4 +1,4 @@
-"""What buys quality per second? Short trainings of variants of one model, equal in CPU time, with several seeds."""
+"""Ablation at equal cost: short trainings of variants of one model, equal in CPU time, with several seeds."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) 
     volumes lie in `folder`.
     """
     folder = Path(folder)
-    plain = section(Train, how.base, "trials.base")
+    plain = section(Train, how.base, "ablation.base")
     coarser = round(np.log2(data.meta["stack_slices"] / 2 ** len(plain.schedule.samples)))
     data = halved(data, coarser)
     reference = data.pooled(data.of("train"), 0)[:, 0].float().numpy()
@@ -45,7 +45,7 @@ def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) 
     with workers() as pool:
         jobs = {}
         for name, own in names:
-            params = section(Train, changed(how.base, how.variants[name]) | {"snapshots": None}, f"trials.{name}")
+            params = section(Train, changed(how.base, how.variants[name]) | {"snapshots": None}, f"ablation.{name}")
             place = folder / fingerprint(params, data.meta["data_hash"], own, how.seconds, how.samples, CODE)
             jobs[name, own] = pool.submit(_trained, params, data, place, own, how.seconds, how.samples)
         drawn = {}

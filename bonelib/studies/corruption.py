@@ -1,7 +1,7 @@
-"""Eight ways to spoil a set of real bones, each from not at all (0) to badly (1): what metrics must see.
+"""Eight graded corruptions of a set of real bones, from none (0) to severe (1).
 
 Five act on a volume in mg HA/cm3 and keep its grid; three choose which bones are in a set, and return indices.
-A strength is continuous, and grows from one and the same draw: half as strong is the same damage, half of it.
+Strength is continuous, with one random draw for all strengths.
 """
 
 import numpy as np

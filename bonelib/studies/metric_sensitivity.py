@@ -7,7 +7,9 @@ patients. Every metric is turned so that it rises with damage.
 from functools import partial
 
 import numpy as np
+import pandas as pd
 from scipy import stats
+from scipy.spatial.distance import cdist
 
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
@@ -21,12 +23,12 @@ from bonelib.scans.volumes import Volume
 from bonelib.studies import corruption
 from bonelib.training.grading import known_grader
 
-SEEN, NOISE = 0.9, 2.0  # Spearman correlation, and rise in standard deviations between real sets, of what is seen
+FOLLOWS, NOISE = 0.9, 2.0  # least Spearman correlation, and rise in SDs between real sets
 LEAST = 1e-3  # of a metric that is the same in all sets of real stacks, as the share of repeats
 SETS = ("duplicated patients", "dropped mode", "memorised copies")
 CORRUPTIONS = (*corruption.VOLUMES, *SETS)
 CONNECTIVITY = "Conn.D"  # per mm3, of the trabecular interior
-# What a metric is meant for; one that does not see it fails. What else is seen or not is found, not claimed.
+# What a metric is meant to be sensitive to; all else is found, not claimed.
 CLAIMS = {
     # not motion: it moves mass about, and the means and spreads over a whole volume of random filters hardly change
     "random3d kernel distance": ("blur", "noise"),
@@ -60,10 +62,10 @@ def set_distances(reference: np.ndarray, fake: np.ndarray, patients, seed: int =
     """
     shares = metrics.manifold(reference, fake)
     realism, folds = shares.pop("realism"), min(5, len(set(patients)), len(fake) // 2)
-    gaps = _distances(fake, reference)
-    own = _distances(reference, reference) + np.diag(np.full(len(reference), np.inf))
+    gaps, own, within = cdist(fake, reference), cdist(reference, reference), cdist(fake, fake)
+    np.fill_diagonal(own, np.inf)
+    np.fill_diagonal(within, np.inf)
     nearest = gaps.argmin(axis=1)
-    within = _distances(fake, fake) + np.diag(np.full(len(fake), np.inf))
     return {
         "FD": metrics.frechet_distance(reference, fake),
         "kernel distance": metrics.kernel_distance(reference, fake),
@@ -76,16 +78,12 @@ def set_distances(reference: np.ndarray, fake: np.ndarray, patients, seed: int =
     }
 
 
-def _distances(a, b):
-    return np.linalg.norm(a[:, None] - b[None], axis=2)
-
-
 def connectivity(volume: Volume, interior: np.ndarray) -> float:
     """Loops of the largest piece of bone in a mask, per mm3 of it: the connectivity density."""
     return loops((smoothed(volume) > BONE) & interior) / float(interior.sum() * np.prod(volume.spacing))
 
 
-def corrupt(values: np.ndarray, data: dict, number: int, strengths: tuple, grading_dir, seed: int) -> list[dict]:
+def _corrupted(values: np.ndarray, data: dict, number: int, strengths: tuple, grading_dir, seed: int) -> list[dict]:
     """One stack (z, y, x) in [0, 1], spoiled in the five ways that change a volume: one row a way and strength.
 
     Rows: corruption, strength, `Conn.D`, and under the name of each family the features (d,) of the spoiled stack.
@@ -102,7 +100,7 @@ def corrupt(values: np.ndarray, data: dict, number: int, strengths: tuple, gradi
     return rows
 
 
-def described(values: np.ndarray, data: dict, grading_dir, seed: int, with_connectivity: bool = True) -> dict:
+def _described(values: np.ndarray, data: dict, grading_dir, seed: int, with_connectivity: bool = True) -> dict:
     """Features of one stack as it is, by family, and its `Conn.D`, None where it is not asked for."""
     found = {family: extract(values[None])[0] for family, extract in _extractors(grading_dir, seed).items()}
     volume = calibrated(np.asarray(values, np.float32), data)
@@ -128,100 +126,111 @@ def run(
     grading_dir,
     seed: int,
 ) -> list[dict]:
-    """The ladder: one row a corruption, metric and strength, 0 among them, with `value` and `noise`.
+    """One row a corruption, metric and strength, 0 among them, with `value` and `noise`.
 
     `reference` (n, z, y, x) are stacks of training patients, `pool` those of held-out ones, of which the first
-    `volumes` in a random order (or as many as there are) are spoiled. `noise` is the SD of the metric between `draws`
+    `volumes` in a random order (or as many as there are) are corrupted. `noise` is the SD of the metric between `draws`
     random sets of as many real stacks of the pool.
     """
     volumes = min(volumes, len(pool), len(reference))
-    start = numpy_rng(seed, "ladder").permutation(len(pool))
-    base = start[:volumes]
-    with workers() as pool_of_workers:
-        how = (data, grading_dir, seed)
-        jobs = [pool_of_workers.submit(corrupt, pool[i], data, int(i), strengths, *how[1:]) for i in base]
-        clean = [pool_of_workers.submit(described, pool[i], *how) for i in range(len(pool))]
-        known = [pool_of_workers.submit(described, v, *how, i < volumes) for i, v in enumerate(reference)]
-        jobs, clean, known = ([job.result() for job in group] for group in (jobs, clean, known))
+    base = numpy_rng(seed, "ladder").permutation(len(pool))[:volumes]
+    how = (data, grading_dir, seed)
+    with workers() as processes:
+        damaged = [processes.submit(_corrupted, pool[i], data, int(i), strengths, *how[1:]) for i in base]
+        clean = [processes.submit(_described, stack, *how) for stack in pool]
+        known = [processes.submit(_described, stack, *how, i < volumes) for i, stack in enumerate(reference)]
+        damaged, clean, known = ([job.result() for job in jobs] for jobs in (damaged, clean, known))
+    training, real = _arrays(known, known), _arrays(clean, known)
+    training[CONNECTIVITY] = training[CONNECTIVITY][:volumes]
 
-    families = [key for key in known[0] if key != CONNECTIVITY]
-    unscaled = {f: np.array([k[f] for k in known]) for f in families}
-
-    def matrix(found):
-        """As `image_quality.extracted` scales them."""
-        sets = {f: {"real": unscaled[f], "these": np.array([row[f] for row in found])} for f in families}
-        return {f: scaled(f, of_family)["these"] for f, of_family in sets.items()}
-
-    training, real = matrix(known), matrix(clean)
-    loops = np.array([k[CONNECTIVITY] for k in known[:volumes]])
-    real_loops = np.array([c[CONNECTIVITY] for c in clean])
-
-    def measured(sets, of_loops):
-        found = {
-            f"{f} {k}": v for f in families for k, v in set_distances(training[f], sets[f], patients, seed).items()
+    def distances(found):
+        of = {
+            f"{family} {key}": value
+            for family in training
+            if family != CONNECTIVITY
+            for key, value in set_distances(training[family], found[family], patients, seed).items()
         }
-        return found | {"Conn.D distance": float(stats.wasserstein_distance(loops, of_loops))}
+        return of | {f"{CONNECTIVITY} distance": _wasserstein(training[CONNECTIVITY], found[CONNECTIVITY])}
 
-    rngs = (numpy_rng(seed, "ladder noise", i) for i in range(draws))
-    chosen = [rng.choice(len(pool), volumes, replace=False) for rng in rngs]
-    between = [measured({f: real[f][c] for f in families}, real_loops[c]) for c in chosen]
-    noise = {key: float(np.std([b[key] for b in between])) for key in between[0]}
+    chosen = [numpy_rng(seed, "ladder noise", i).choice(len(pool), volumes, replace=False) for i in range(draws)]
+    noise = pd.DataFrame([distances(_taken(real, index)) for index in chosen]).std(ddof=0).to_dict()
     rows = []
-
-    def add(name, strength, sets, of_loops):
-        for key, value in measured(sets, of_loops).items():
+    for name, strength, found in (
+        *_damaged_sets(damaged, known, _taken(real, base), strengths),
+        *_rearranged_sets(training, real, base, strengths, seed),
+    ):
+        for key, value in distances(found).items():
             rows.append(dict(corruption=name, metric=key, strength=strength, value=value, noise=noise[key]))
-
-    for name in corruption.VOLUMES:
-        add(name, 0.0, {f: real[f][base] for f in families}, real_loops[base])
-        for strength in strengths:
-            step = [next(r for r in job if (r["corruption"], r["strength"]) == (name, strength)) for job in jobs]
-            add(name, strength, matrix(step), np.array([r[CONNECTIVITY] for r in step]))
-    for strength in (0.0, *strengths):
-        picks = {
-            SETS[0]: corruption.duplicated(base, strength, numpy_rng(seed, "corruption", SETS[0])),
-            SETS[1]: corruption.dropped(real_loops, volumes, strength, numpy_rng(seed, "corruption", SETS[1])),
-        }
-        for name, pick in picks.items():
-            add(name, strength, {f: real[f][pick] for f in families}, real_loops[pick])
-        # copies of those training stacks whose connectivity is known as well
-        where, source = corruption.copied(volumes, volumes, strength, numpy_rng(seed, "corruption", SETS[2]))
-        sets, of_loops = {f: real[f][base].copy() for f in families}, real_loops[base].copy()
-        for f in families:
-            sets[f][where] = training[f][source]
-        of_loops[where] = loops[source]
-        add(SETS[2], strength, sets, of_loops)
     return rows
 
 
-def verdicts(rows: list[dict]) -> list[dict]:
-    """One row a metric and corruption: `spearman` of strength and value, `rise` in SDs between real sets, `sees`.
+def _wasserstein(a, b):
+    return float(stats.wasserstein_distance(a.astype(float), b.astype(float)))
 
-    A metric sees a corruption that it follows (Spearman >= 0.9) and by more than two SDs; `claims` says whether it is
-    meant to, and `holds` whether it then does.
+
+def _taken(sets, index):
+    return {name: values[index] for name, values in sets.items()}
+
+
+def _arrays(found: list[dict], known: list[dict]) -> dict[str, np.ndarray]:
+    """Features (n, d) by family, scaled by those of `known` as `image_quality.extracted` does, and `Conn.D` (n,)."""
+    out = {CONNECTIVITY: np.array([one[CONNECTIVITY] for one in found])}
+    for family in [key for key in known[0] if key != CONNECTIVITY]:
+        sets = {"real": np.array([one[family] for one in known]), "these": np.array([one[family] for one in found])}
+        out[family] = scaled(family, sets)["these"]
+    return out
+
+
+def _damaged_sets(damaged, known, start, strengths):
+    """Name, strength and set of every corruption that changes volumes."""
+    for name in corruption.VOLUMES:
+        yield name, 0.0, start
+        for strength in strengths:
+            step = [row for rows in damaged for row in rows if (row["corruption"], row["strength"]) == (name, strength)]
+            yield name, strength, _arrays(step, known)
+
+
+def _rearranged_sets(training, real, base, strengths, seed):
+    """Name, strength and set of every corruption that chooses which volumes are in a set."""
+    repeated, lost, memorised = SETS
+    for strength in (0.0, *strengths):
+        yield (
+            repeated,
+            strength,
+            _taken(real, corruption.duplicated(base, strength, numpy_rng(seed, "corruption", repeated))),
+        )
+        left = corruption.dropped(real[CONNECTIVITY], len(base), strength, numpy_rng(seed, "corruption", lost))
+        yield lost, strength, _taken(real, left)
+        # copies of those training stacks whose connectivity is known as well
+        where, source = corruption.copied(len(base), len(base), strength, numpy_rng(seed, "corruption", memorised))
+        copies = {name: values.copy() for name, values in _taken(real, base).items()}
+        for name, values in copies.items():
+            values[where] = training[name][source]
+        yield memorised, strength, copies
+
+
+def verdicts(rows: list[dict]) -> list[dict]:
+    """One row a metric and corruption: `spearman` of strength and value, `rise` in SDs between real sets, `sensitive`.
+
+    A metric is sensitive to a corruption that it follows (Spearman >= 0.9) and by more than two SDs; `claimed` says
+    whether it is meant to be, and `holds` whether it then is.
     """
     out = []
-    for metric in dict.fromkeys(r["metric"] for r in rows):
-        for name in CORRUPTIONS:
-            steps = sorted(
-                (r["strength"], r["value"], r["noise"])
-                for r in rows
-                if (r["metric"], r["corruption"]) == (metric, name)
-            )
-            x, y, noise = np.array(steps).T
-            rho = float(stats.spearmanr(x, y).statistic) if np.ptp(y) > 0 else 0.0
-            rise = float((y[-1] - y[0]) / max(noise[0], LEAST))
-            sees, claims = rho >= SEEN and rise > NOISE, name in CLAIMS.get(metric, ())
-            row = dict(metric=metric, corruption=name, spearman=rho, rise=rise, sees=sees, claims=claims)
-            out.append(row | dict(holds=sees or not claims, n_steps=len(steps)))
+    for (metric, name), steps in pd.DataFrame(rows).groupby(["metric", "corruption"], sort=False):
+        steps = steps.sort_values("strength")
+        x, y, noise = (steps[key].to_numpy() for key in ("strength", "value", "noise"))
+        rho = float(stats.spearmanr(x, y).statistic) if np.ptp(y) > 0 else 0.0
+        rise = float((y[-1] - y[0]) / max(noise[0], LEAST))
+        sensitive, claimed = rho >= FOLLOWS and rise > NOISE, name in CLAIMS.get(metric, ())
+        row = dict(metric=metric, corruption=name, spearman=rho, rise=rise, sensitive=sensitive, claimed=claimed)
+        out.append(row | dict(holds=sensitive or not claimed, n_steps=len(steps)))
     return out
 
 
 def chart(found: list[dict]) -> list[dict]:
-    """A row a metric, a column a corruption: sees, blind, or FAILS where sight is claimed, with the correlation."""
-    rows = []
-    for metric in dict.fromkeys(r["metric"] for r in found):
-        cells = {r["corruption"]: r for r in found if r["metric"] == metric}
-        words = {c: "sees" if r["sees"] else "FAILS" if r["claims"] else "blind" for c, r in cells.items()}
-        rows.append({"metric": metric} | {c: f"{w} ({cells[c]['spearman']:.2f})" for c, w in words.items()})
-    return rows
+    """A row a metric, a column a corruption: sensitive, no, or FAILS where it was claimed, with the correlation."""
+    table = pd.DataFrame(found)
+    words = np.where(table["sensitive"], "sensitive", np.where(table["claimed"], "FAILS", "no"))
+    table["cell"] = [f"{word} ({rho:.2f})" for word, rho in zip(words, table["spearman"], strict=True)]
+    table = table.pivot(index="metric", columns="corruption", values="cell")
+    return table[[c for c in CORRUPTIONS if c in table]].reset_index().to_dict("records")

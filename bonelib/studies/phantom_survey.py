@@ -1,9 +1,14 @@
-"""Phantoms are drawn, scanned and measured: rows of truth and measurement, for `phantom_check` to judge."""
+"""Phantoms are drawn, scanned and measured: rows of truth and measurement, which `phantom_validation` judges.
+
+The genuine crop is of a human distal radius in vivo, XtremeCT II, 0.0607 mm (vtkbone tutorials, TRAB_1237). Its
+statistics are recorded in genuine_crop.json; the crop itself is not part of this repository.
+"""
 
 import json
 import sys
 import time
 from concurrent.futures import as_completed
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +24,33 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation import contours as contouring
 from bonelib.evaluation import morphometry, thickness
 from bonelib.evaluation.contours import BONE, SMOOTHING_MM, bounding_box, contours, smoothed
-from bonelib.evaluation.morphometry import fabric, measure, trabecular
+from bonelib.evaluation.morphometry import fabric, measure, segment, trabecular
 from bonelib.scans.phantom import population
 from bonelib.scans.phantom.motion import moved
 from bonelib.scans.phantom.rendering import CORTICAL, TISSUE, TRABECULAR, ULNA, Drawn, draw_visit
 from bonelib.scans.phantom.scanner import NATIVE_MM, PSF_SIGMA_MM, scan
 from bonelib.scans.volumes import Volume
-from bonelib.studies import noise_texture as crops
-from bonelib.studies.noise_texture import LAGS, marrow
 
-CODE = code_hash(scans, contouring, crops, morphometry, thickness, core, sys.modules[__name__])
+CODE = code_hash(scans, contouring, morphometry, thickness, core, sys.modules[__name__])
 INNER = 0.6  # share of the trabecular compartment that counts as its centre
 BORDER_MM = 0.5  # of the trabecular compartment that is left out of its structure, as the cortex shows there
 MOTION_GRADES = (1, 2, 3, 4, 5)
 MOVED = 20  # phantoms at most that are moved: each is scanned six times
 PROGRESS_S = 15.0
+QUIET_VOXELS = 5  # from the nearest segmented bone, where marrow and its noise are read
+LEAST_QUIET = 500  # voxels; of fewer nothing is said
+LAGS = (1, 2, 3)  # voxels, at which noise is compared with itself
+HISTOGRAM = np.arange(-500.0, 1201.0, 50.0)  # mg HA/cm3
+SEARCH_STEP = 12  # voxels between the places that are tried for a phantom's crop
 
 
 def survey(count: int, voxel_mm: float, seed: int, *, first: int = 1, keep: str | Path | None = None) -> list[dict]:
-    """One row a phantom: what is asked of it, what its true compartments hold, and what its scan measures.
+    """One row a phantom: the traits asked of it, what its true compartments hold, and what its scan measures.
 
-    Patients `first` and on of `seed`, first visit, still, scanned with their own noise. `seen_...` is the density that
-    the noise-free scan has in the true compartments: the best that any contour could read. `measured_...` is read by
-    the default segmentation; on the scanner's own grid `sharpened_...` is the same by Laplace-Hamming. In parallel,
-    with a line of progress. Rows are in the order of the patients. In the folder `keep` every phantom is put down when
-    it is done, so that a second call with equal code goes on where the first one was interrupted.
+    Patients `first` and on of `seed`, first visit, at rest, each with its own noise. `seen_...` is the density of the
+    noise-free scan in the true compartments: the best that any contour could read. `measured_...` is read by the
+    default segmentation; on the scanner's own grid `sharpened_...` is the same by Laplace-Hamming. In parallel. Each
+    phantom is saved in the folder `keep` when it is done, and a second call with equal code continues from there.
     """
     return _in_parallel(_one, count, voxel_mm, seed, first, keep)
 
@@ -51,9 +58,8 @@ def survey(count: int, voxel_mm: float, seed: int, *, first: int = 1, keep: str 
 def motion_survey(count: int, voxel_mm: float, seed: int, *, keep: str | Path | None = None) -> list[dict]:
     """One row a patient and motion grade: `motion` is 1 - correlation of the moved with the still scan.
 
-    Of `count` phantoms, `MOVED` at most. Both are scans with point spread and noise of their own, so that grade 1
-    tells what noise alone does. The size of a motion was drawn by its effect on the true density; here it is read from
-    what the scanner returns. `keep` is as for `survey`.
+    Of `count` phantoms, `MOVED` at most. Both scans have a noise of their own, so that grade 1 shows the effect of
+    noise alone.
     """
     return _in_parallel(_moved, min(count, MOVED), voxel_mm, seed, 1, keep)
 
@@ -61,10 +67,10 @@ def motion_survey(count: int, voxel_mm: float, seed: int, *, keep: str | Path | 
 def truth_survey(count: int, voxel_mm: float, seed: int, *, keep: str | Path | None = None) -> list[dict]:
     """One row a phantom: how far the true cortex depends on the grid it is drawn on, as Dice and share of volume.
 
-    The same bone is drawn on a grid twice as fine, and a voxel counts as cortex where half of its eight parts do.
-    `truth_by_finer` compares the cortex drawn on the grid with this one, `found_by_own` and `found_by_finer` the one
-    that is found in the scan with either; `volume_by_finer` is the volume of the drawn one over that of the finer,
-    less 1. Of `count` phantoms, `MOVED` at most; `keep` is as for `survey`.
+    The same bone is drawn on a grid twice as fine; a voxel counts as cortex where half of its eight parts do.
+    `truth_by_finer` compares the drawn cortex with the finer one, `found_by_own` and `found_by_finer` the cortex found
+    in the scan with either; `volume_by_finer` is the drawn volume over the finer one, less 1. Of `count` phantoms,
+    `MOVED` at most.
     """
     return _in_parallel(_redrawn, min(count, MOVED), voxel_mm, seed, 1, keep)
 
@@ -101,10 +107,15 @@ def _in_parallel(one, count: int, voxel_mm: float, seed: int, first: int, keep) 
     return [row for patient in patients for row in found[patient]]
 
 
-def _one(seed: int, patient: int, voxel_mm: float) -> list[dict]:
+def _scanned(seed: int, patient: int, voxel_mm: float) -> tuple[Drawn, Volume]:
+    """A phantom of the first visit, and its scan at rest."""
     drawn = draw_visit(seed, patient, 1, voxel_mm)
+    return drawn, scan(drawn.volume, numpy_rng(seed, "noise", patient, 1), noise_sd=drawn.truth["noise_sd"])
+
+
+def _one(seed: int, patient: int, voxel_mm: float) -> list[dict]:
+    drawn, seen = _scanned(seed, patient, voxel_mm)
     clean = scan(drawn.volume, numpy_rng(seed, "noise", patient, 1), noise_sd=0.0)
-    seen = scan(drawn.volume, numpy_rng(seed, "noise", patient, 1), noise_sd=drawn.truth["noise_sd"])
     row = {"patient": patient, "voxel_mm": voxel_mm, **drawn.truth}
     for name, part in (("Tb", TRABECULAR), ("Ct", CORTICAL)):
         row[f"seen_{name}.BMD"] = float(clean.voxels[drawn.compartments == part].mean(dtype=float))
@@ -114,33 +125,31 @@ def _one(seed: int, patient: int, voxel_mm: float) -> list[dict]:
     except InputError as error:
         return [row | {"refused": str(error)}]
     found = measure(seen, compartments=(outer, inner))
-    found["Rel.Ct.Th"] = found["Ct.Th"] / np.sqrt(found["Tt.Ar"] / np.pi)
+    found["Rel.Ct.Th"] = float(found["Ct.Th"] / np.sqrt(found["Tt.Ar"] / np.pi))
     row |= {f"measured_{name}": value for name, value in found.items()}
     if np.isclose(voxel_mm, NATIVE_MM):
         sharpened = trabecular(seen, inner, segmentation="laplace-hamming")
         row |= {f"sharpened_{name}": value for name, value in sharpened.items()}
-    radius = np.isin(drawn.compartments, (TRABECULAR, CORTICAL))
-    row["dice_total"] = dice(outer, radius)
+    row["dice_total"] = dice(outer, np.isin(drawn.compartments, (TRABECULAR, CORTICAL)))
     row["dice_trabecular"] = dice(inner, drawn.compartments == TRABECULAR)
     row["dice_cortical"] = dice(outer & ~inner, drawn.compartments == CORTICAL)
-    return [row | directions(seen, inner) | marrow_columns(marrow(seen, inner))]
+    return [row | directions(seen, inner) | _marrow_columns(marrow(seen, inner))]
 
 
 def _moved(seed: int, patient: int, voxel_mm: float) -> list[dict]:
-    drawn = draw_visit(seed, patient, 1, voxel_mm)
-    noise_sd = drawn.truth["noise_sd"]
-    still, rows = scan(drawn.volume, numpy_rng(seed, "noise", patient, 1), noise_sd=noise_sd), []
+    drawn, still = _scanned(seed, patient, voxel_mm)
+    rows = []
     for grade in MOTION_GRADES:
         blurred, _ = moved(drawn.volume, numpy_rng(seed, "motion", patient, 1), grade)
-        seen = scan(blurred, numpy_rng(seed, "noise", patient, 2), noise_sd=noise_sd)
+        seen = scan(blurred, numpy_rng(seed, "noise", patient, 2), noise_sd=drawn.truth["noise_sd"])
         alike = np.corrcoef(still.voxels.ravel(), seen.voxels.ravel())[0, 1]
         rows.append({"patient": patient, "grade": grade, "motion": float(1 - alike)})
     return rows
 
 
 def _redrawn(seed: int, patient: int, voxel_mm: float) -> list[dict]:
-    drawn, finer = (draw_visit(seed, patient, 1, mm) for mm in (voxel_mm, voxel_mm / 2))
-    seen = scan(drawn.volume, numpy_rng(seed, "noise", patient, 1), noise_sd=drawn.truth["noise_sd"])
+    drawn, seen = _scanned(seed, patient, voxel_mm)
+    finer = draw_visit(seed, patient, 1, voxel_mm / 2)
     outer, inner = contours(seen)
     shape = [min(n, m // 2) for n, m in zip(seen.shape, finer.volume.shape, strict=True)]
     turn = (..., slice(None, None, -1 if drawn.volume.side == "left" else 1))  # a left bone was mirrored when drawn
@@ -148,71 +157,58 @@ def _redrawn(seed: int, patient: int, voxel_mm: float) -> list[dict]:
     found, own = (mask[turn][both] for mask in (outer & ~inner, drawn.compartments == CORTICAL))
     parts = (finer.compartments == CORTICAL)[turn][twice]
     parts = parts.reshape(shape[0], 2, shape[1], 2, shape[2], 2).mean((1, 3, 5))
-    fine = parts >= 0.5
-    return [
-        {
-            "patient": patient,
-            "truth_by_finer": dice(own, fine),
-            "found_by_own": dice(found, own),
-            "found_by_finer": dice(found, fine),
-            "volume_by_finer": float(own.sum() / parts.sum() - 1),
-        }
-    ]
+    row = {"patient": patient, "truth_by_finer": dice(own, parts >= 0.5), "found_by_own": dice(found, own)}
+    row |= {"found_by_finer": dice(found, parts >= 0.5), "volume_by_finer": float(own.sum() / parts.sum() - 1)}
+    return [row]
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:
-    """Overlap of two masks: twice what they share over what they hold."""
+    """Overlap of two masks: twice their intersection over the sum of their volumes."""
     return float(2 * (first & second).sum() / max(1, first.sum() + second.sum()))
 
 
 def geometry(drawn: Drawn, voxel_mm: float) -> dict[str, float]:
-    """Shape of the true bone: axes in mm, fill of its box, what changes along z, and whether the network is one."""
+    """Shape of the true bone: axes in mm, fill of its box, changes along z, and whether the network is one piece."""
     radius = np.isin(drawn.compartments, (TRABECULAR, CORTICAL))
     area = radius.sum((1, 2)) * voxel_mm**2
-    ends = max(1, len(area) // 10)
-    points = np.argwhere(radius[len(area) // 2]).astype(float) * voxel_mm
-    centred = points - points.mean(0)
-    along = centred @ np.linalg.eigh(np.cov(centred.T))[1]  # columns: short axis, long axis
+    ends, middle = max(1, len(area) // 10), len(area) // 2
+    points = np.argwhere(radius[middle]).astype(float) * voxel_mm
+    along = (points - points.mean(0)) @ np.linalg.eigh(np.cov(points.T))[1]  # columns: short axis, long axis
     short, long = np.ptp(along, axis=0) + voxel_mm
-    trabecular = drawn.compartments == TRABECULAR
-    depth = ndimage.distance_transform_edt(trabecular[len(area) // 2])
-    inside = depth[trabecular[len(area) // 2]]
-    spongy = drawn.bone[len(area) // 2][trabecular[len(area) // 2]]
+    trabecular = drawn.compartments[middle] == TRABECULAR
+    inside = ndimage.distance_transform_edt(trabecular)[trabecular]
+    trabeculae = drawn.bone[middle][trabecular]
     centre = inside >= np.quantile(inside, 1 - INNER)
     labels, _ = ndimage.label((drawn.bone > 0.5) & radius, np.ones((3, 3, 3)))
     sizes = np.bincount(labels.ravel())[1:]
-    ulna = drawn.compartments == ULNA
     return {
         "long_mm": float(long),
         "short_mm": float(short),
-        "fill": float(area[len(area) // 2] / (long * short)),
+        "fill": float(area[middle] / (long * short)),
         "area_change": float(area[-ends:].mean() / area[:ends].mean() - 1),
-        "outer_by_inner": float(spongy[~centre].mean() / max(spongy[centre].mean(), 1e-6)),
+        "outer_by_inner": float(trabeculae[~centre].mean() / max(trabeculae[centre].mean(), 1e-6)),
         "largest_part": float(sizes.max() / sizes.sum()),
-        "ulna_mm2": float(ulna.sum() / len(area) * voxel_mm**2),
+        "ulna_mm2": float((drawn.compartments == ULNA).sum() / len(area) * voxel_mm**2),
     }
 
 
 def directions(volume: Volume, inner: np.ndarray) -> dict[str, float]:
-    """Where the trabeculae of the mask `inner` (z, y, x) run: degrees off z, by fabric and by structure tensor.
+    """Main direction of the trabeculae in the mask `inner` (z, y, x): degrees off z, by fabric and structure tensor.
 
     `axis_off_z_deg` is of the longest mean intercept length, `tensor_off_z_deg` of the direction in which density
     changes least; `tensor_1` to `tensor_3` are the eigenvalues of the structure tensor, rising and of sum 1.
     """
     lengths, axes = fabric(volume, inner)
-    values, vectors = structure_tensor(volume, inner)
+    values, vectors = _structure_tensor(volume, inner)
     return {
-        "axis_off_z_deg": off_z(axes[np.argmax(lengths)]),
-        "tensor_off_z_deg": off_z(vectors[0]),
+        "axis_off_z_deg": _off_z(axes[np.argmax(lengths)]),
+        "tensor_off_z_deg": _off_z(vectors[0]),
         **{f"tensor_{i}": float(value) for i, value in enumerate(values, 1)},
     }
 
 
-def structure_tensor(volume: Volume, inner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (3), rising and of sum 1, and unit eigenvectors (3, 3), rows (z, y, x), of the gradients' products.
-
-    Of smoothed density in the mask `inner` (z, y, x), `BORDER_MM` away from its border. NaN where this leaves nothing.
-    """
+def _structure_tensor(volume, inner):
+    """Eigenvalues (3), rising and of sum 1, and eigenvectors (3, 3) of the products of the density's gradients."""
     density = smoothed(volume)
     box = bounding_box(inner)
     # The ends of the scan are no border of the compartment
@@ -226,13 +222,50 @@ def structure_tensor(volume: Volume, inner: np.ndarray) -> tuple[np.ndarray, np.
     return values / values.sum(), vectors.T
 
 
-def off_z(axis: np.ndarray) -> float:
+def _off_z(axis):
     """Degrees between a unit axis (z, y, x) and z; an axis has no sign."""
     return float(np.degrees(np.arccos(min(1.0, abs(axis[0])))))
 
 
-def marrow_columns(found: dict | None) -> dict[str, float]:
-    """`noise_texture.marrow` as columns of a row; `marrow_thirds` is the largest over the least SD, less 1."""
+def marrow(volume: Volume, inside: np.ndarray | None = None) -> dict | None:
+    """Density in mg HA/cm3 of voxels at least `QUIET_VOXELS` from segmented bone, within the mask `inside` (z, y, x).
+
+    `mean` and `sd`; `thirds`, the SDs of three equal parts along z, NaN where one has no voxel; and `noise`, the
+    autocorrelation along z, y and x (3) at `LAGS` (3) over pairs of such voxels. None where they are too few.
+    """
+    bone = segment(volume)
+    inside = np.ones(volume.shape, bool) if inside is None else inside
+    # Bone further away than this from the mask cannot matter
+    box = tuple(slice(max(s.start - QUIET_VOXELS, 0), s.stop + QUIET_VOXELS) for s in bounding_box(inside))
+    voxels, quiet = volume.voxels[box], inside[box] & (ndimage.distance_transform_edt(~bone[box]) >= QUIET_VOXELS)
+    if quiet.sum() < LEAST_QUIET:
+        return None
+    values = voxels[quiet]
+    parts = zip(np.array_split(voxels, 3), np.array_split(quiet, 3), strict=True)
+    return {
+        "mean": float(values.mean(dtype=float)),
+        "sd": float(values.std(dtype=float)),
+        "thirds": [float(v[q].std(dtype=float)) if q.any() else float("nan") for v, q in parts],
+        "noise": [[_noise_correlation(voxels, quiet, axis, lag) for lag in LAGS] for axis in range(3)],
+    }
+
+
+def _noise_correlation(voxels, mask, axis, lag):
+    """Autocorrelation over the pairs of voxels that both lie in the mask, about the mean of each side."""
+    both = np.logical_and(*_apart(mask, axis, lag))
+    if both.sum() < 2:
+        return float("nan")
+    return float(np.corrcoef(*(side[both] for side in _apart(voxels, axis, lag)))[0, 1])
+
+
+def _apart(array, axis, lag):
+    """Two views of an array, `lag` voxels apart along `axis`."""
+    along = np.moveaxis(array, axis, 0)
+    return along[lag:], along[: len(along) - lag]
+
+
+def _marrow_columns(found: dict | None) -> dict[str, float]:
+    """`marrow` as columns of a row; `marrow_thirds` is the largest over the least SD, less 1."""
     if found is None:
         return {}
     row = {"marrow_mean": found["mean"], "marrow_sd": found["sd"]}
@@ -242,10 +275,59 @@ def marrow_columns(found: dict | None) -> dict[str, float]:
     return row
 
 
+def crop_statistics(volume: Volume) -> dict:
+    """Statistics of a crop inside trabecular bone (mg HA/cm3) that do not show it: plain numbers and lists.
+
+    Morphometry (`traits`, and by Laplace-Hamming `sharpened`), density histogram over `HISTOGRAM` (share per bin),
+    autocorrelation of the density along z, y, x at lags 0-8 voxels, and mean, SD and autocorrelation of the `marrow`.
+    Raises `InputError` for a crop without marrow.
+    """
+    quiet = marrow(volume)
+    if quiet is None:
+        raise InputError(f"the crop has no {LEAST_QUIET} voxels at least {QUIET_VOXELS} voxels from bone")
+    counts, _ = np.histogram(volume.voxels, HISTOGRAM)
+    centred = volume.voxels - volume.voxels.mean(dtype=float)
+    lagged = [[np.multiply(*_apart(centred, axis, lag)).mean(dtype=float) for lag in range(9)] for axis in range(3)]
+    return {
+        "shape": list(volume.shape),
+        "traits": measure(volume, compartments="trabecular"),
+        "sharpened": measure(volume, compartments="trabecular", segmentation="laplace-hamming"),
+        "histogram": (counts / volume.voxels.size).tolist(),
+        "autocorrelation": (np.array(lagged) / (centred**2).mean(dtype=float)).tolist(),
+        "marrow_mean": quiet["mean"],
+        "marrow_sd": quiet["sd"],
+        "noise": quiet["noise"],
+    }
+
+
+def genuine_statistics() -> dict:
+    """`crop_statistics` of the genuine crop, as recorded."""
+    return json.loads(resources.files(__package__).joinpath("genuine_crop.json").read_text(encoding="utf-8"))
+
+
+def phantom_crop(seed: int, density: float, shape: tuple[int, int, int]) -> Volume:
+    """A crop of `shape` voxels from inside the trabecular bone of a full-size phantom of mean density `density`.
+
+    Of the places that lie wholly inside, the one whose mean density is nearest to that wanted.
+    """
+    drawn = draw_visit(seed, 1, 1, NATIVE_MM, sex="F", age=60.0, tb_bmd=density, side="right")
+    seen = scan(drawn.volume, numpy_rng(seed, "noise", 1, 1), noise_sd=population.NOISE[0])
+    inside = ndimage.minimum_filter(drawn.compartments == TRABECULAR, 3)
+    places = []
+    for start in np.ndindex(*[max(1, (n - m) // SEARCH_STEP + 1) for n, m in zip(seen.shape, shape, strict=True)]):
+        part = tuple(slice(SEARCH_STEP * s, SEARCH_STEP * s + m) for s, m in zip(start, shape, strict=True))
+        if inside[part].shape == tuple(shape) and inside[part].all():
+            places.append((abs(float(seen.voxels[part].mean(dtype=float)) - density), start, part))
+    if not places:
+        raise InputError(f"no place of {tuple(shape)} voxels lies wholly inside trabecular bone")
+    *_, part = min(places, key=lambda place: place[:2])
+    return Volume(np.ascontiguousarray(seen.voxels[part]), seen.spacing)
+
+
 def plates(thicknesses=(0.10, 0.12, 0.14, 0.16, 0.18, 0.20, 0.25)) -> list[dict]:
     """Apparent thickness in mm of endless plates of known thickness, scanned without noise on the scanner's grid.
 
-    Beside it the analytic value: a slab of tissue blurred by the point spread and by the smoothing before the
+    The expected value is analytic: a slab of tissue blurred by the point spread and by the smoothing before the
     threshold is as wide as the threshold cuts it.
     """
     spread = float(np.hypot(PSF_SIGMA_MM, SMOOTHING_MM))

@@ -1,7 +1,7 @@
 """The privacy audit: can an attacker tell whose bones a model was trained on, and does it repeat them?
 
 Every attack gives each real stack a score that should be high for members, the stacks of patients in the training
-set; patients count, not stacks, and a patient's score is that of the best stack. An attack is believed only beside
+set; patients count, not stacks, and a patient's score is that of the best stack. An attack counts only with
 its controls: members against members must come to nothing, and a planted leak must be caught. What the same attack
 finds with strangers' bones in place of the model's says how far the two groups differ by themselves.
 """
@@ -9,9 +9,11 @@ finds with strangers' bones in place of the model's says how far the two groups 
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from scipy.spatial.distance import cdist
 
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng, torch_rng
@@ -31,10 +33,7 @@ PHANTOM = "bonelib/scans/phantom/cohort.py"  # as `cohort.source`: such a cohort
 
 def by_patient(scores: np.ndarray, patients) -> np.ndarray:
     """The highest score of each patient: any of the stacks may give a patient away."""
-    names, index = np.unique(np.asarray(patients), return_inverse=True)
-    best = np.full(len(names), -np.inf)
-    np.maximum.at(best, index, scores)
-    return best
+    return pd.Series(scores).groupby(np.asarray(patients)).max().to_numpy()
 
 
 def attack(members: np.ndarray, others: np.ndarray, *, seed: int, draws: int, level: float = LEVEL) -> dict:
@@ -70,8 +69,7 @@ def chance(members: np.ndarray, others: np.ndarray) -> float:
 
 def nn_score(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
     """Minus the distance of every real sample (n, d) to the nearest drawn one (m, d), features of mean 0 and SD 1."""
-    real, fake = standardised(real, fake)
-    return -np.sqrt(np.maximum([((fake - row) ** 2).sum(axis=1).min() for row in real], 0))
+    return -cdist(*standardised(real, fake)).min(axis=1)
 
 
 def max_ncc(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
@@ -188,61 +186,66 @@ def examine(
     """The scores of every attack on a model, and of both of its controls that need scores of their own.
 
     Returns {"scores", "planted", "strangers"}, each {attack: (scores of members, of others)}, a score a patient, as
-    `audit` wants them; the critic has no strangers, and no attack has if none are given. `members`, `others` and
+    `audit` takes them; the critic has no strangers, and no attack has if none are given. `members`, `others` and
     `strangers` are rows of `data` (`scans.dataset.Stacks`), `samples` the model's volumes (m, z, y, x) on the same
     grid, `extractors` {family: volumes -> features}, `how` a section `Privacy`. The leak is planted with the first
-    `how.planted` members: a sampler of copies, a generator that knows them by heart, an overtrained critic. Strangers
-    are in neither group: their bones stand for samples, and a generator that knows them by heart for the model's.
+    `how.planted` members: a sampler of copies, a generator that memorised them, an overtrained critic. Strangers are in
+    neither group: their bones stand for samples, and a generator that memorised them for the model's.
     """
     groups = {"members": members, "others": others}
     volumes = {name: data.pooled(rows, 0)[:, 0].numpy() for name, rows in groups.items()}
-    patients = {name: [row["patient"] for row in rows] for name, rows in groups.items()}
-    leaked = set(list(dict.fromkeys(patients["members"]))[: how.planted])
-    known = np.array([patient in leaked for patient in patients["members"]])
+    patients = {name: np.array([row["patient"] for row in rows]) for name, rows in groups.items()}
+    known = np.isin(patients["members"], list(dict.fromkeys(patients["members"]))[: how.planted])
     fake = {"scores": samples, "planted": copies(volumes["members"][known], seed, how.copy_noise)}
     if strangers:
         fake["strangers"] = data.pooled(strangers, 0)[:, 0].numpy()
-    out = {kind: {} for kind in ("scores", "planted", "strangers")}
-
-    def compare(name, score, kinds=tuple(fake)):
-        """`score` of (group, which fakes) -> a score a stack."""
-        for kind in kinds:
-            ours, owners = score("members", kind), np.asarray(patients["members"])
-            if kind == "planted":
-                ours, owners = ours[known], owners[known]
-            out[kind][name] = by_patient(ours, owners), by_patient(score("others", kind), patients["others"])
-
-    for family, extract in extractors.items():
-        real = {group: features.cached(family, extract, v, cache) for group, v in volumes.items()}
-        drawn = {kind: features.cached(family, extract, v, cache) for kind, v in fake.items()}
-        both, first = np.concatenate(list(real.values())), len(real["members"])
-        near = {kind: nn_score(both, f) for kind, f in drawn.items()}
-        parts = {kind: {"members": n[:first], "others": n[first:]} for kind, n in near.items()}
-        compare(f"nearest sample, {family}", lambda group, kind, parts=parts: parts[kind][group])
-    coarse = {group: data.pooled(rows, how.halvings)[:, 0].numpy() for group, rows in groups.items()}
+    found = {
+        f"nearest sample, {family}": _nearest(family, extract, volumes, fake, cache)
+        for family, extract in extractors.items()
+    }
+    coarse = {name: data.pooled(rows, how.halvings)[:, 0].numpy() for name, rows in groups.items()}
     small = {kind: _pooled(v, how.halvings)[:, 0].numpy() for kind, v in fake.items()}
-    compare("nearest sample, registered voxels", lambda group, kind: max_ncc(coarse[group], small[kind]))
+    found["nearest sample, registered voxels"] = {
+        kind: {name: max_ncc(v, other) for name, v in coarse.items()} for kind, other in small.items()
+    }
+    found |= _of_networks(model, volumes, fake, known, how, seed)
+    out = {kind: {} for kind in ("scores", "planted", "strangers")}
+    for attack, by_kind in found.items():
+        for kind, scores in by_kind.items():
+            kept = known if kind == "planted" else np.ones(len(known), bool)
+            mine = by_patient(scores["members"][kept], patients["members"][kept])
+            out[kind][attack] = mine, by_patient(scores["others"], patients["others"])
+    return out
 
+
+def _nearest(family, extract, volumes, fake, cache):
+    """By kind of fake and group, minus the distance of every stack to the nearest fake, in features."""
+    real = {name: features.cached(family, extract, v, cache) for name, v in volumes.items()}
+    both, first = np.concatenate(list(real.values())), len(real["members"])
+    near = {kind: nn_score(both, features.cached(family, extract, v, cache)) for kind, v in fake.items()}
+    return {kind: {"members": scores[:first], "others": scores[first:]} for kind, scores in near.items()}
+
+
+def _of_networks(model, volumes, fake, known, how, seed):
+    """The attacks on the generator (reconstruction) and on the critic, by kind of control and group."""
     params = section(Train, model.config["train"], "train")
     stage = len(params.schedule.samples)
     halvings = int(np.log2(volumes["members"].shape[1])) - stage
-    own = {group: _pooled(v, halvings) for group, v in volumes.items()}
-    in_leak = torch.from_numpy(known)
-    by_heart = {"planted": MemorisingGenerator(own["members"][in_leak])}
-    if strangers:
-        by_heart["strangers"] = MemorisingGenerator(_pooled(fake["strangers"], halvings))
-
-    def reconstructed(group, kind):
-        if kind == "scores":
-            return reconstruction(model.generator, own[group], stage, seed, how.steps, how.rate)
-        return -by_heart[kind].errors(own[group])
-
-    compare("reconstruction", reconstructed)
+    own = {name: _pooled(v, halvings) for name, v in volumes.items()}
+    leaked, rest = own["members"][torch.from_numpy(known)], own["members"][torch.from_numpy(~known)]
+    memories = {"planted": MemorisingGenerator(leaked)}
+    if "strangers" in fake:
+        memories["strangers"] = MemorisingGenerator(_pooled(fake["strangers"], halvings))
+    fitted = {name: reconstruction(model.generator, v, stage, seed, how.steps, how.rate) for name, v in own.items()}
+    fits = {"scores": fitted}
+    fits |= {kind: {name: -memory.errors(v) for name, v in own.items()} for kind, memory in memories.items()}
     build = partial(build_critic, params.critic, haar=params.haar, precision=params.precision)
-    knows = overtrained(model.critic, build, own["members"][in_leak], own["members"][~in_leak], seed, how.overtraining)
-    critics = {"scores": model.critic, "planted": knows}
-    compare("critic", lambda group, kind: critic_scores(critics[kind], own[group]), tuple(critics))
-    return out
+    critics = {
+        "scores": model.critic,
+        "planted": overtrained(model.critic, build, leaked, rest, seed, how.overtraining),
+    }
+    judged = {kind: {name: critic_scores(critic, v) for name, v in own.items()} for kind, critic in critics.items()}
+    return {"reconstruction": fits, "critic": judged}
 
 
 def _pooled(volumes, halvings):

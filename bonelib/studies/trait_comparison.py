@@ -73,7 +73,7 @@ def summary(
 ) -> dict[str, dict[str, float | int | None]]:
     """What morphometry says of a group: {quantity: value, low, high, n}, the interval by halves of `groups` (patients).
 
-    Shares with contours and of closed slices, stamp, mean and SD of the traits. The stamp
+    Shares with contours and of closed slices, fixed pattern, mean and SD of the traits. The fixed pattern
     (`metrics.fixed_pattern_correlation`, of different patients) is None where no two interiors share voxels, and
     so are traits that nothing has.
     """
@@ -89,7 +89,7 @@ def summary(
         )
     alike = pair_mean(pairs, np.stack([owners[first], owners[second]], 1), rng=rng, draws=draws)
     low, high = (alike.low, alike.high) if alike.patients >= FEWEST else (None, None)
-    out["stamp"] = dict(value=alike.value, low=low, high=high, n=len(owners))
+    out["fixed pattern"] = dict(value=alike.value, low=low, high=high, n=len(owners))
     for key in (CLOSED, *TRAITS):
         traits = np.array([np.nan if result is None else result["traits"][key] for result in found], float)
         out[key] = _of(traits, groups, np.mean, seed, draws)

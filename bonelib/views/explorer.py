@@ -69,96 +69,110 @@ def controls(scene: Scene, known: Cohort, first: tuple | None = None, folder: st
     While a slider moves, slices of a preview follow. Once it rests, the finished bone is drawn, then shown, then
     measured; a move in between is answered first. `first` is the bone it begins with and its readings, if known.
     """
-    state = start(scene)
-    found = first[0] if first else bone(scene, state)
-    now = {"bone": found, "rows": first[1] if first else readings(found, known), "next": None}
-    kept, shape, spacing = {tuple(state.values()): found}, found.volume.shape, found.volume.spacing
-    plot, body, surface = bone3d.plot3d(found.volume.voxels, spacing)
-    whole = dict(width="auto", height="auto", max_width="97%", align_self="flex-start")  # no slice is cut at the edge
-    picture, table, status = widgets.Image(format="png", layout=whole), widgets.HTML(), widgets.HTML()
-    line = widgets.Textarea(rows=3, description="draw it again", disabled=True, **LABELLED)
-    cut = [
-        widgets.FloatSlider(0.5, min=0, max=1, step=0.01, description=f"slice at {axis}", **LABELLED) for axis in "zyx"
-    ]
-    mode = widgets.Dropdown(options=bone3d.MODES, description="3D shows", **LABELLED)
-    clip = widgets.FloatSlider(
-        1, min=0.05, max=1, step=0.05, description="cut off above z", continuous_update=False, **LABELLED
-    )
+    return _Panel(scene, known, first, folder).layout()
 
-    def slices(of):
-        picture.value = bone3d.slices_png(of.volume.voxels, spacing, shape, [c.value for c in cut])
 
-    def in_3d(*_):
-        bone3d.show_in_plot(plot, body, surface, now["bone"].volume.voxels, mode.value, clip.value)
+class _Panel:
+    """The widgets of one scene, and the steps by which they follow its state."""
 
-    def then(seconds, step):
+    def __init__(self, scene, known, first, folder):
+        self.scene, self.known, self.folder, self.state, self.waiting = scene, known, folder, start(scene), None
+        self.bone = first[0] if first else bone(scene, self.state)
+        self.rows = first[1] if first else readings(self.bone, known)
+        self.kept = {tuple(self.state.values()): self.bone}
+        self.shape, self.spacing = self.bone.volume.shape, self.bone.volume.spacing
+        self.plot, *self.objects = bone3d.plot3d(self.bone.volume.voxels, self.spacing)
+        whole = dict(width="auto", height="auto", max_width="97%", align_self="flex-start")  # cut at no edge
+        self.picture, self.table = widgets.Image(format="png", layout=whole), widgets.HTML()
+        self.status = widgets.HTML(f"generator {self.bone.seconds:.2f} s")
+        self.line = widgets.Textarea(rows=3, description="draw it again", disabled=True, **LABELLED)
+        at = dict(min=0, max=1, step=0.01)
+        self.cuts = [widgets.FloatSlider(0.5, description=f"slice at {axis}", **at, **LABELLED) for axis in "zyx"]
+        self.mode = widgets.Dropdown(options=bone3d.MODES, description="3D shows", **LABELLED)
+        once = dict(min=0.05, max=1, step=0.05, continuous_update=False)
+        self.clip = widgets.FloatSlider(1, description="cut off above z", **once, **LABELLED)
+        self.sliders = {name: _slider(control) for name, control in scene.controls.items()}
+        for name, slider in self.sliders.items():
+            slider.observe(partial(self.changed, name), "value")
+        for slider in self.cuts:
+            slider.observe(lambda _: self.show_slices(self.bone), "value")
+        for widget in (self.mode, self.clip):
+            widget.observe(lambda _: self.show_volume(), "value")
+        self.show_slices(self.bone)
+        self.show_numbers()
+
+    def layout(self) -> widgets.Widget:
+        left = [*map(_with_reset, self.sliders.values()), self.picture, *map(_with_reset, self.cuts)]
+        right = [self.plot, *map(_with_reset, (self.mode, self.clip)), self.table, self.status]
+        columns = widgets.HBox([widgets.VBox(left, layout=HALF), widgets.VBox(right, layout=HALF)])
+        return widgets.VBox([columns, self.line, _files(self)])
+
+    def show_slices(self, of: Bone) -> None:
+        cuts = [cut.value for cut in self.cuts]
+        self.picture.value = bone3d.slices_png(of.volume.voxels, self.spacing, self.shape, cuts)
+
+    def show_volume(self) -> None:
+        voxels = self.bone.volume.voxels
+        bone3d.show_in_plot(self.plot, *self.objects, voxels, self.mode.value, self.clip.value)
+
+    def show_numbers(self) -> None:
+        self.table.value, self.line.value = _html(self.rows), recipe(self.scene, self.state, self.folder)
+
+    def then(self, seconds: float, step: Callable) -> None:
         """Do a step when the loop is free again, in place of whatever waited."""
 
         def run():
-            now["next"] = None
+            self.waiting = None
             try:
                 step()
             except Exception as error:
-                status.value = f"<b>{html.escape(str(error))}</b>"
+                self.status.value = f"<b>{html.escape(str(error))}</b>"
                 raise
 
-        if now["next"]:
-            now["next"][0].cancel()
-        now["next"] = asyncio.get_event_loop().call_later(seconds, run), run
+        if self.waiting:
+            self.waiting[0].cancel()
+        self.waiting = asyncio.get_event_loop().call_later(seconds, run), run
 
-    def settle():
+    def settle(self) -> None:
         """Do at once what waits, so that bone, readings and recipe are those of the state."""
-        while now["next"]:
-            waits, run = now["next"]
+        while self.waiting:
+            waits, run = self.waiting
             waits.cancel()
             run()
 
-    def finish():
-        key, seconds = tuple(state.values()), 0.0
-        if key not in kept:
-            kept[key] = bone(scene, state)
-            seconds = kept[key].seconds
-            kept.pop(next(iter(kept))) if len(kept) > KEPT else None
-        now["bone"] = kept[key]
-        slices(now["bone"])
-        then(0, partial(turn, f"generator {seconds:.2f} s (preview {now['early']:.2f} s)"))
+    def changed(self, name: str, change: dict) -> None:
+        """A control was moved: show slices of a preview, and the finished bone once it rests."""
+        self.state[name] = change["new"]
+        for other, value in self.scene.presets.get((name, change["new"]), {}).items():
+            self.sliders[other].value = value
+        early = bone(self.scene, self.state, preview=True)
+        self.show_slices(early)
+        self.status.value = "preview …"
+        self.then(PAUSE_S, partial(self.finish, early.seconds))
 
-    def turn(said):
-        began = time.perf_counter()
-        in_3d()
-        status.value = f"{said}, 3D view {time.perf_counter() - began:.2f} s"
-        then(0, partial(tell, status.value))
+    def finish(self, preview_s: float) -> None:
+        key, seconds = tuple(self.state.values()), 0.0
+        if key not in self.kept:
+            self.kept[key] = bone(self.scene, self.state)
+            seconds = self.kept[key].seconds
+            self.kept.pop(next(iter(self.kept))) if len(self.kept) > KEPT else None
+        self.bone = self.kept[key]
+        self.show_slices(self.bone)
+        self.then(0, partial(self.turn, f"generator {seconds:.2f} s (preview {preview_s:.2f} s)"))
 
-    def tell(said):
+    def turn(self, said: str) -> None:
         began = time.perf_counter()
-        now["rows"] = readings(now["bone"], known)
-        table.value, line.value = _html(now["rows"]), recipe(scene, state, folder)
+        self.show_volume()
+        self.status.value = f"{said}, 3D view {time.perf_counter() - began:.2f} s"
+        self.then(0, partial(self.measure, self.status.value))
+
+    def measure(self, said: str) -> None:
+        began = time.perf_counter()
+        self.rows = readings(self.bone, self.known)
+        self.show_numbers()
         seconds = time.perf_counter() - began
         _give_back()
-        status.value = f"{said}, measured in {seconds:.2f} s"
-
-    def changed(name, change):
-        state[name] = change["new"]
-        for other, value in scene.presets.get((name, change["new"]), {}).items():
-            sliders[other].value = value
-        early = bone(scene, state, preview=True)
-        slices(early)
-        now["early"], status.value = early.seconds, "preview …"
-        then(PAUSE_S, finish)
-
-    sliders = {name: _slider(control) for name, control in scene.controls.items()}
-    for name, slider in sliders.items():
-        slider.observe(partial(changed, name), "value")
-    for slider in cut:
-        slider.observe(lambda _: slices(now["bone"]), "value")
-    mode.observe(in_3d, "value")
-    clip.observe(in_3d, "value")
-    slices(found)
-    table.value, line.value = _html(now["rows"]), recipe(scene, state, folder)
-    status.value = f"generator {found.seconds:.2f} s"
-    left = widgets.VBox([*map(_with_reset, sliders.values()), picture, *map(_with_reset, cut)], layout=HALF)
-    right = widgets.VBox([plot, *map(_with_reset, (mode, clip)), table, status], layout=HALF)
-    return widgets.VBox([widgets.HBox([left, right]), line, _files(scene, state, now, settle, folder)])
+        self.status.value = f"{said}, measured in {seconds:.2f} s"
 
 
 def _give_back() -> None:
@@ -191,8 +205,9 @@ def confined(folder: str | Path, name: str, ending: str) -> Path:
     return Path(folder) / f"{name}{ending}"
 
 
-def _files(scene: Scene, state: dict, now: dict, settle: Callable, folder: str | Path) -> widgets.Widget:
-    """Buttons that write the bone, a page of it, or a batch of new ones, into `folder` alone."""
+def _files(panel: _Panel) -> widgets.Widget:
+    """Buttons that write the bone, a page of it, or a batch of new ones, into the panel's folder alone."""
+    scene, state, folder = panel.scene, panel.state, panel.folder
     name = widgets.Text("bone", description="file name", layout=widgets.Layout(width="300px"))
     count = widgets.BoundedIntText(8, min=1, max=1000, description="batch of", layout=widgets.Layout(width="180px"))
     says = widgets.HTML()
@@ -200,7 +215,7 @@ def _files(scene: Scene, state: dict, now: dict, settle: Callable, folder: str |
     def guarded(work):
         def press(_):
             try:
-                settle()
+                panel.settle()
                 says.value = work()
             except InputError as error:
                 says.value = f"<b>{html.escape(str(error))}</b>"
@@ -208,13 +223,13 @@ def _files(scene: Scene, state: dict, now: dict, settle: Callable, folder: str |
         return press
 
     def nifti():
-        file = write_volume(now["bone"].volume, confined(folder, name.value, ".nii.gz"))
+        file = write_volume(panel.bone.volume, confined(folder, name.value, ".nii.gz"))
         data = base64.b64encode(file.read_bytes()).decode()
         link = f'<a download="{file.name}" href="data:application/gzip;base64,{data}">download {file.name}</a>'
         return f"{link}; it also is {html.escape(str(file))}"
 
     def snapshot():
-        file = write_page(scene, state, now["bone"], now["rows"], confined(folder, name.value, ".html"))
+        file = write_page(scene, state, panel.bone, panel.rows, confined(folder, name.value, ".html"))
         return f"{html.escape(str(file))} opens without a server"
 
     def batch():

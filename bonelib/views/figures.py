@@ -1,4 +1,4 @@
-"""Pictures in the house style: one grey window for all bones, a scale bar in mm, a stamp with the run id."""
+"""Pictures in the house style: one grey window for all bones, a scale bar in mm, and the run id."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.animation import PillowWriter
 
 from bonelib.scans.tables import write_table
+from bonelib.scans.volumes import Volume
 
 WINDOW = (-200.0, 1000.0)  # mg HA/cm3 shown from black to white
 LABEL_INCH, GAP_INCH, SCALE_MM = 0.26, 0.06, 10.0
@@ -26,8 +27,9 @@ STYLE = {
 }
 
 
-def plane(volume: np.ndarray, which: str) -> np.ndarray:
+def plane(volume: np.ndarray | Volume, which: str) -> np.ndarray:
     """A middle slice of (z, y, x) voxels: "axial" (y, x), or "coronal" (z, y), cut along the bone's long side."""
+    volume = volume.voxels if isinstance(volume, Volume) else volume
     z, _, x = volume.shape
     return volume[z // 2] if which == "axial" else volume[:, :, x // 2]
 
@@ -50,7 +52,9 @@ def bones(
     colours="gray",
     width=10.0,
 ):
-    """A grid of middle slices in true proportion: `rows` of (label, volumes (z, y, x)), spacing in mm (z, y, x).
+    """A grid of middle slices in true proportion: `rows` of (label, volumes), spacing in mm (z, y, x).
+
+    Volumes are a sequence of `Volume` or of voxels (z, y, x).
 
     A scale bar of 10 mm stands below. Returns the figure.
     """
@@ -264,7 +268,7 @@ def film(path: str | Path, rows: list[tuple[str, list[np.ndarray]]], spacing, ru
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _, y, x = rows[0][1][0].shape
+    y, x = plane(rows[0][1][0], "axial").shape
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, len(rows), squeeze=False, layout="constrained")
         fig.set_size_inches(width, width / len(rows) * y * spacing[1] / (x * spacing[2]) + LABEL_INCH)

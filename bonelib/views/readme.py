@@ -14,7 +14,7 @@ from bonelib.scans.tables import read_table
 
 BLOCK = re.compile(r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)", re.S)
 QUALITY, NAMES = "04_image_quality", {"progan": "3D-ProGAN", "stylegan": "3D-StyleGAN"}
-TRAITS = ("contours found", "closed slices", "stamp", "Tb.BMD", "Ct.BMD", "Tb.Th", "Tb.N", "Ct.Th")
+TRAITS = ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Ct.BMD", "Tb.Th", "Tb.N", "Ct.Th")
 
 
 def findings(profile: str) -> str:

@@ -9,7 +9,7 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation.contours import BONE
 from bonelib.scans.volumes import Volume
 from bonelib.studies import corruption
-from bonelib.studies import metric_sensitivity as ladder
+from bonelib.studies import metric_sensitivity as sensitivity
 
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1)
 
@@ -76,9 +76,9 @@ def test_sets_lose_patients_modes_and_privacy():
 def test_the_stillest_and_first_stacks_are_taken_first():
     rows = [dict(scan=f"s{i}", start=start) for i in range(6) for start in (0, 16)]
     grade = {f"s{i}": 1 + i % 3 for i in range(6)}
-    found = ladder.stillest(rows, grade, 1)
+    found = sensitivity.stillest(rows, grade, 1)
     keys = [(grade[row["scan"]], row["start"]) for row in found]
-    assert keys == sorted(keys) and len(found) == 12 and found == ladder.stillest(rows, grade, 1)
+    assert keys == sorted(keys) and len(found) == 12 and found == sensitivity.stillest(rows, grade, 1)
 
 
 def test_bad_strengths_and_sets_are_refused():
@@ -92,17 +92,17 @@ def features(n, name, scale=1.0):
     return scale * numpy_rng(0, "ladder features", name).standard_normal((n, 12))
 
 
-def test_badness_rises_with_what_each_metric_is_meant_for():
+def test_distances_rise_with_what_each_metric_is_meant_for():
     reference, fake, patients = features(60, "reference"), features(30, "fake"), [f"p{i // 2}" for i in range(60)]
     noise = features(30, "noise")
-    worse = [ladder.set_distances(reference, fake + s * noise + s, patients) for s in (0, 0.5, 1, 2, 3)]
+    worse = [sensitivity.set_distances(reference, fake + s * noise + s, patients) for s in (0, 0.5, 1, 2, 3)]
     for metric in ("FD", "kernel distance", "RBF-MMD", "- realism"):
         assert (np.diff([w[metric] for w in worse]) > 0).all(), metric
     assert worse[-1]["C2ST"] > 0.95 > 0.7 > worse[0]["C2ST"]
     copied = fake.copy()
     copied[:15] = reference[:15]
-    assert ladder.set_distances(reference, copied, patients)["copies"] > worse[0]["copies"] + 0.2
-    repeated = ladder.set_distances(reference, fake[np.arange(30) % 10], patients)["repeats"]
+    assert sensitivity.set_distances(reference, copied, patients)["copies"] > worse[0]["copies"] + 0.2
+    repeated = sensitivity.set_distances(reference, fake[np.arange(30) % 10], patients)["repeats"]
     assert repeated == 1 and worse[0]["repeats"] == 0
 
 
@@ -110,19 +110,19 @@ def steps(metric, name, values, noise=1.0):
     return [dict(metric=metric, corruption=name, strength=i, value=v, noise=noise) for i, v in enumerate(values)]
 
 
-def test_a_metric_that_does_not_rise_where_it_claims_to_see_fails():
+def test_a_metric_that_does_not_rise_where_it_was_claimed_to_fails():
     rows = []
-    for name in ladder.CORRUPTIONS:
+    for name in sensitivity.CORRUPTIONS:
         rows += steps("random3d FD", name, [0, 1, 2, 3, 4, 5] if name == "blur" else [3, 1, 2, 3, 0, 1])
         rows += steps("random3d copies", name, [0, 0.1, 0.2, 0.3, 0.4, 0.5])  # follows, but less than sets differ
-    found = {(r["metric"], r["corruption"]): r for r in ladder.verdicts(rows)}
-    assert found["random3d FD", "blur"]["sees"] and found["random3d FD", "blur"]["holds"]
-    assert found["random3d FD", "noise"]["claims"] and not found["random3d FD", "noise"]["holds"]
-    assert found["random3d FD", "dropped mode"]["holds"] and not found["random3d FD", "dropped mode"]["sees"]
-    assert not found["random3d copies", "memorised copies"]["sees"]
-    chart = ladder.chart(list(found.values()))
-    assert chart[0]["blur"].startswith("sees") and chart[0]["noise"].startswith("FAILS")
-    assert chart[0]["dropped mode"].startswith("blind")
+    found = {(r["metric"], r["corruption"]): r for r in sensitivity.verdicts(rows)}
+    assert found["random3d FD", "blur"]["sensitive"] and found["random3d FD", "blur"]["holds"]
+    assert found["random3d FD", "noise"]["claimed"] and not found["random3d FD", "noise"]["holds"]
+    assert found["random3d FD", "dropped mode"]["holds"] and not found["random3d FD", "dropped mode"]["sensitive"]
+    assert not found["random3d copies", "memorised copies"]["sensitive"]
+    chart = {row["metric"]: row for row in sensitivity.chart(list(found.values()))}
+    assert chart["random3d FD"]["blur"].startswith("sensitive") and chart["random3d FD"]["noise"].startswith("FAILS")
+    assert chart["random3d FD"]["dropped mode"].startswith("no")
 
 
 def test_connectivity_counts_loops():
@@ -130,4 +130,4 @@ def test_connectivity_counts_loops():
     voxels[3, 2:10, 2:10] = 900
     voxels[3, 4:8, 4:8] = 0
     volume = Volume(voxels, (1.0, 1.0, 1.0), "mgHA")
-    assert ladder.connectivity(volume, np.ones(volume.shape, bool)) == pytest.approx(1 / 12**3)
+    assert sensitivity.connectivity(volume, np.ones(volume.shape, bool)) == pytest.approx(1 / 12**3)

@@ -1,0 +1,51 @@
+"""Which folder may import which, and how long modules and functions are."""
+
+import ast
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+UPWARD = {
+    "scans": {"networks", "training", "evaluation", "latent", "studies", "views"},
+    "networks": {"training", "evaluation", "latent", "studies", "views"},
+    "evaluation": {"latent", "studies", "views"},
+    "latent": {"studies", "views"},
+    "studies": {"views"},
+}
+TOOLS = {"corruption"}  # used by two studies, and no study of its own
+
+
+def imported(path):
+    """Names of bonelib modules that a file imports anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("bonelib.")}
+
+
+@pytest.mark.parametrize("folder", UPWARD)
+def test_imports_point_up_the_list_of_folders(folder):
+    for path in (ROOT / "bonelib" / folder).rglob("*.py"):
+        assert not {name.split(".")[1] for name in imported(path)} & UPWARD[folder], path.name
+
+
+def test_studies_do_not_import_one_another():
+    studies = {path.stem: path for path in (ROOT / "bonelib/studies").glob("*.py")}
+    for name, path in studies.items():
+        others = {part for found in imported(path) for a, part in pairwise(found.split(".")) if a == "studies"}
+        assert not others & studies.keys() - TOOLS - {name}, name
+
+
+@pytest.mark.parametrize("folder", ["evaluation", "studies", "views"])
+def test_modules_and_functions_are_short(folder):
+    for path in (ROOT / "bonelib" / folder).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 350, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
