@@ -1,4 +1,5 @@
-# make repro: the whole pipeline · make test: lint, unit tests, the tiny pipeline · make lab: the notebooks
+# make repro: the story 01-09 and the paper · make all: the supplements, too · make test: lint, unit tests, the tiny
+# pipeline · make lab: the notebooks. PROFILE=laptop chooses another profile of params.yaml, and keeps it.
 PYTHON ?= python3.11
 PYTHON := $(if $(shell command -v $(PYTHON)),$(PYTHON),python3)
 STAMP := .venv/.ready
@@ -6,9 +7,19 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test lab strip pins readme
+.PHONY: repro all results site test lab strip pins readme
 repro: $(STAMP) strip
-	python -m bonelib.repro
+	python -m bonelib.repro $(if $(PROFILE),--profile $(PROFILE))
+
+all: $(STAMP) strip
+	python -m bonelib.repro --all $(if $(PROFILE),--profile $(PROFILE))
+
+# The results of a long run that come with the repository, without running anything
+results: $(STAMP)
+	python -m bonelib.results
+
+site: $(STAMP)
+	python -m bonelib.site $(OUT)
 
 test: $(STAMP)
 	python -m pytest -n 2 --dist loadscope

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bonelib import InputError
-from bonelib.core.parallel import die_with_run, map_large_blocks
+from bonelib.core.parallel import die_with_run, elapsed, map_large_blocks
 
 TRIES, WAIT_S = 10, 0.3  # of reading dvc.lock
 STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
@@ -115,8 +115,8 @@ def main() -> int:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             progress_bar=False,
+            start_timeout=600,  # a kernel starts late where other programs want the cores
             autosave_cell_every=30,
-            start_timeout=600,  # of the kernel; a minute is too short where every core is busy
             store_widget_state=False,  # megabytes of a view that is in a page of its own
             extra_arguments=["--IPKernelApp.log_level=40"],  # else it warns that loopback is not encrypted
         )
@@ -127,6 +127,7 @@ def main() -> int:
         says = f"{source} failed with {error.ename}: {error.evalue}; the failing cell is marked in {target}"
         print(says, file=sys.stderr)
         return 1
+    print(f"{stage}: took {elapsed():.0f} s", flush=True)  # `make repro` keeps it
     return 0
 
 

@@ -1,11 +1,17 @@
 """Weights that come with the repository, in place of a training.
 
-python -m bonelib.published MODEL_FOLDER NAME --audit METRICS_FILE
+python -m bonelib.published FOLDER NAME --audit METRICS_FILE
 
-puts a model folder into dvc-store/, a small DVC remote that is committed with the code. It checks the folder, asks the
-privacy audit of these very weights (metrics/S5_privacy.json of the profile they were made in), copies them to
-published/NAME, lets DVC write its hash to published/NAME.dvc, and names it in the profile `published` of
-params.yaml, which uses these weights for the model NAME. What it changed is then to be committed.
+puts what a run trained into dvc-store/, a small DVC remote that is committed with the code. It checks the folder,
+asks the privacy audit of that run (metrics/S5_privacy.json of the profile), copies the weights to published/NAME, lets
+DVC write their hash to published/NAME.dvc, and names it in the profile `published` of params.yaml. What it changed is
+then to be committed. One command for each part of a run:
+
+python -m bonelib.published out/laptop/models/progan progan --audit out/laptop/metrics/S5_privacy.json
+python -m bonelib.published out/laptop/models/stylegan stylegan --audit out/laptop/metrics/S5_privacy.json
+python -m bonelib.published out/laptop/grading grader --audit out/laptop/metrics/S5_privacy.json
+python -m bonelib.published out/laptop/codes/progan encoder-progan --audit out/laptop/metrics/S5_privacy.json
+python -m bonelib.published out/laptop/codes/stylegan encoder-stylegan --audit out/laptop/metrics/S5_privacy.json
 """
 
 import argparse
@@ -22,15 +28,18 @@ from bonelib import InputError
 from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.core.files import digest
-from bonelib.latent.models import load_model
+from bonelib.store import STORE, fetch_files, pointer, published_hash
 from bonelib.training.config import Published, Train
 
 LARGEST = 16_000_000  # bytes of a file
-FILES = {"config.json", "curves.csv", "candidates.csv", "record.json", "superres-record.json"} | {
-    f"{name}.safetensors" for name in ("generator", "critic", "superres", "superres-critic", "growth")
+WEIGHTS = {"model": "generator", "grader": "grader", "encoder": "encoder"}
+PARTS = {
+    "model": {"config.json", "curves.csv", "candidates.csv", "record.json", "superres-record.json"}
+    | {f"{name}.safetensors" for name in ("generator", "critic", "superres", "superres-critic", "growth")},
+    "grader": {"grader.safetensors", "config.json"},
+    "encoder": {"encoder.safetensors", "encoder.json", "encoder-curves.csv", "refinement.json"},
 }
 REMOTE = "published"  # in .dvc/config
-STORE = Path("dvc-store/files/md5")
 GRID = ("spacing_mm", "intensity", "shape")  # what a model and the stacks beside it must share
 
 
@@ -42,55 +51,84 @@ def fetch(name: str, given: dict, folder: str | Path, data: dict) -> Train:
     or if it draws another grid than that of the stacks.
     """
     folder, wanted = Path(folder), section(Published, given, f"train.{name}").published
-    found = _hash(name)
-    if found != wanted:
-        raise InputError(f"params.yaml: train.{name}.published: found {wanted}, but {_pointer(name)} holds {found}")
-    import dvc.api
-
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    dvc.api.DVCFileSystem().get(str(_pointer(name).with_suffix("")), str(folder), recursive=True)
-    config = _checked(folder)
+    fetch_files(name, wanted, folder, f"train.{name}.published")
+    config = _checked(folder, "model")
     for key in GRID:
         if config["data"][key] != data[key]:
             says = f"was trained on {key} {config['data'][key]}, but that of the stacks is {data[key]}"
-            raise InputError(f"{_pointer(name)}: the model {says}; train one of your own in another profile")
+            raise InputError(f"{pointer(name)}: the model {says}; train one of your own in another profile")
     return section(Train, config["train"], f"{folder / 'config.json'}: train")
 
 
-def publish(folder: str | Path, name: str, audit: str | Path, say=print) -> str:
-    """Put the model in `folder` into the store of the repository that is the working folder; returns its hash.
+def kind_of(folder: Path) -> str:
+    """Which of `PARTS` a folder holds; raises `InputError` where it is none."""
+    for kind, weights in WEIGHTS.items():
+        if (folder / f"{weights}.safetensors").is_file():
+            return kind
+    raise InputError(f"{folder}: not a whole model folder; accepted are those of a model, a grader or an encoder")
 
-    `audit` is the metrics file of the stage `privacy`, where the model bears the name of its folder. Raises
-    `InputError` for a folder that is not one whole model, a file that is too large to be committed, and weights that
-    `require_release` does not let pass.
+
+def publish(folder: str | Path, name: str, audit: str | Path, say=print) -> str:
+    """Put a model, a grader or an encoder into the store of the repository in the working folder; returns its hash.
+
+    `audit` is the metrics file of the stage `privacy` of the same run. Of the folders of a grader and an encoder, what
+    belongs to the scans of that run stays behind. Raises `InputError` for a folder that is not whole, a file that is
+    too large to be committed, and weights that may not be published (`require_release`, `require_phantoms`).
     """
-    folder, target = Path(folder), _pointer(name).with_suffix("")
-    weights = _checked(folder)["sha256"]
-    load_model(folder)
+    folder, target = Path(folder), pointer(name).with_suffix("")
+    kind = kind_of(folder)
+    config = _checked(folder, kind)
     for path in sorted(folder.iterdir()):
-        if path.name not in FILES:
-            raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(FILES))}")
-        if path.stat().st_size > LARGEST:
+        if kind == "model" and path.name not in PARTS[kind]:
+            raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(PARTS[kind]))}")
+        if path.name in PARTS[kind] and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
     try:
         values = json.loads(Path(audit).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(f"{audit}: not the metrics of the stage `privacy`; weights are audited first") from None
-    say(f"{name}: {require_release(values, folder.resolve().name, weights)}")
+    if kind == "model":
+        from bonelib.latent.models import load_model
+
+        load_model(folder)
+        says = require_release(values, folder.resolve().name, config["sha256"])
+    else:
+        says = require_phantoms(values, folder, Path(audit))
+    say(f"{name}: {says}")
+    before = published_hash(name) if pointer(name).is_file() else None
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(folder, target)
+    target.mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.name in PARTS[kind]:
+            shutil.copy2(path, target / path.name)
+    after = put(name)
+    _name_in_params(Path("params.yaml"), kind, name, before, after, say)
+    return after
+
+
+def put(name: str) -> str:
+    """Let DVC write the folder published/`name` to the store, and take out what nothing names any more."""
+    target = pointer(name).with_suffix("")
     _dvc("add", "--quiet", str(target))
-    pointer = yaml.safe_load(_pointer(name).read_text(encoding="utf-8"))
-    pointer["outs"][0]["remote"] = REMOTE  # so that `dvc push` and `dvc pull` of nothing else go there
-    _pointer(name).write_text(yaml.safe_dump(pointer, sort_keys=False), encoding="utf-8")
-    _dvc("push", "--quiet", str(_pointer(name)))
-    for path in set(STORE.glob("*/*")) - {
-        path for pointer in Path("published").glob("*.dvc") for path in stored(pointer)
-    }:
-        path.unlink()  # of a model that was replaced
-    _name_in_params(Path("params.yaml"))
-    return _hash(name)
+    content = yaml.safe_load(pointer(name).read_text(encoding="utf-8"))
+    content["outs"][0]["remote"] = REMOTE  # so that `dvc push` and `dvc pull` of nothing else go there
+    pointer(name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    _dvc("push", "--quiet", str(pointer(name)))
+    for path in set(STORE.glob("*/*")) - {path for one in Path("published").glob("*.dvc") for path in stored(one)}:
+        path.unlink()  # of what was replaced
+    return published_hash(name)
+
+
+def require_phantoms(values: dict, folder: Path, audit: Path) -> str:
+    """The gate before a grader or an encoder, which no audit examines: all models of its run must hold no person."""
+    where = folder.resolve().parents[1 if kind_of(folder) == "encoder" else 0]
+    if audit.resolve().parent.parent != where:
+        raise InputError(f"{audit}: of another run than {folder}; accepted is {where / 'metrics' / audit.name}")
+    found = [value for key, value in values.items() if key.endswith(".phantoms only")]
+    if not found or not all(value is True for value in found):
+        raise InputError(f"{folder}: trained on scans of people, or not known; only what learned from phantoms passes")
+    return "it was trained on phantoms and holds no person"
 
 
 def require_release(values: dict, model: str, weights: dict[str, str]) -> str:
@@ -112,9 +150,9 @@ def require_release(values: dict, model: str, weights: dict[str, str]) -> str:
     )
 
 
-def stored(pointer: Path) -> list[Path]:
+def stored(one: Path) -> list[Path]:
     """The files of the store that belong to a published model, its list of files first."""
-    listing = _at(yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"][0]["md5"])
+    listing = _at(yaml.safe_load(one.read_text(encoding="utf-8"))["outs"][0]["md5"])
     return [listing, *(_at(item["md5"]) for item in json.loads(listing.read_text(encoding="utf-8")))]
 
 
@@ -122,22 +160,13 @@ def _at(md5: str) -> Path:
     return STORE / md5[:2] / md5[2:]
 
 
-def _pointer(name: str) -> Path:
-    return Path("published") / f"{name}.dvc"
-
-
-def _hash(name: str) -> str:
+def _checked(folder: Path, kind: str) -> dict:
+    """The JSON of a folder of weights, which have the hashes that it says; an encoder's says those of its model."""
+    file = folder / ("encoder.json" if kind == "encoder" else "config.json")
     try:
-        return yaml.safe_load(_pointer(name).read_text(encoding="utf-8"))["outs"][0]["md5"]
-    except (OSError, KeyError, yaml.YAMLError):
-        raise InputError(f"{_pointer(name)}: no published model; see python -m bonelib.published --help") from None
-
-
-def _checked(folder: Path) -> dict:
-    """The config.json of a model folder whose weights have the hashes that it says."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        wrong = [n for n, value in config["sha256"].items() if digest(folder / f"{n}.safetensors") != value]
+        config = json.loads(file.read_text(encoding="utf-8"))
+        hashes = {} if kind == "encoder" and config["model"] else config["sha256"]
+        wrong = [n for n, value in hashes.items() if digest(folder / f"{n}.safetensors") != value]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: not a whole model folder ({error})") from None
     if wrong:
@@ -151,16 +180,31 @@ def _dvc(*command: str) -> None:
         raise InputError(f"dvc {command[0]} failed: {' '.join(done.stderr.split())}")
 
 
-def _name_in_params(path: Path) -> None:
-    """Write the hashes of all published models to the line `train:` of the profile `published`."""
-    known = {pointer.stem: {"published": _hash(pointer.stem)} for pointer in sorted(Path("published").glob("*.dvc"))}
-    line = yaml.safe_dump(known, default_flow_style=True, width=1000).strip()
-    text, count = re.subn(
-        r"(?ms)(^  published:.*?^    train: )[^\n]*", lambda m: m[1] + line, path.read_text(encoding="utf-8"), count=1
-    )
+def _name_in_params(path: Path, kind: str, name: str, before: str | None, after: str, say) -> None:
+    """Write the hash to params.yaml: of models to the line `train:` of the profile `published`, else over the old one.
+
+    Where a grader or an encoder is published for the first time, it is said where its hash belongs.
+    """
+    text = path.read_text(encoding="utf-8")
+    if kind != "model":
+        key = "grading" if kind == "grader" else "inversion.MODEL.encoder"
+        if before is None or before not in text:
+            say(f"{path}: write `published: {after}` into {key} of the profile published")
+            return
+        path.write_text(text.replace(before, after), encoding="utf-8")
+        return
+    models = [one.stem for one in sorted(Path("published").glob("*.dvc")) if is_model(one)]
+    line = yaml.safe_dump({m: {"published": published_hash(m)} for m in models}, default_flow_style=True, width=1000)
+    text, count = re.subn(r"(?ms)(^  published:.*?^    train: )[^\n]*", lambda m: m[1] + line.strip(), text, count=1)
     if not count:
         raise InputError(f"{path}: no line `train:` in a profile `published` to write {line} to")
     path.write_text(text, encoding="utf-8")
+
+
+def is_model(one: Path) -> bool:
+    """Whether a pointer of published/ is that of a model, and not of a grader or an encoder."""
+    listing = json.loads(stored(one)[0].read_text(encoding="utf-8"))
+    return any(item["relpath"] == "generator.safetensors" for item in listing)
 
 
 @command

@@ -12,7 +12,7 @@ from pathlib import Path
 from bonelib import nb
 from bonelib.core.cli import command
 from bonelib.core.config import section
-from bonelib.core.parallel import die_with_run, keep_freed_memory
+from bonelib.core.parallel import die_with_run, elapsed, keep_freed_memory
 
 
 @command
@@ -34,6 +34,7 @@ def main() -> None:
     else:
         where = dict(state=nb.state_dir(stage, out), seed=values["seed"], superres=f"{out}/superres")
         train(section(Train, given, f"train.{model}"), data, folder, **where)
+    print(f"{stage}: took {elapsed():.0f} s", flush=True)
 
 
 if __name__ == "__main__":

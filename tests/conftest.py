@@ -18,7 +18,7 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
 
     scheduler = LoadScopeScheduling(config, log)
-    together = ("tests/test_pipeline", "tests/test_browser.py")
+    together = ("tests/test_pipeline", "tests/test_browser.py", "tests/test_paper.py")
     scheduler._split_scope = lambda test: "pipeline" if test.startswith(together) else test
     return scheduler
 

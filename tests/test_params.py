@@ -59,7 +59,7 @@ def test_a_mistake_is_named(tmp_path, monkeypatch, edit, says):
 
 def test_the_file_in_the_repository_is_right(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert check_file()["profile"] in ("tiny", "laptop", "paper")
+    assert check_file()["profile"] in ("published", "tiny", "laptop", "paper")
 
 
 def test_the_command_ends_with_2_and_no_traceback(tmp_path):

@@ -1,6 +1,7 @@
 """Weights in the repository: what is published can be fetched by a clone that has nothing else, and is checked."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,12 +10,17 @@ import pytest
 import torch
 import yaml
 
-from bonelib import InputError, published
+from bonelib import InputError, published, store
 from bonelib.core.config import section
+from bonelib.latent.config import EncoderTraining
+from bonelib.latent.encoder_training import known_encoder
+from bonelib.latent.models import load_model
 from bonelib.networks import build_critic, build_generator
+from bonelib.networks.encoder import build_encoder
 from bonelib.params import check_file
 from bonelib.training import checkpoint, loop
-from bonelib.training.config import Train
+from bonelib.training.config import Grading, Train
+from bonelib.training.grading import build_grader, load_grader
 
 ROOT = Path(__file__).parents[1]
 HOW = dict(
@@ -32,7 +38,7 @@ def write_model(folder):
     at = loop.Progress(8, seen=8, curves=[[8]])
     parts = dict(average=build_generator(how.generator), critic=build_critic(how.critic), at=at)
     growth = {"0000000008": torch.zeros(1)}
-    loop.write_model(folder, how, DATA, **parts, growth=growth, candidates=[], run="0", superres=None)
+    loop.write_model(folder, how, DATA, **parts, growth=growth, candidates=[], run="0", began={}, superres=None)
 
 
 def audit(folder, **values):
@@ -51,6 +57,8 @@ def repository(tmp_path_factory):
     for name in (".dvc/config", ".gitignore", "params.yaml", "bonelib/scans/phantom/cohort.py"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, place / name)
+    params = place / "params.yaml"
+    params.write_text(re.sub(r"(?m)^profile: \w+", "profile: tiny", params.read_text()))
     write_model(place / "model")
     audit(place / "model")
     subprocess.run(["git", "init", "-q"], cwd=place, check=True)
@@ -133,9 +141,82 @@ def test_the_profile_names_the_models_that_the_repository_holds(monkeypatch):
     named = check_file()["profiles"]["published"]["train"]
     held = {}
     for pointer in sorted(Path("published").glob("*.dvc")):
-        held[pointer.stem] = {"published": yaml.safe_load(pointer.read_text())["outs"][0]["md5"]}
+        if published.is_model(pointer):
+            held[pointer.stem] = {"published": yaml.safe_load(pointer.read_text())["outs"][0]["md5"]}
         assert all(path.stat().st_size <= published.LARGEST for path in published.stored(pointer))
     assert named == held
+
+
+def run_of_phantoms(place, nobody=True):
+    """A run with a tiny grader and a tiny encoder, beside what belongs to its scans, and its audit."""
+    write_model(place / "models/mine")
+    model = load_model(place / "models/mine")
+    grading = Grading(widths=[4], blocks=[1])
+    (place / "grading").mkdir(parents=True)
+    net = build_grader(grading, DATA["intensity"])
+    checkpoint.save_tensors(place / "grading/grader.safetensors", net.state_dict())
+    sha256 = {"grader": checkpoint.digest(place / "grading/grader.safetensors")}
+    content = {"grading": json.loads(grading.model_dump_json()), "data": DATA, "sha256": sha256}
+    checkpoint.write_json(place / "grading/config.json", content)
+    (place / "grading/grades.csv").write_text("scan,grade\n")
+
+    how = EncoderTraining(prior="normal")
+    codes = place / "codes/mine"
+    codes.mkdir(parents=True)
+    encoder = build_encoder(
+        section(Train, HOW, "train").generator, dense=0, norm="none", haar=False, precision="float32"
+    )
+    checkpoint.save_tensors(codes / "encoder.safetensors", checkpoint.pack(encoder=encoder))
+    content = {"encoder": json.loads(how.model_dump_json()), "model": model.config["sha256"]}
+    checkpoint.write_json(codes / "encoder.json", content)
+    (codes / "encoder-curves.csv").write_text("seen,dist\n8,0.5\n")
+    (codes / "codes.csv").write_text("scan\n")
+    (place / "metrics").mkdir()
+    (place / "metrics/S5_privacy.json").write_text(json.dumps({"mine.phantoms only": nobody}))
+    return place / "metrics/S5_privacy.json", model
+
+
+@pytest.mark.parametrize("part, name", [("grading", "grader"), ("codes/mine", "encoder-mine")])
+def test_a_grader_and_an_encoder_are_fetched_as_they_were(inside, tmp_path, capsys, part, name):
+    audit_file, model = run_of_phantoms(tmp_path / "out")
+    found = published.publish(tmp_path / "out" / part, name, audit_file)
+    assert f"write `published: {found}` into " in capsys.readouterr().out
+    to = store.fetch_files(name, found, tmp_path / "fetched", "key")
+    assert {path.name: path.read_bytes() for path in to.iterdir()} == {
+        path.name: path.read_bytes()
+        for path in (tmp_path / "out" / part).iterdir()
+        if path.name in published.PARTS[name.split("-")[0]]
+    }
+    assert not (to / "grades.csv").exists() and not (to / "codes.csv").exists()
+    if name == "grader":
+        assert load_grader(to)[0] is not None
+    else:
+        inverter, curves = known_encoder(to, model)
+        assert inverter.encoder is not None and curves == [{"seen": 8, "dist": 0.5}]
+    with pytest.raises(
+        InputError, match=f"params.yaml: key: found {'0' * 32}.dir, but published/{name}.dvc holds {found}"
+    ):
+        store.fetch_files(name, "0" * 32 + ".dir", tmp_path / "fetched", "key")
+
+
+def test_a_grader_of_people_or_of_another_run_is_not_published(inside, tmp_path):
+    people, _ = run_of_phantoms(tmp_path / "people", nobody=False)
+    with pytest.raises(InputError, match="only what learned from phantoms passes"):
+        published.publish(tmp_path / "people/grading", "grader", people)
+    other, _ = run_of_phantoms(tmp_path / "other")
+    with pytest.raises(InputError, match="of another run than"):
+        published.publish(tmp_path / "people/grading", "grader", other)
+
+
+def test_a_hash_that_params_names_follows_a_new_publication(inside, tmp_path):
+    audit_file, _ = run_of_phantoms(tmp_path / "out")
+    before = published.publish(tmp_path / "out/grading", "grader", audit_file)
+    params = Path("params.yaml")
+    params.write_text(params.read_text() + f"# {before}\n")
+    config = json.loads((tmp_path / "out/grading/config.json").read_text())
+    checkpoint.write_json(tmp_path / "out/grading/config.json", config | {"scans": 2})
+    after = published.publish(tmp_path / "out/grading", "grader", audit_file)
+    assert after != before and before not in params.read_text() and f"# {after}" in params.read_text()
 
 
 def test_a_model_that_is_replaced_leaves_nothing(inside, tmp_path):
@@ -144,4 +225,8 @@ def test_a_model_that_is_replaced_leaves_nothing(inside, tmp_path):
     write_model(tmp_path / "other")
     assert published.publish(tmp_path / "other", "mine", audit(tmp_path / "other")) != inside
     after = set(published.STORE.glob("*/*"))
-    assert after == set(published.stored(Path("published/mine.dvc"))) and len(after) == len(before) and after != before
+    assert (
+        after == {path for one in Path("published").glob("*.dvc") for path in published.stored(one)}
+        and len(after) == len(before)
+        and after != before
+    )

@@ -18,6 +18,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Voxel = Annotated[float, Field(ge=0.03, le=0.5)]
 Shape = tuple[Count, Count, Count]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]  # of a folder in dvc-store/
 _NO_KIND = FieldInfo()
 
 

@@ -8,11 +8,13 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 
+BEGAN = time.monotonic()
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 PRELOADED = ("torch", "scipy.ndimage", "scipy.stats", "nibabel")  # no code of our own, which may change under a kernel
 
@@ -51,6 +53,11 @@ def _end_with(process: int) -> None:
     """Wait for a process, given by its file descriptor, and end with it."""
     select.select([process], [], [])
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def elapsed() -> float:
+    """Seconds since this module was imported, which a stage does first."""
+    return time.monotonic() - BEGAN
 
 
 def peak_memory() -> float:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from bonelib.core.config import Count, NotNegative, Positive, Section, Share
+from bonelib.core.config import Count, Hash, NotNegative, Positive, Section, Share
 
 
 class Transition(Section):
@@ -100,9 +100,11 @@ class EncoderTraining(Section):
     in eq. (6) or (9). `dense` adds fully connected layers, two for a StyleGAN. `pairs` "sampled" trains on drawn
     volumes, whose codes are known, as Fetty et al. 2020 with `norm` "instance", four dense layers, radam, betas (0,
     0.99) and truncation 0.7. Not in the paper: `final_decay`, the share of the training over which the rate falls,
-    `ema`, the half-life of a running average of the weights in updates (0 is none), and `clip`.
+    `ema`, the half-life of a running average of the weights in updates (0 is none), and `clip`. With `published`, a
+    hash (see `bonelib.published`), nothing is trained: the encoder of the repository is taken, with its refinement.
     """
 
+    published: Hash | None = None
     prior: Literal["normal", "discriminator"]
     weights: tuple[NotNegative, NotNegative, NotNegative] = (1.0, 1.0, 1.0)
     dense: Annotated[int, Field(ge=0)] = 0

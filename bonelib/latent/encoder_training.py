@@ -25,6 +25,7 @@ from bonelib.latent.models import Model
 from bonelib.networks.encoder import LatentDiscriminator, build_encoder, critic_features, trunk
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
+from bonelib.scans.tables import read_table, write_table
 from bonelib.training import checkpoint, run
 
 WATCHED = 8  # held-out volumes on which the curves are read as well
@@ -68,9 +69,17 @@ def train_encoder(
     inverter = _at_rest(Inverter(average, latent_discriminator))
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(folder / "encoder.safetensors", checkpoint.pack(**_parts(inverter)))
+    curves = [dict(zip(CURVES, point, strict=True)) for point in at.curves]
+    write_table(folder / "encoder-curves.csv", curves)
     content = {"run": identity, "encoder": json.loads(params.model_dump_json()), "model": model.config["sha256"]}
     checkpoint.write_json(folder / "encoder.json", content)
-    return inverter, [dict(zip(CURVES, point, strict=True)) for point in at.curves]
+    return inverter, curves
+
+
+def known_encoder(folder: str | Path, model: Model) -> tuple[Inverter, list[dict]]:
+    """What `train_encoder` wrote to a folder: the encoder, and its curves. Raises `InputError` as `load_inverter`."""
+    rows = read_table(Path(folder) / "encoder-curves.csv")
+    return load_inverter(folder, model), [{k: float(v) if v else float("nan") for k, v in r.items()} for r in rows]
 
 
 def load_inverter(folder: str | Path, model: Model) -> Inverter:

@@ -16,7 +16,7 @@ import numpy as np
 
 from bonelib import InputError
 from bonelib.core.config import section
-from bonelib.core.parallel import die_with_run
+from bonelib.core.parallel import die_with_run, elapsed
 from bonelib.scans import given, plausibility
 from bonelib.scans.config import Cohort, Phantom
 from bonelib.scans.grids import Calibration
@@ -275,6 +275,7 @@ def main() -> int:
 
         stage, folder = sys.argv[1:]
         _make(stage_params(stage), folder)
+        print(f"{stage}: took {elapsed():.0f} s", flush=True)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -39,9 +39,13 @@ class Cohort(Section):
 
 
 class Phantom(Section):
-    """The phantom cohort: `visits` at most, `scans` in all (null: none is missed), shares of the motion grades 1-5."""
+    """The phantom cohort: `visits` at most, `scans` in all (null: none is missed), shares of the motion grades 1-5.
+
+    Patients are numbered from `first`; those of other numbers are other people.
+    """
 
     patients: Annotated[int, Field(ge=3)]
+    first: Count = 1
     visits: Count
     scans: Count | None = None
     grades: tuple[Share, Share, Share, Share, Share] = (1.0, 0.0, 0.0, 0.0, 0.0)

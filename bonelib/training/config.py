@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bonelib.core.config import Count, NotNegative, Positive, Section, Share
+from bonelib.core.config import Count, Hash, NotNegative, Positive, Section, Share
 from bonelib.networks.config import CriticNet, Generator
 from bonelib.scans.config import Augment
 
@@ -96,7 +96,7 @@ class Train(Section):
 class Published(Section):
     """A model of the store in the repository, by its hash (see `bonelib.published`), in place of a `Train` section."""
 
-    published: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
+    published: Hash
 
 
 class Grading(Section):
@@ -105,9 +105,11 @@ class Grading(Section):
     Scans are averaged over blocks of 2^`halvings` voxels a side first; motion shows on a coarse grid as well.
     `samples` windows of `depth` slices are seen by each of the `folds` networks and by the last one, trained on all
     scans. `mirror` reflects windows at random along all axes, `decay` is the weight decay, `draws` are those of the
-    intervals.
+    intervals. With `published`, a hash (see `bonelib.published`), nothing is trained: the grader of the repository
+    grades all scans.
     """
 
+    published: Hash | None = None
     widths: tuple[Count, ...] = (64, 128, 256, 512)
     blocks: tuple[Count, ...] = (2, 2, 2, 2)
     halvings: Annotated[int, Field(ge=0)] = 0

@@ -102,6 +102,22 @@ def train_grader(how: Grading, data: Stacks, folder: str | Path, *, state: str |
     return _written(folder, [_row(s, predicted[s["scan"]]) for s in scans])
 
 
+def grade_all(folder: str | Path, data: Stacks) -> list:
+    """Grade all scans by the grader in `folder`, which knew none of their patients; writes grades.csv.
+
+    Raises `InputError` if it was made for volumes of another voxel size or intensity map.
+    """
+    net, config = load_grader(folder)
+    for key in ("spacing_mm", "intensity"):
+        if config["data"][key] != data.meta[key]:
+            says = f"made for {key} {config['data'][key]}, but that of the scans is {data.meta[key]}"
+            raise InputError(f"{Path(folder) / 'config.json'}: {says}")
+    depth = config["grading"]["depth"]
+    scans = scans_of(data)
+    chances = [exceedance_probabilities(net, data.volumes[s["volume"]], depth).tolist() for s in scans]
+    return _written(Path(folder), [_row(*pair) for pair in zip(scans, chances, strict=True)])
+
+
 def load_grader(folder: str | Path) -> tuple[ResNet, dict]:
     """The grader of a model folder and its config. Raises `InputError` naming the missing file."""
     folder = Path(folder)
@@ -109,7 +125,7 @@ def load_grader(folder: str | Path) -> tuple[ResNet, dict]:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; no grader was trained, or this is another folder")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    net = _build_grader(Grading(**config["grading"]), config["data"]["intensity"])
+    net = build_grader(Grading(**config["grading"]), config["data"]["intensity"])
     net.load_state_dict(checkpoint.load_file(folder / "grader.safetensors"))
     return net.eval(), config
 
@@ -122,7 +138,7 @@ def known_grader(folder: str | Path) -> tuple[ResNet, dict] | None:
     return load_grader(folder)
 
 
-def _build_grader(how: Grading, intensity) -> ResNet:
+def build_grader(how: Grading, intensity) -> ResNet:
     """The network that a `Grading` section describes, for volumes with these densities at 0 and 1."""
     return ResNet(how.widths, how.blocks, _unit_windows(intensity), dtype=compute_dtype(how.precision))
 
@@ -165,7 +181,7 @@ def _fold(how, data, inside, asked, state, name, identity, seed, say) -> tuple[d
 
 def _trained(how: Grading, data: Stacks, scans: list[dict], state, name, identity, seed, say) -> ResNet:
     torch.manual_seed(torch_rng(seed, "grading weights", name).initial_seed())
-    net = _build_grader(how, data.meta["intensity"])
+    net = build_grader(how, data.meta["intensity"])
     adam = torch.optim.AdamW(net.parameters(), lr=how.rate, weight_decay=how.decay)
 
     def train_step(at: run.Progress) -> dict[str, float]:

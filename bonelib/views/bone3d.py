@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from bonelib.core.files import write_whole
-from bonelib.views.figures import SCALE_MM, WINDOW, on_grid
+from bonelib.views.figures import WINDOW, on_grid
 
 MODES = ("bone", "soft tissue", "surface")
 SURFACE = 320.0  # mg HA/cm3, where the morphometry says bone begins
@@ -28,13 +28,14 @@ COLOURS = {
 SAMPLES = 96  # along a ray; the default of 512 stalls where a processor draws
 SCALE = 2  # pixels of a voxel in the picture
 GAP = 6  # voxels between slices
+BARS_MM = (10, 5, 2, 1)  # of which the longest that fits is drawn
 
 
 def slices_png(voxels: np.ndarray, spacing, shape=None, at=(0.5, 0.5, 0.5)) -> bytes:
     """Axial, coronal and sagittal slice of (z, y, x) voxels in mg HA/cm3 as a PNG, cut at the shares `at` of (z, y, x).
 
-    In one grey window, with a bar of 10 mm; `spacing` in mm (z, y, x) is that of the grid `shape`, onto which a coarser
-    volume is laid, so that a preview has the size of what follows.
+    In one grey window, each with a bar of some mm; `spacing` in mm (z, y, x) is that of the grid `shape`, onto which a
+    coarser volume is laid, so that a preview has the size of what follows.
     """
     z, y, x = shape = shape or voxels.shape
     i, j, k = (min(n - 1, int(n * share)) for n, share in zip(voxels.shape, at, strict=True))
@@ -45,9 +46,15 @@ def slices_png(voxels: np.ndarray, spacing, shape=None, at=(0.5, 0.5, 0.5)) -> b
         grey = 255 * (cut - WINDOW[0]) / (WINDOW[1] - WINDOW[0])
         page[top : top + cut.shape[0], left : left + cut.shape[1]] = grey.round()
     picture = Image.fromarray(page.repeat(SCALE, 0).repeat(SCALE, 1))
-    pen, bar = ImageDraw.Draw(picture), SCALE_MM / spacing[2] * SCALE
-    pen.line([(10, y * SCALE - 12), (10 + bar, y * SCALE - 12)], fill=255, width=4)
-    pen.text((10, y * SCALE - 30), f"{SCALE_MM:.0f} mm", fill=255)
+    pen = ImageDraw.Draw(picture)
+    steps = spacing[2], spacing[2], spacing[0]
+    for (top, left), (high, wide), mm in zip(
+        ((0, 0), (y + GAP, 0), (0, x + GAP)), ((y, x), (z, x), (y, z)), steps, strict=True
+    ):
+        length = next((bar for bar in BARS_MM if bar <= 0.6 * wide * mm), BARS_MM[-1])
+        at_x, at_y = (left + 3) * SCALE, (top + high - 4) * SCALE
+        pen.line([(at_x, at_y), (at_x + length / mm * SCALE, at_y)], fill=255, width=4)
+        pen.text((at_x, at_y - 16), f"{length} mm", fill=255)
     file = io.BytesIO()
     picture.save(file, "png", compress_level=1)
     return file.getvalue()

@@ -82,7 +82,8 @@ class _Panel:
         self.kept = {tuple(self.state.values()): self.bone}
         self.shape, self.spacing = self.bone.volume.shape, self.bone.volume.spacing
         self.plot, *self.objects = bone3d.plot3d(self.bone.volume.voxels, self.spacing)
-        self.picture, self.table = widgets.Image(format="png", layout=WIDE), widgets.HTML()
+        whole = dict(width="auto", height="auto", max_width="97%", align_self="flex-start")  # cut at no edge
+        self.picture, self.table = widgets.Image(format="png", layout=whole), widgets.HTML()
         self.status = widgets.HTML(f"generator {self.bone.seconds:.2f} s")
         self.line = widgets.Textarea(rows=3, description="draw it again", disabled=True, **LABELLED)
         at = dict(min=0, max=1, step=0.01)

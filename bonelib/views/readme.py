@@ -1,23 +1,65 @@
-"""Writes the results and the picture of README.md from the outputs of the laptop profile (`make readme`)."""
+"""Writes the results and the picture of README.md from the outputs of a profile (`make readme`, the active one).
+
+python -m bonelib.views.readme [PROFILE]
+"""
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
-from bonelib.repro import closing_lines
+from bonelib import InputError
+from bonelib.params import check_file
+from bonelib.scans.tables import read_table
+
+BLOCK = re.compile(r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)", re.S)
+QUALITY, NAMES = "04_image_quality", {"progan": "3D-ProGAN", "stylegan": "3D-StyleGAN"}
+TRAITS = ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Ct.BMD", "Tb.Th", "Tb.N", "Ct.Th")
 
 
-def main() -> None:
+def findings(profile: str) -> str:
+    """The table of README.md, of the numbers of out/PROFILE/paper.csv, as they are shown in the paper."""
+    path = Path("out") / profile / "paper.csv"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; `make repro` makes it, with the paper")
+    shown: dict[str, str] = {}
+    for row in read_table(path):
+        if row["source"] == QUALITY:
+            shown.setdefault(row["key"], row["shown"])
+    narrow = [key.removesuffix(".random3d.FD.value") for key in shown if key.endswith(".random3d.FD.value")]
+    models = {name.split(" ")[0]: name for name in narrow}  # the last setting of a model is the truncated one
+
+    def cell(key, low):
+        if key not in shown:
+            return "not measured"
+        ends = [shown[f"{low}.{end}"] for end in ("low", "high") if f"{low}.{end}" in shown]
+        return f"{shown[key]} ({ends[0]} to {ends[1]})" if len(ends) == 2 else shown[key]
+
+    lines = [["", *(NAMES.get(m.split("-")[0], m) for m in models), "real bones"], ["---"] * (len(models) + 2)]
+    for metric in ("density", "coverage", "precision", "recall"):
+        keys = [f"{name}.random3d.{metric}" for name in models.values()]
+        real = [value for key, value in shown.items() if key.endswith(f".random3d.{metric}.real_against_real")]
+        lines.append([metric, *(cell(f"{key}.value", key) for key in keys), *(real[:1] or ["not measured"])])
+    for trait in TRAITS:
+        groups = [f"measured.{group}.{trait}" for group in (*models.values(), "real")]
+        lines.append([trait, *(cell(group, group) for group in groups)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\nOf the profile `{profile}`.\n"
+
+
+def main() -> int:
     readme = Path("README.md")
-    results = f"```text\n{closing_lines('laptop')}\n```\n"
-    found = r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)"
-    readme.write_text(
-        re.sub(found, lambda part: part[1] + results + part[2], readme.read_text(encoding="utf-8"), flags=re.S),
-        encoding="utf-8",
-    )
+    try:
+        profile = sys.argv[1] if len(sys.argv) > 1 else check_file()["profile"]
+        table = findings(profile)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(BLOCK.sub(lambda part: part[1] + table + part[2], text), encoding="utf-8")
     Path("paper/figures").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile("out/laptop/figures/04_image_quality/teaser.png", "paper/figures/teaser.png")
+    shutil.copyfile(f"out/{profile}/figures/04_image_quality/teaser.png", "paper/figures/teaser.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,9 +39,9 @@ def make_cohort(params, folder: str | Path) -> Path:
 
     `params` has `seed`, `patients`, `visits` (the most) and `voxel_mm`, and may have `scans` (in all; some visits were
     then missed), `grades` (shares of the motion grades 1-5; else all are still), `mirror_left` (left bones are written
-    as right ones) and `workers` (processes; else one a core). A scan depends on (seed, patient, visit), the grid and
-    `grades` alone. The folder appears whole or not at all; an earlier cohort in its place is replaced, any other
-    folder is refused with an `InputError`.
+    as right ones), `first` (the number of the first patient; else 1) and `workers` (processes; else one a core). A
+    scan depends on (seed, patient, visit), the grid and `grades` alone. The folder appears whole or not at all; an
+    earlier cohort in its place is replaced, any other folder is refused with an `InputError`.
     """
     folder = Path(folder)
     _check(params, folder)
@@ -49,6 +49,7 @@ def make_cohort(params, folder: str | Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     (part / "scans").mkdir(parents=True)
     visits = population.visits_of(params.seed, params.patients, params.visits, getattr(params, "scans", None))
+    visits = {number + getattr(params, "first", 1) - 1: own for number, own in visits.items()}
     how = (params.voxel_mm, getattr(params, "grades", STILL), getattr(params, "mirror_left", False))
     jobs = [(params.seed, p, own, *how, part / "scans") for p, own in visits.items()]
     try:

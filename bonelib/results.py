@@ -1,0 +1,64 @@
+"""Results of a long run that come with the repository: packed by whoever ran it, laid out by `make results`.
+
+python -m bonelib.results                lays them out in out/results, without running anything
+python -m bonelib.results --pack OUT     puts notebooks, figures, metrics and papers of a run into dvc-store/
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from bonelib import InputError
+from bonelib.store import fetch_files, pointer, published_hash
+
+NAME = "results"  # in published/
+TARGET = Path("out/results")
+PARTS = ("notebooks", "figures", "metrics", "experts", "*.pdf", "paper*.csv")
+LARGEST = 60_000_000  # bytes in all
+
+
+def pack(out: str | Path) -> str:
+    """Put the results of a run into the store, to be committed; returns their hash.
+
+    Raises `InputError` where a run is not whole or more than `LARGEST`.
+    """
+    from bonelib.published import put
+
+    out, folder = Path(out), pointer(NAME).with_suffix("")
+    if not (out / "paper.pdf").is_file():
+        raise InputError(f"{out / 'paper.pdf'}: no such file; only a run that reached the paper is packed")
+    found = [path for pattern in PARTS for path in sorted(out.glob(pattern))]
+    size = sum(file.stat().st_size for path in found for file in (path, *path.rglob("*")) if file.is_file())
+    if size > LARGEST:
+        raise InputError(f"{out}: {size / 1e6:.0f} MB of results; accepted are at most {LARGEST / 1e6:.0f} MB")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in found:
+        (shutil.copytree if path.is_dir() else shutil.copy2)(path, folder / path.name)
+    return put(NAME)
+
+
+def lay_out(target: str | Path = TARGET) -> Path:
+    """Copy the packed results to `target`, in place of what was there; returns it."""
+    shutil.rmtree(target, ignore_errors=True)
+    return fetch_files(NAME, published_hash(NAME), target, NAME)
+
+
+def main() -> int:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--pack", type=Path, metavar="OUT")
+    args = cli.parse_args()
+    try:
+        if args.pack:
+            print(f"{args.pack} is packed as {pack(args.pack)}; commit dvc-store/ and published/{NAME}.dvc")
+        else:
+            print(f"results are in {lay_out()}: paper.pdf, notebooks/, figures/, metrics/")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
