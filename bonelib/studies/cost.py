@@ -1,6 +1,6 @@
 """What an update and a sample cost, in float32 and in bfloat16: seconds of one core, memory and operations.
 
-Both precisions take turns in one run; absolute times are the machine's.
+Both precisions take turns in one run, where the machine has kernels for both; absolute times are the machine's.
 """
 
 import time
@@ -16,9 +16,13 @@ from bonelib.core.parallel import peak_memory, workers
 from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator
 from bonelib.networks.config import CriticNet, Generator
+from bonelib.networks.numerics import compute_dtype
 from bonelib.training import losses, run
 
-PRECISIONS = ("float32", "bfloat16")
+
+def precisions() -> tuple[str, ...]:
+    """Those in which networks compute on this machine: bfloat16 only where it has kernels for it."""
+    return ("float32",) if compute_dtype("bfloat16") == torch.float32 else ("float32", "bfloat16")
 
 
 def update(generator, critic, adams, real: Tensor, stage: int, n_critic: int, rng) -> Tensor:
@@ -45,7 +49,7 @@ def update(generator, critic, adams, real: Tensor, stage: int, n_critic: int, rn
 def update_times(
     generator: Generator,
     critic: CriticNet,
-    precisions=PRECISIONS,
+    names: tuple[str, ...] | None = None,
     *,
     stage: int,
     batch: int,
@@ -53,7 +57,9 @@ def update_times(
     rounds: int,
     seed: int = 1,
 ) -> list[dict]:
-    """Seconds of one core for an update in each of `precisions`, taken in turn, after one round that is not counted.
+    """Seconds of one core for an update in each precision of `names` (default: `precisions()`), taken in turn.
+
+    One round that is not counted goes before.
 
     Rows: precision, seconds (median), least, most, times faster than the first precision, GFLOP done, GFLOP/s, rounds.
     """
@@ -61,7 +67,8 @@ def update_times(
     torch.set_num_threads(1)
     try:
         runs = {}
-        for precision in precisions:
+        names = names or precisions()
+        for precision in names:
             pair = _networks(generator, critic, precision, seed)
             adams = [torch.optim.Adam(net.parameters(), 1e-4, betas=(0.0, 0.98), fused=True) for net in pair]
             with torch.no_grad():
@@ -86,7 +93,7 @@ def update_times(
     return [
         {
             "precision": name, "seconds": median[name], "least": min(values), "most": max(values),
-            "times faster": median[precisions[0]] / median[name], "GFLOP": flops[name],
+            "times faster": median[names[0]] / median[name], "GFLOP": flops[name],
             "GFLOP/s": flops[name] / median[name], "rounds": rounds,
         }
         for name, values in seconds.items()
