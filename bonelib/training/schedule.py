@@ -32,7 +32,7 @@ def at(plan: Schedule, seen: int) -> Moment:
     fade = min(1.0, (into + plan.batch[stage] / 2) / plan.fade[stage]) if plan.fade[stage] else 1.0
     rate = plan.rate_decay**stage
     decay_from = ends[-1] - plan.final_decay * plan.samples[-1]
-    if decaying := seen > decay_from:
+    if decaying := plan.final_decay > 0 and seen > decay_from:
         rate *= max(0.02, (ends[-1] - seen) / (ends[-1] - decay_from))
     return Moment(stage + 1, fade, plan.batch[stage], rate, into, decaying)
 
