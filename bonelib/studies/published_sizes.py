@@ -7,7 +7,6 @@ an update, peak memory, power (of an NVIDIA GPU), and the hours and kWh that the
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import torch
 
 from bonelib import InputError
 from bonelib.core.config import section
+from bonelib.core.parallel import peak_memory
 from bonelib.core.random import torch_rng
 from bonelib.networks import build_critic, build_generator
 from bonelib.params import check_file
@@ -79,7 +79,7 @@ def _peak(device: torch.device) -> float:
     """Of the GPU since the stage began; of the whole process, so far, without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_memory() * 2**20 / 1e9
 
 
 class _Power:
