@@ -159,3 +159,13 @@ def test_names_of_settings():
 
 def test_markdown_has_a_line_a_row():
     assert as_markdown([{"a": 0.12345, "b": 3}]).splitlines() == ["| a | b |", "| --- | --- |", "| 0.123 | 3 |"]
+
+
+def test_of_three_patients_there_are_numbers_without_intervals():
+    rng = np.random.default_rng(0)
+    sets = {name: rng.normal(size=(9, 4)) for name in ("real", "other real", "a 1", "a 0.5")}
+    patients = [f"p{i % 3}" for i in range(9)]
+    rows = iq.table({"random3d": sets}, patients, seed=1, draws=5)
+    rows += iq.truncation_law({"random3d": sets}, [("a 1", "a 0.5")], patients, seed=1, draws=5)
+    assert all(row["low"] is None and row["high"] is None for row in rows)
+    assert all(np.isfinite(row.get("value", row.get("change"))) for row in rows)

@@ -25,6 +25,11 @@ class Interval(NamedTuple):
     N: int
     patients: int
 
+    def parts(self) -> list[tuple[float, float | None, float | None]]:
+        """(value, low, high) of each number of an estimate that has several."""
+        ends = [[None] * len(self.value) if end is None else map(float, end) for end in (self.low, self.high)]
+        return list(zip(self.value, *ends, strict=True))
+
 
 def patient_draws(statistic: Callable, *groups, rng: np.random.Generator, draws: int) -> np.ndarray:
     """`statistic(*rows)` of every draw, (draws, ...): rows of as many patients as there are, drawn with replacement.

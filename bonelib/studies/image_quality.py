@@ -85,8 +85,8 @@ def table(features: dict[str, dict[str, np.ndarray]], patients: list[str], *, se
             rng = numpy_rng(seed, "interval", family)  # the same halves for every setting
             found = half_interval(values, names, range(len(fake)), rng=rng, draws=draws)
             counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other), d=real.shape[1])
-            for metric, value, low, high in zip(reference, *found[:3], strict=True):
-                row = dict(setting=name, features=family, metric=metric, value=value, low=float(low), high=float(high))
+            for metric, (value, low, high) in zip(reference, found.parts(), strict=True):
+                row = dict(setting=name, features=family, metric=metric, value=value, low=low, high=high)
                 rows.append(row | dict(real_against_real=reference[metric]) | counts)
     return rows
 
@@ -115,7 +115,8 @@ def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
 
 
 def _cell(row):
-    return f"{row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}] / {row['real_against_real']:.3g}"
+    ends = "(no interval)" if row["low"] is None else f"[{row['low']:.3g}, {row['high']:.3g}]"
+    return f"{row['value']:.3g} {ends} / {row['real_against_real']:.3g}"
 
 
 def parity(chances: dict[str, np.ndarray], groups: dict, similar: dict[str, dict], *, seed: int, draws: int):
@@ -163,9 +164,9 @@ def truncation_law(
             rng = numpy_rng(seed, "truncation interval", family)
             found = half_interval(change, names, range(len(sets[wide])), rng=rng, draws=draws)
             signs = {"precision": 1, "recall": -1}
-            for (metric, sign), value, low, high in zip(signs.items(), *found[:3], strict=True):
+            for (metric, sign), (value, low, high) in zip(signs.items(), found.parts(), strict=True):
                 what = dict(settings=f"{wide} to {narrow}", features=family, metric=metric, change=value)
-                ends = dict(low=float(low), high=float(high), real_against_real=last[metric] - first[metric])
+                ends = dict(low=low, high=high, real_against_real=last[metric] - first[metric])
                 counts = dict(n_real=len(names), n_fake=len(sets[wide]), d=sets["real"].shape[1])
                 rows.append(what | ends | dict(as_published=bool(value * sign > 0)) | counts)
     return rows

@@ -175,9 +175,9 @@ def trait_distances(groups: dict[str, list[dict | None]], patients: list[str], *
             return _distances(real[i], values[j])
 
         found = half_interval(distances, names, range(len(values)), rng=rng, draws=draws)
-        for i, trait in enumerate((*TRAITS, "correlations")):
-            ends = dict(value=found.value[i], low=float(found.low[i]), high=float(found.high[i]))
-            row = dict(setting=group, trait=trait) | ends | dict(real_against_real=reference[i])
+        for trait, (value, low, high), of_real in zip((*TRAITS, "correlations"), found.parts(), reference, strict=True):
+            ends = dict(value=value, low=low, high=high)
+            row = dict(setting=group, trait=trait) | ends | dict(real_against_real=of_real)
             rows.append(row | dict(n_real=len(real), n_fake=len(values), n_other=len(enough["other real"]), d=1))
     return rows
 
