@@ -67,7 +67,9 @@ def closing_lines(profile: str) -> str:
             low, high, chance = (number(grades[f"{name}.{end}"]) for end in ("low", "high", "chance"))
             lines.append(f"  {name:17} {number(grades[f'{name}.value'])} ({low} to {high}), chance {chance}")
     lines.append(f"pictures in {out}/figures, numbers in {out}/metrics, notebooks in {out}/notebooks")
-    return "\n".join([*lines, f"the paper in {out}/paper.pdf"])
+    if (out / "paper.pdf").is_file():  # not where targets end before
+        lines.append(f"the paper in {out}/paper.pdf")
+    return "\n".join(lines)
 
 
 def by_model(stages: dict, models: list[str]) -> list[list[str]]:
