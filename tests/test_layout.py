@@ -1,6 +1,8 @@
 """Which folder may import which, and how long modules and functions are."""
 
 import ast
+import importlib
+import importlib.util
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,3 +51,15 @@ def test_modules_and_functions_are_short(folder):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_every_name_that_is_imported_exists_also_inside_of_functions():
+    missing = []
+    for path in (ROOT / "bonelib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bonelib"):
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names if not hasattr(module, alias.name)):
+                    if importlib.util.find_spec(f"{node.module}.{name}") is None:
+                        missing.append(f"{path.name}: {node.module}.{name}")
+    assert not missing

@@ -41,7 +41,7 @@ def load_model(folder: str | Path) -> Model:
             raise InputError(
                 f"{folder / name}: no such file; a model folder holds config.json and two safetensors files"
             )
-    config = _read_config(folder, "train", "data")
+    config = read_config(folder, "train", "data")
     params = section(Train, config["train"], f"{folder / 'config.json'}: train")
     parts = dict(
         generator=build_generator(params.generator, haar=params.haar, precision=params.precision),
@@ -55,7 +55,7 @@ def load_model(folder: str | Path) -> Model:
     return Model(generator, parts["critic"], config)
 
 
-def _read_config(folder: Path, *sections: str) -> dict:
+def read_config(folder: Path, *sections: str) -> dict:
     """config.json of a model folder; raises `InputError` where it is torn, or a section is missing."""
     file = folder / "config.json"
     try:
@@ -74,7 +74,7 @@ def load_superres(folder: str | Path) -> SuperResolution:
     for name in ("config.json", "superres.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; a super-resolution network is both")
-    config = _read_config(folder, "superres")
+    config = read_config(folder, "superres")
     network = build_superres(section(SuperRes, config["superres"], f"{folder / 'config.json'}: superres"))
     _fill(network, folder / "superres.safetensors")
     return network
