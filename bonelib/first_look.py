@@ -8,7 +8,7 @@ draws from the weights that the active profile names and prints the path of the 
 import sys
 from pathlib import Path
 
-from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.core.config import fingerprint, section
 from bonelib.core.parallel import die_with_parent
 from bonelib.params import check_file
@@ -48,14 +48,10 @@ def first_look(out: str | Path, values: dict) -> Path:
     return path
 
 
-def main() -> int:
+@command
+def main() -> None:
     die_with_parent()
-    try:
-        print(f"a first picture: {first_look(sys.argv[1], check_file())}", flush=True)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    print(f"a first picture: {first_look(sys.argv[1], check_file())}", flush=True)
 
 
 if __name__ == "__main__":

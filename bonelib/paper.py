@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.evaluation.statistics import patient_interval
 from bonelib.latent.config import Inversion
@@ -135,19 +136,15 @@ def build(out: str | Path, target: str, *, supplements: bool = False) -> list[di
     return numbers
 
 
-def main() -> int:
+@command
+def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("out", type=Path)
     cli.add_argument("target")
     cli.add_argument("--supplements", action="store_true", help="read the metrics of S1 and so on, too")
     args = cli.parse_args()
-    try:
-        numbers = build(args.out, args.target, supplements=args.supplements)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    numbers = build(args.out, args.target, supplements=args.supplements)
     print(f"{args.out / args.target}: {len(numbers)} numbers, each with its key in {Path(args.target).stem}.csv")
-    return 0
 
 
 if __name__ == "__main__":

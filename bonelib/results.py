@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.store import fetch_files, pointer, published_hash
 
 NAME = "results"  # in published/
@@ -45,19 +46,15 @@ def lay_out(target: str | Path = TARGET) -> Path:
     return fetch_files(NAME, published_hash(NAME), target, NAME)
 
 
-def main() -> int:
+@command
+def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--pack", type=Path, metavar="OUT")
     args = cli.parse_args()
-    try:
-        if args.pack:
-            print(f"{args.pack} is packed as {pack(args.pack)}; commit dvc-store/ and published/{NAME}.dvc")
-        else:
-            print(f"results are in {lay_out()}: paper.pdf, notebooks/, figures/, metrics/")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    if args.pack:
+        print(f"{args.pack} is packed as {pack(args.pack)}; commit dvc-store/ and published/{NAME}.dvc")
+    else:
+        print(f"results are in {lay_out()}: paper.pdf, notebooks/, figures/, metrics/")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.params import check_file
 
 STYLE = """<style>
@@ -137,15 +138,10 @@ def _named(path: Path, site: Path) -> tuple[str, str]:
     return ", ".join(part.replace("_", " ") for part in where.with_suffix("").parts[1:]), where.as_posix()
 
 
-def main() -> int:
-    try:
-        out = sys.argv[1] if len(sys.argv) > 1 else f"out/{check_file()['profile']}"
-        site = write_site(out)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{site / 'index.html'}: open it in a browser")
-    return 0
+@command
+def main() -> None:
+    out = sys.argv[1] if len(sys.argv) > 1 else f"out/{check_file()['profile']}"
+    print(f"{write_site(out) / 'index.html'}: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.core.parallel import peak_memory
 from bonelib.core.random import torch_rng
@@ -112,7 +113,8 @@ class _Power:
         return sum(self.readings) / len(self.readings) if self.readings else None
 
 
-def main() -> int:
+@command
+def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("profile")
     cli.add_argument("models", nargs="*", metavar="MODEL", help="all of the profile, if none is named")
@@ -120,26 +122,21 @@ def main() -> int:
     cli.add_argument("--to", type=Path, default=Path("scratch/published_sizes.csv"))
     args = cli.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        values = check_file()
-        trained = values["profiles"].get(args.profile, {}).get("train")
-        if not trained or not set(args.models) <= set(trained):
-            raise InputError(
-                f"params.yaml: profile {args.profile!r} has no such models; accepted are {trained and [*trained]}"
-            )
-        rows = []
-        for name in args.models or trained:
-            how = section(Train, trained[name], f"profiles.{args.profile}.train.{name}")
-            for row in measure(how, updates=args.updates, seed=values["seed"], device=device):
-                rows.append({"model": name, "device": _name(device)} | row)
-                print(rows[-1], flush=True)
-        args.to.parent.mkdir(parents=True, exist_ok=True)
-        write_table(args.to, rows)
-        print(f"the table is {args.to}")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    values = check_file()
+    trained = values["profiles"].get(args.profile, {}).get("train")
+    if not trained or not set(args.models) <= set(trained):
+        raise InputError(
+            f"params.yaml: profile {args.profile!r} has no such models; accepted are {trained and [*trained]}"
+        )
+    rows = []
+    for name in args.models or trained:
+        how = section(Train, trained[name], f"profiles.{args.profile}.train.{name}")
+        for row in measure(how, updates=args.updates, seed=values["seed"], device=device):
+            rows.append({"model": name, "device": _name(device)} | row)
+            print(rows[-1], flush=True)
+    args.to.parent.mkdir(parents=True, exist_ok=True)
+    write_table(args.to, rows)
+    print(f"the table is {args.to}")
 
 
 def _name(device: torch.device) -> str:

@@ -64,7 +64,7 @@ def generator_loss(on_fake: Tensor) -> Tensor:
 
 
 LAGS = tuple((z, y, x) for z in (0, 1) for y in (-2, -1, 0, 1, 2) for x in (0, 1, 2) if (z, y, x) > (0, 0, 0))
-LAGS += ((2, 0, 0),)
+LAGS += ((2, 0, 0),)  # without it a period of two slices is left
 TRABECULAR = (0.27, 0.42)  # intensities between which the surroundings of a voxel are taken for trabecular bone
 SURROUNDINGS = (3, 5, 5)  # voxels
 

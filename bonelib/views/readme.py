@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.params import check_file
 from bonelib.scans.tables import read_table
 
@@ -46,19 +47,15 @@ def findings(profile: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\nOf the profile `{profile}`.\n"
 
 
-def main() -> int:
+@command
+def main() -> None:
     readme = Path("README.md")
-    try:
-        profile = sys.argv[1] if len(sys.argv) > 1 else check_file()["profile"]
-        table = findings(profile)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    profile = sys.argv[1] if len(sys.argv) > 1 else check_file()["profile"]
+    table = findings(profile)
     text = readme.read_text(encoding="utf-8")
     readme.write_text(BLOCK.sub(lambda part: part[1] + table + part[2], text), encoding="utf-8")
     Path("paper/figures").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(f"out/{profile}/figures/04_image_quality/teaser.png", "paper/figures/teaser.png")
-    return 0
 
 
 if __name__ == "__main__":
