@@ -64,7 +64,7 @@ def test_eight_scans_without_any_table_go_through_all_stages(own, tmp_path):
     assert quality["progan 1.8.random3d.FD.low"] is None  # four patients are held out, too few for an interval
     for stage in (
         "05_inversion_progan",
-        "07_style_mixing_progan",
+        "07_style_mixing",
         "09_expert_validation",
         "S4_metric_sensitivity",
         "S5_privacy",
