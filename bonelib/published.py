@@ -175,7 +175,7 @@ def _checked(folder: Path, kind: str) -> dict:
 
 
 def _dvc(*command: str) -> None:
-    done = subprocess.run(["dvc", *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "dvc", *command], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"dvc {command[0]} failed: {' '.join(done.stderr.split())}")
 

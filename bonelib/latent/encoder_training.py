@@ -45,8 +45,9 @@ def train_encoder(
 ) -> tuple[Inverter, list[dict]]:
     """Train the encoder of a model by eq. (6) or (9), or on sampled pairs (Fetty et al. 2020); returns its curves too.
 
-    Writes encoder.safetensors and encoder.json. The generator and its critic stay as they are. Killed, it goes on from
-    the newest state in `state`, bit for bit. Raises `InputError` if it diverges, or when asked to stop.
+    Writes encoder.safetensors, its weights in float16, and encoder.json. The generator and its critic stay as they are.
+    Killed, it goes on from the newest state in `state`, bit for bit. Raises `InputError` if it diverges, or when asked
+    to stop.
     """
     folder, state = Path(folder), Path(state)
     patients = sorted({row["patient"] for row in data.of("train")})
@@ -68,7 +69,10 @@ def train_encoder(
     at = run.run(step, objects, end=params.samples, state=state, fingerprint=identity, name="encoder", say=say)
     inverter = _at_rest(Inverter(average, latent_discriminator))
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_tensors(folder / "encoder.safetensors", checkpoint.pack(**_parts(inverter)))
+    # In float16, as it is published; what is used from here on is what was written
+    weights = {k: v.half() if k.endswith("weight") else v for k, v in checkpoint.pack(**_parts(inverter)).items()}
+    checkpoint.save_tensors(folder / "encoder.safetensors", weights)
+    checkpoint.unpack(weights, **_parts(inverter))
     curves = [dict(zip(CURVES, point, strict=True)) for point in at.curves]
     write_table(folder / "encoder-curves.csv", curves)
     content = {"run": identity, "encoder": json.loads(params.model_dump_json()), "model": model.config["sha256"]}
