@@ -129,9 +129,11 @@ class ModulatedConv(Conv):
         power = (self.weight * self.scale).square().sum((2, 3, 4))  # of each pair of channels; float32, as `scale`
         back = self.gain * torch.rsqrt(scale.square() @ power.T + 1e-8)
         voxels = x[0, 0].numel() * (8 if self.upsample else 1)
-        # A kernel of its own for a sample is less work than two passes over its voxels, unless these are few; a GPU
-        # would rather have one large convolution
-        if len(x) == 1 or (x.device.type == "cpu" and voxels > self.weight[0].numel()):
+        # A kernel of its own for a sample is less work than two passes over its voxels, unless these are few. A GPU
+        # would rather have one large convolution; so would float32 on a CPU, where torch hands the convolution of a
+        # single small volume to its slow reference kernel
+        alone = x.device.type == "cpu" and self.dtype in numerics.LOW and voxels > self.weight[0].numel()
+        if len(x) == 1 or alone:
             kernels = (back[:, :, None] * scale[:, None])[..., None, None, None]
             return torch.cat([self.convolve(*one) for one in zip(x.split(1), repeat(self.bias), kernels)])
         y = self.convolve(x.to(self.dtype) * _by_channel(scale, self.dtype), None)
