@@ -8,6 +8,7 @@ precisions once, on random operands, and runs in float32 from then on where the 
 
 import functools
 import logging
+import multiprocessing
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ def compute_dtype(precision: str) -> torch.dtype:
     dtype = getattr(torch, precision)
     here = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.bfloat16 and not (here or torch.cuda.is_available()):
-        log.warning("this processor has no kernels for bfloat16; networks compute in float32")
+        if multiprocessing.parent_process() is None:  # workers need not repeat it
+            log.warning("this processor has no kernels for bfloat16; networks compute in float32")
         return torch.float32
     return dtype
 
