@@ -9,34 +9,36 @@ import logging
 import os
 import re
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bonelib import InputError
 from bonelib.core.parallel import die_with_run, elapsed, map_large_blocks
 
-TRIES, WAIT_S = 10, 0.3  # of reading dvc.lock
 STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is written
 
 
 def stage_params(stage: str) -> dict[str, Any]:
-    """The parameters declared for `stage` as {name: value}; those of the active profile stand at the top level."""
-    import dvc.api
-    from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
+    """The parameters declared for `stage` as {name: value}; those of the active profile stand at the top level.
 
-    for left in reversed(range(TRIES)):
-        try:
-            values = dvc.api.params_show(stages=stage)
-            break
-        except (YAMLSyntaxError, YAMLValidationError):  # dvc.lock, half written for a model that runs beside
-            if not left:
-                raise
-            time.sleep(WAIT_S)
-    for profile in values.pop("profiles", {}).values():
-        values |= profile
-    return values
+    Read from dvc.yaml and params.yaml: DVC's own reader takes a second, and reads dvc.lock too, which a model that runs
+    beside may just be writing.
+    """
+    name, _, model = stage.partition("@")
+    given, stages = (yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in ("params.yaml", "dvc.yaml"))
+    active, found = given["profile"], {}
+    for key in stages["stages"][name]["params"]:
+        *parents, last = key.replace("${profile}", active).replace("${item.model}", model).split(".")
+        value, into = given, found
+        for part in parents:
+            value, into = value[part], into.setdefault(part, {})
+        into[last] = value[last]
+    for profile in found.pop("profiles", {}).values():
+        found |= profile
+    return found
 
 
 def state_dir(stage: str, out: str) -> str:
@@ -101,6 +103,8 @@ def main() -> int:
 
     warnings.filterwarnings("ignore")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of defaults that span lines, and of dictionaries
+    # Checks the syntax of links in a JSON schema, which no notebook has, and compiles its grammar first, for seconds
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from papermill.exceptions import PapermillExecutionError
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.core.files import write_json
 from bonelib.core.parallel import THREAD_SETTINGS, cores, die_with_parent
@@ -187,6 +188,7 @@ def without_git() -> None:
         LOCAL.write_text("[core]\n    no_scm = true\n", encoding="utf-8")
 
 
+@command
 def main() -> int:
     die_with_parent()
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,16 +196,12 @@ def main() -> int:
     cli.add_argument("--profile")
     cli.add_argument("--all", action="store_true", help="the supplements, too")
     args = cli.parse_args()
-    try:
-        without_git()
-        if args.profile:
-            choose_profile(args.profile)
-        values = check_file()
-        check_weights(values)
-        check_own_scans(section(Cohort, values["cohort"], "cohort"))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    without_git()
+    if args.profile:
+        choose_profile(args.profile)
+    values = check_file()
+    check_weights(values)
+    check_own_scans(section(Cohort, values["cohort"], "cohort"))
     profile, out = values["profile"], Path("out") / values["profile"]
     if is_published(values) and not (out / FIRST_LOOK).is_file():
         subprocess.run([sys.executable, "-m", "bonelib.first_look", str(out)], **CHILD)

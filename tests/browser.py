@@ -19,7 +19,10 @@ import numpy as np
 import websocket
 from PIL import Image
 
+from bonelib.scans.volumes import read_volume
+
 ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "scratch/browser"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--headless=new",
@@ -237,3 +240,27 @@ def fetched(file, seconds=30):
         assert time.time() < end, f"no {file.name} within {seconds} s"
         time.sleep(0.1)
     return file
+
+
+NUMBERS = "[...document.querySelectorAll('.jp-OutputArea .widget-html-content td')].map(c => c.textContent).join()"
+RECIPE = "document.querySelector('.jp-OutputArea textarea').value"
+CANVAS = ".jp-OutputArea canvas"
+
+
+def used(page, folder, picture, key=("ArrowRight", 39)):
+    """Move the first slider of a view, see numbers, recipe and volume follow, and take the bone along: a `Volume`."""
+    page.wait(f"!!document.querySelector('{CANVAS}')", 60)
+    page.js(f"document.querySelector('{CANVAS}').scrollIntoView({{block: 'center'}})")
+    first, numbers, recipe = drawn(page, CANVAS), page.wait(NUMBERS), page.js(RECIPE)
+    page.js("document.querySelector('.jp-OutputArea .noUi-handle').focus({preventScroll: true})")
+    page.key(*key)
+    page.wait(f"{RECIPE} != {recipe!r} && {NUMBERS} != {numbers!r}", 120)
+    page.js(f"document.querySelector('{CANVAS}').scrollIntoView({{block: 'center'}})")
+    drawn(page, CANVAS, unlike=first)
+    page.picture(PICTURES / f"{picture}.png")
+    click(page, "NIfTI")
+    page.wait("!!document.querySelector('.jp-OutputArea a[download]')", 60)
+    click(page, "download")
+    file, kept = fetched(folder / "downloads/bone.nii.gz"), read_volume(folder / "downloads/bone.nii.gz", unit="mgHA")
+    file.unlink()
+    return kept

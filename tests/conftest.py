@@ -6,21 +6,32 @@ import os
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+from pathlib import Path
+
 import pytest
 import torch
+
+PIPELINE = ("test_paper.py", "test_pipeline_browser.py", "test_pipeline.py")
+LONG = ("test_pipeline_own.py", "test_browser.py", "test_distributed.py", "test_phantom.py", "test_morphometry.py")
 
 torch.manual_seed(0)  # of networks that are built while tests are collected
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """The files that need the pipeline run in one process, which is given them first, as they take longest."""
+    """The files that need the pipeline run in one process, and every other file in one, the longest first."""
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False
     scheduler = LoadScopeScheduling(config, log)
-    together = ("tests/test_pipeline", "tests/test_browser.py", "tests/test_paper.py")
-    scheduler._split_scope = lambda test: "pipeline" if test.startswith(together) else test
+    scheduler._split_scope = lambda test: "pipeline" if Path(file := test.split("::")[0]).name in PIPELINE else file
     return scheduler
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: what begins last should be short, so that both processes end together."""
+    order = {name: place for place, name in enumerate((*PIPELINE, *LONG))}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +48,14 @@ def pipeline(tmp_path_factory):
     done = repro(folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page of a new Chromium, which may ask for nothing elsewhere and say no errors."""
+    from browser import PICTURES, browser
+
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    with browser(tmp_path) as page:
+        yield page
+        assert not page.foreign() and not page.errors

@@ -7,17 +7,14 @@ import csv
 import secrets
 import urllib.error
 import urllib.request
-from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from browser import CHROMIUM, browser, click, colours, drawn, fetched, lab, outputs, run_all, write_notebook
+from browser import CHROMIUM, PICTURES, RECIPE, colours, drawn, fetched, lab, run_all, used, write_notebook
 
 from bonelib.scans.volumes import read_volume
 from bonelib.views import bone3d, form
 
-PICTURES = Path(__file__).parents[1] / "scratch/browser"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium")
 
 CODES = ["bcdfg", "ghjkm", "zzxxz"]
@@ -39,14 +36,6 @@ traits = {name: rng.normal(200, 20, 30) for name in scenes.TRAITS}
 known = scenes.Cohort(traits, features, np.linspace(0.5, 1.5, 11))
 """
 SHOW = 'explorer.show(scenes.synthesis({"tiny": ("models/tiny", model)}), known, "scratch/explorer.html");'
-
-
-@pytest.fixture
-def page(tmp_path):
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    with browser(tmp_path) as page:
-        yield page
-        assert not page.foreign() and not page.errors
 
 
 def shown(number):
@@ -106,31 +95,6 @@ def test_the_offline_page_shows_a_volume(page, tmp_path):
     assert len(colours(picture)) > 50
 
 
-BY_HAND = "06_image_transition"  # the pipeline runs the others
-NUMBERS = "[...document.querySelectorAll('.jp-OutputArea .widget-html-content td')].map(c => c.textContent).join()"
-RECIPE = "document.querySelector('.jp-OutputArea textarea').value"
-CANVAS = ".jp-OutputArea canvas"
-
-
-def used(page, folder, picture, key=("ArrowRight", 39)):
-    """Move the first slider of a view, see numbers, recipe and volume follow, and take the bone along: a `Volume`."""
-    page.wait(f"!!document.querySelector('{CANVAS}')", 60)
-    page.js(f"document.querySelector('{CANVAS}').scrollIntoView({{block: 'center'}})")
-    first, numbers, recipe = drawn(page, CANVAS), page.wait(NUMBERS), page.js(RECIPE)
-    page.js("document.querySelector('.jp-OutputArea .noUi-handle').focus({preventScroll: true})")
-    page.key(*key)
-    page.wait(f"{RECIPE} != {recipe!r} && {NUMBERS} != {numbers!r}", 120)
-    page.js(f"document.querySelector('{CANVAS}').scrollIntoView({{block: 'center'}})")
-    drawn(page, CANVAS, unlike=first)
-    page.picture(PICTURES / f"{picture}.png")
-    click(page, "NIfTI")
-    page.wait("!!document.querySelector('.jp-OutputArea a[download]')", 60)
-    click(page, "download")
-    file, kept = fetched(folder / "downloads/bone.nii.gz"), read_volume(folder / "downloads/bone.nii.gz", unit="mgHA")
-    file.unlink()
-    return kept
-
-
 def test_the_explorer_in_jupyterlab(page, tmp_path):
     write_notebook(tmp_path / "explorer.ipynb", MODEL, SHOW)
     token = secrets.token_hex(16)
@@ -143,46 +107,3 @@ def test_the_explorer_in_jupyterlab(page, tmp_path):
         assert volume.shape == (8, 72, 56) and volume.spacing == pytest.approx((0.5, 0.5, 0.5))
         again = read_volume(tmp_path / "scratch/explorer/bone.nii.gz", unit="mgHA")
         assert (again.voxels == volume.voxels).all()
-
-
-def by_hand(folder, executed, source):
-    """A copy of the notebook `source` with the small numbers with which `executed` was run, which writes to scratch/.
-
-    Returns its path within `folder`.
-    """
-    ran, notebook = (nbformat.read(folder / path, 4) for path in (executed, source))
-    given = next(c for c in ran.cells if "injected-parameters" in c.metadata.get("tags", []))
-    own = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    own.source += "\n" + "\n".join(
-        line for line in given.source.splitlines() if not line.startswith(("to ", "figure_dir", "metrics_"))
-    )
-    path = f"notebooks/hand_{source.name}"
-    nbformat.write(notebook, folder / path)
-    return path
-
-
-@pytest.fixture
-def clean(pipeline):
-    """The pipeline's folder, which is left without the copies of notebooks: its stages must be those that ran."""
-    yield pipeline
-    for path in (pipeline / "notebooks").glob("hand_*"):
-        path.unlink()
-
-
-@pytest.mark.pipeline
-def test_jupyterlab_runs_a_notebook_and_shows_its_explorer(page, clean, tmp_path):
-    token, source = secrets.token_hex(16), clean / f"notebooks/{BY_HAND}.ipynb"
-    ran = sorted((clean / "out/tiny/notebooks").glob(f"{BY_HAND}*.ipynb"))[0]
-    with lab(clean, token, tmp_path) as address:
-        run_all(page, address, token, by_hand(clean, ran, source))
-        page.wait("window.ran", 300)
-        said = outputs(page)
-        assert said and not [o for o in said if o["output_type"] == "error"], said[-1]
-        page.js("(n => { void n.scrollToItem(n.widgets.length - 1); })(jupyterapp.shell.currentWidget.content)")
-        assert used(page, tmp_path, BY_HAND, ("End", 35)).shape == (16, 144, 112)
-        page.js("window.jupyterapp.serviceManager.sessions.shutdownAll()")
-        # Somebody who has not run the pipeline yet: nothing of the default profile is there
-        run_all(page, address, token, f"notebooks/{BY_HAND}.ipynb")
-        page.wait("window.ran", 120)
-        (error,) = [o for o in outputs(page) if o["output_type"] == "error"]
-        assert error["traceback"] == [error["evalue"]] and "run `make repro` first" in error["evalue"]

@@ -1,4 +1,4 @@
-"""How every command ends: 0, or 2 behind one sentence on a mistake in what the user gave."""
+"""How every command ends: 0 or a code of its own, or 2 behind one sentence on a mistake in what the user gave."""
 
 import functools
 import sys
@@ -7,16 +7,16 @@ from collections.abc import Callable
 from bonelib import InputError
 
 
-def command(main: Callable[[], object]) -> Callable[[], int]:
-    """`main` as a command: it returns the exit code, and an `InputError` goes to stderr without a traceback."""
+def command(main: Callable[[], int | None]) -> Callable[[], int]:
+    """`main` as a command: it returns the exit code, 0 for None; an `InputError` goes to stderr, without a traceback,
+    and is 2."""
 
     @functools.wraps(main)
     def ended() -> int:
         try:
-            main()
+            return main() or 0
         except InputError as error:
             print(error, file=sys.stderr)
             return 2
-        return 0
 
     return ended

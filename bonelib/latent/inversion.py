@@ -251,6 +251,7 @@ def refine(
         fingerprint=fingerprint(how, model.config["sha256"], data, CODE) if state else "",
         name=f"refinement of {len(start)}",
         say=say,
+        brief=True,
     )
     return Inverted(codes["codes"].detach().cpu(), at.seconds)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bonelib import InputError
+from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.core.parallel import die_with_run, elapsed
 from bonelib.scans import given, plausibility
@@ -262,24 +263,20 @@ def check_own_scans(cohort: Cohort) -> None:
         check_patients(listed(Path(cohort.source), cohort.participants), Path(cohort.source))
 
 
-def main() -> int:
+@command
+def main() -> None:
     die_with_run()
-    try:
-        if "--dry-run" in sys.argv:
-            folders = [a for a in sys.argv[1:] if a != "--dry-run"]
-            if len(folders) != 1:
-                raise InputError("--dry-run takes one folder of scans: python -m bonelib.scans.cohort SCANS --dry-run")
-            print(summary(listed(Path(folders[0])), most=None))
-            return 0
-        from bonelib.nb import stage_params
+    if "--dry-run" in sys.argv:
+        folders = [a for a in sys.argv[1:] if a != "--dry-run"]
+        if len(folders) != 1:
+            raise InputError("--dry-run takes one folder of scans: python -m bonelib.scans.cohort SCANS --dry-run")
+        print(summary(listed(Path(folders[0])), most=None))
+        return
+    from bonelib.nb import stage_params
 
-        stage, folder = sys.argv[1:]
-        _make(stage_params(stage), folder)
-        print(f"{stage}: took {elapsed():.0f} s", flush=True)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    stage, folder = sys.argv[1:]
+    _make(stage_params(stage), folder)
+    print(f"{stage}: took {elapsed():.0f} s", flush=True)
 
 
 def _make(values: dict, folder: str) -> None:

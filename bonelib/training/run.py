@@ -124,6 +124,10 @@ class _Training(NamedTuple):
     name: str
     say: Callable[[str], None]
     ranks: Ranks
+    brief: bool = False
+
+    def worth_a_line(self, at: Progress) -> bool:
+        return not self.brief or at.seconds > SAY_EVERY_S
 
     def save(self, at: Progress, *, mark: bool = False) -> None:
         if self.state and self.ranks.rank == 0:
@@ -186,6 +190,7 @@ def run(
     seconds: float | None = None,
     shown: Sequence[str] = (),
     time_left: Callable[[int, float], float] | None = None,
+    brief: bool = False,
 ) -> Progress:
     """Call `step(progress)` from `begin` to `end` samples seen, or from the newest state in `state` on, bit for bit.
 
@@ -197,19 +202,22 @@ def run(
     A training that diverges goes back to the last of `marks` states, saved evenly over it, with half the rate
     (`progress.halved`); without marks it ends. After `seconds` of training in this call it is saved and left as it is.
     A progress line shows the values `shown` (default all), and the minutes left by `time_left(seen, seconds a sample)`.
+    A `brief` training, one of many, says nothing of its end where all of it took less time than is between two lines.
 
     Raises `InputError` when it is asked to stop, after saving; when it diverges for good; when a value is not finite
     though all updates were taken; and where too many updates were left out.
     """
     ranks = ranks or distributed.single_process()
     say = partial(say, flush=True) if ranks.rank == 0 else lambda *_: None
-    training = _Training(objects, state, fingerprint, name, say, ranks)
+    training = _Training(objects, state, fingerprint, name, say, ranks, brief)
     lock = checkpoint.locked(state) if state and ranks.rank == 0 else contextlib.nullcontext()
     with lock, checkpoint.stop_requested() as asked:
         at = _advance(
             training, step, training.begin(Progress(end, begin), marks), asked, marks, seconds, shown, time_left
         )
-    say(f"{name}: {at.account(state)}")
+    account = at.account(state)
+    if at.left_out or training.worth_a_line(at):
+        say(f"{name}: {account}")
     return at
 
 
@@ -232,7 +240,7 @@ def _advance(training: _Training, step, at: Progress, asked, marks, seconds, sho
         distributed.assert_replicas_equal(weights, ranks, at.steps)
         now = time.monotonic()
         at.seconds, spent = at.seconds + now - clock, spent + now - clock
-        if now - said > SAY_EVERY_S or at.seen >= end:
+        if now - said > SAY_EVERY_S or (at.seen >= end and training.worth_a_line(at)):
             say(_progress_line(training.name, at, values, (now - said) / max(1, at.seen - said_seen), shown, time_left))
             said, said_seen = now, at.seen
         # A request, or a clock, that stops one rank stops all of them
