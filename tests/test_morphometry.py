@@ -1,3 +1,4 @@
+import functools
 from math import erf
 from pathlib import Path
 
@@ -338,12 +339,13 @@ def test_thickness_of_what_has_no_walls_or_is_not_there():
     assert found["BV/TV"] == 0 and all(np.isnan(found[key]) for key in ("Tb.Th", "Tb.Sp", "Tb.N", "DA", "Conn.D"))
 
 
+@functools.cache
 def field(stretch=(1.0, 1.0, 1.0), shape=(72, 72, 72), turn=None):
     """Density of a random network (z, y, x): an isotropic Gaussian field, stretched along the axes, then turned."""
     rng = numpy_rng(3, "random field")
     waves = rng.normal(size=(400, 3)) * 0.30  # per voxel
     phases = rng.uniform(0, 2 * np.pi, 400)
-    turn = np.eye(3) if turn is None else turn
+    turn = np.eye(3) if turn is None else np.array(turn)
     waves = waves / np.asarray(stretch) @ turn.T
     z, y, x = (np.arange(n, dtype=np.float32) for n in shape)
     total = np.zeros(shape, np.float32)
@@ -360,10 +362,10 @@ def turned_about(axis, angle):
 
 
 def test_anisotropy_of_random_fields_is_their_stretch():
-    assert measure(field(), compartments="trabecular")["DA"] == pytest.approx(1, abs=0.1)
     assert measure(field((1.8, 1, 1)), compartments="trabecular")["DA"] == pytest.approx(1.8, abs=0.15)
     known = measure(field(), compartments="trabecular")
-    assert known.pop("DA") and measure(field(), compartments="trabecular", anisotropy=False) == known
+    assert known.pop("DA") == pytest.approx(1, abs=0.1)
+    assert measure(field(), compartments="trabecular", anisotropy=False) == known
     lengths, _ = fabric(field((1.8, 1.3, 1)))
     assert lengths == pytest.approx(np.array([1.8, 1.3, 1]) / 4.1, abs=0.02)
     assert lengths.sum() == pytest.approx(1)
@@ -373,7 +375,7 @@ def test_anisotropy_of_random_fields_is_their_stretch():
 def test_the_principal_axis_turns_with_the_bone(axis, angle):
     turn = turned_about(axis, angle)
     _, upright = fabric(field((2.2, 1.2, 1)))
-    _, axes = fabric(field((2.2, 1.2, 1), turn=turn))
+    _, axes = fabric(field((2.2, 1.2, 1), turn=tuple(map(tuple, turn))))
     off = np.degrees(np.arccos(min(1, abs(axes[0] @ turn @ upright[0]))))
     assert off < 3
 
@@ -422,9 +424,7 @@ def test_enclosed_pores_are_counted_and_open_ones_are_not(spacing, radius):
     enclosed = [(at * np.cos(a), at * np.sin(a)) for a in np.arange(8) * np.pi / 4 + 0.1]
     touching_marrow = [(5.65 * np.cos(a), 5.65 * np.sin(a)) for a in np.arange(8) * np.pi / 4 + 0.3]
     expected = 8 * radius**2 / (8**2 - (8 - wall) ** 2)
-    assert with_pores()["Ct.Po"] == 0
     # at 450 mg HA/cm3, a little under half of the density of this cortex, and with a contour that bridges the mouths
-    assert with_pores(*enclosed)["Ct.Po"] == pytest.approx(expected, rel=0.25)
     assert with_pores(*touching_marrow)["Ct.Po"] < 0.1 * expected
     assert with_pores(*enclosed, *touching_marrow)["Ct.Po"] == pytest.approx(expected, rel=0.25)
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import fft
 from scipy.ndimage import binary_fill_holes, gaussian_filter, label, rotate
 
 from bonelib import InputError
@@ -44,7 +45,6 @@ def test_same_key_gives_the_same_volume_whatever_the_threads():
     (first, truth), (second, again) = volumes
     assert np.array_equal(first.voxels, second.voxels)
     assert truth == again
-    assert not np.array_equal(first.voxels.shape, make_radius(6, voxel_mm=0.5)[0].voxels.shape)
 
 
 def test_process_count_does_not_matter_and_the_folder_appears_whole(tmp_path):
@@ -81,8 +81,8 @@ def likeness(first, second):
 
 
 def _peak(a, b):
-    shape = [m + n for m, n in zip(a.shape, b.shape, strict=True)]
-    product = np.fft.irfftn(np.fft.rfftn(a, shape) * np.fft.rfftn(b, shape).conj(), shape)
+    shape = [fft.next_fast_len(m + n, real=True) for m, n in zip(a.shape, b.shape, strict=True)]
+    product = fft.irfftn(fft.rfftn(a, shape) * fft.rfftn(b, shape).conj(), shape)
     return product.max() / np.sqrt((a**2).sum() * (b**2).sum())
 
 
@@ -149,8 +149,9 @@ def test_a_scan_reads_the_cortex_that_was_asked_for(sex, tb, ct, th):
     assert 1.4 < found["DA"] < 2.2
 
 
-def test_bone_mass_does_not_depend_on_the_grid():
-    fractions = [make_radius(2, voxel_mm=mm)[1]["true_BV/TV"] for mm in (FINE, LAPTOP, COARSE)]
+def test_bone_mass_does_not_depend_on_the_grid(fine):
+    others = [draw_visit(3, 1, 1, mm, sex="F", tb_bmd=140) for mm in (LAPTOP, COARSE)]
+    fractions = [drawn.truth["true_BV/TV"] for drawn in (fine, *others)]
     assert fractions == pytest.approx([fractions[0]] * 3, rel=0.035)
 
 
@@ -290,7 +291,7 @@ def test_the_cohort_carries_motion_and_can_be_of_one_side(tmp_path):
 
 
 def test_the_ulna_lies_beside_the_radius_and_is_partly_shown():
-    for patient in range(1, 9):
+    for patient in range(1, 5):
         shape = anatomy.make_shape((1, patient), sample_patient(1, patient))
         within = (shape.levels >= 0) & (shape.levels <= anatomy.HEIGHT_MM)
         heights = np.repeat(shape.levels[within], shape.contours.shape[1])
