@@ -174,7 +174,8 @@ def test_a_changed_key_runs_only_what_depends_on_it(pipeline):
 
     def would_run():
         with Repo(str(pipeline)) as repo:
-            return {name.rpartition(":")[2] for name in repo.status()}
+            changed = repo.status()
+        return {name.rpartition(":")[2] for name in changed if not name.endswith(".dvc")}  # weights not fetched here
 
     assert would_run() == set()
     with edited(pipeline, profiles__tiny__quality__samples=13):

@@ -18,8 +18,7 @@ from bonelib.scans.tables import read_table
 CROP = Path(__file__).parents[2] / "shared/data"
 SMALLEST = {  # of what the tiny profile takes longest for, and as few patients held out as can be
     "preprocess__held_out": 0.2,
-    "preprocess__shape": [42, 144, 112],
-    "preprocess__stacks_per_scan": 3,  # of two patients with a scan each, the least that 04 compares with
+    "privacy__overtraining": 8,
     "train__progan__schedule": {"samples": [16, 16], "fade": [0, 8], "batch": [8, 8]},
     "train__progan__snapshots": {"number": 2, "validation": 0.25, "samples": 4, "draws": 10},
 }
