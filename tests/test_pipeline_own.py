@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -107,9 +106,7 @@ def write_series(folder, voxels, mm, number):
 @pytest.mark.skipif(not CROP.is_dir(), reason="the genuine crop is not here")
 def test_a_folder_of_one_crop_is_refused_at_once(own):
     folder, _ = own
-    began = time.monotonic()
     with edited(folder, cohort__source=str(CROP)):
         done = repro(folder)
     assert done.returncode == 2 and "at least 6 patients are needed" in done.stderr
     assert "Traceback" not in done.stderr and "Running stage" not in done.stdout
-    assert time.monotonic() - began < 60  # most of it for Python to start on a busy machine
