@@ -7,16 +7,17 @@ from collections.abc import Callable
 from bonelib import InputError
 
 
-def command(main: Callable[[], int | None]) -> Callable[[], int]:
-    """`main` as a command: it returns the exit code, 0 for None; an `InputError` goes to stderr, without a traceback,
-    and is 2."""
+def command(main: Callable[[], object]) -> Callable[[], int]:
+    """`main` as a command, which returns an exit code: that of `main` where it gives one, else 0, and 2 behind an
+    `InputError`, which goes to stderr without a traceback."""
 
     @functools.wraps(main)
     def ended() -> int:
         try:
-            return main() or 0
+            code = main()
         except InputError as error:
             print(error, file=sys.stderr)
             return 2
+        return code if isinstance(code, int) else 0
 
     return ended
