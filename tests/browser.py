@@ -249,7 +249,7 @@ CANVAS = ".jp-OutputArea canvas"
 
 def used(page, folder, picture, key=("ArrowRight", 39)):
     """Move the first slider of a view, see numbers, recipe and volume follow, and take the bone along: a `Volume`."""
-    page.wait(f"!!document.querySelector('{CANVAS}')", 60)
+    page.wait(f"!!document.querySelector('{CANVAS}')", 180)  # a kernel imports torch, beside other tests
     page.js(f"document.querySelector('{CANVAS}').scrollIntoView({{block: 'center'}})")
     first, numbers, recipe = drawn(page, CANVAS), page.wait(NUMBERS), page.js(RECIPE)
     page.js("document.querySelector('.jp-OutputArea .noUi-handle').focus({preventScroll: true})")
