@@ -1,4 +1,4 @@
-"""The sections of params.yaml on networks. Defaults are published values (Angermann et al. 2023)."""
+"""The sections of params.yaml on networks. Defaults are published values (Angermann et al. 2023; Sun et al. 2022)."""
 
 from typing import Annotated, Literal
 
@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bonelib.core.config import Count, NotNegative, Positive, Section, Shape, Share
 
+BASE = (1, 9, 7)  # (z, y, x) of the coarsest grid; every stage doubles it
 PUBLISHED_WIDTHS = (128, 128, 128, 64, 32, 16)  # Tables A.2 and A.3
 
 
@@ -68,8 +69,55 @@ class StyleGANConfig(_Generator):
         return self.style
 
 
+class HAGANConfig(Section):
+    """The published networks of HA-GAN for volumes of 128^3, but for their `base`, which is (4, 4, 4) there; they
+    double the grid `stages` times (see `networks.hagan.HAGAN`). `encoder` are the channels of E^G.
+
+    Truncations bound the normal distribution of the latents, as in a ProGAN.
+    """
+
+    kind: Literal["hagan"] = "hagan"
+    base: Shape = BASE
+    stages: Annotated[int, Field(ge=2)] = 5
+    widths: tuple[Count, ...] = (512, 512, 256, 128, 64)
+    fine: tuple[Count, ...] = (32,)
+    low: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 16)
+    encoder: tuple[Count, ...] = (64, 128, 256)
+    latent: Count = 1024
+    division: Count = 8
+    halo: bool = True
+    untruncated: Positive = 5.0
+    truncation: Positive = 1.8
+    sweep: tuple[Positive, ...] = (2.6, 1.8, 1.0, 0.2)
+
+    @model_validator(mode="after")
+    def _fit(self):
+        doublings = self.stages - 1 - len(self.fine)
+        if not 1 <= doublings <= len(self.widths) - 1:
+            says = f"{self.stages} stages, of which {1 + len(self.fine)} follow A, need {1 + doublings} widths or more"
+            raise ValueError(says if doublings > 0 else "stages must be two more than there are numbers in fine")
+        if len(self.encoder) != doublings:
+            raise ValueError(f"encoder must have {doublings} numbers, one for each halving from A to the base")
+        if odd := [n for n in (*self.widths, *self.fine, *self.low, *self.encoder) if n > 8 and n % 8]:
+            raise ValueError(f"{odd[0]} channels cannot be normed in 8 groups; give multiples of 8, or less than 8")
+        return self
+
+    @property
+    def code(self) -> int:
+        """Numbers of a code."""
+        return self.latent
+
+    def network(self) -> dict:
+        """What the generator is made with."""
+        return self.model_dump(exclude={"kind", "encoder", "untruncated", "truncation", "sweep"})
+
+    def parts(self) -> dict:
+        """What encoder and discriminators share with the generator."""
+        return self.model_dump(include={"base", "stages", "fine", "division"})
+
+
 GENERATORS = {"progan": ProGANConfig, "stylegan": StyleGANConfig}
-Generator = Annotated[ProGANConfig | StyleGANConfig, Field(discriminator="kind")]
+Generator = Annotated[ProGANConfig | StyleGANConfig, Field(discriminator="kind")]  # those that grow stage by stage
 
 
 class CriticNet(Section):
@@ -80,6 +128,14 @@ class CriticNet(Section):
     whole: bool = False
     head: tuple[Count, ...] = ()
     standardise: bool = False
+
+
+class HAGANCriticNet(Section):
+    """The discriminators of HA-GAN (see `networks.hagan_critic.HAGANCritic`), by default those for 128^3."""
+
+    high: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64, 128, 256, 512)
+    head: tuple[Count, Count] = (128, 64)
+    low: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 128, 256)
 
 
 class SuperRes(Section):

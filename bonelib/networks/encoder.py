@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bonelib import InputError
 from bonelib.core.pyramid import haar
 from bonelib.networks import BASE
-from bonelib.networks.config import Generator
+from bonelib.networks.config import Generator, HAGANConfig
 from bonelib.networks.critic import Critic
+from bonelib.networks.hagan import HAGANEncoder
 from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
 from bonelib.networks.numerics import compute_dtype
 
@@ -86,15 +88,20 @@ class LatentDiscriminator(nn.Module):
 
 
 def build_encoder(
-    generator: Generator,
+    generator: Generator | HAGANConfig,
     *,
     dense: int = 0,
     norm: str = "none",
     haar: bool = False,
     precision: str = "float32",
     statistics: Tensor | None = None,
-) -> Encoder:
-    """The reverse of the generator that a `Generator` section describes."""
+) -> Encoder | HAGANEncoder:
+    """The reverse of the generator that a section describes; a HA-GAN has an encoder of its own."""
+    if isinstance(generator, HAGANConfig):
+        if dense or norm != "none":
+            raise InputError(f"encoder: dense {dense}, norm {norm}: that of a HA-GAN accepts dense 0 and norm none")
+        how = dict(features=generator.widths[-1], widths=generator.encoder, latent=generator.latent)
+        return HAGANEncoder(**generator.parts(), **how, dtype=compute_dtype(precision))
     how = dense, norm, haar, generator.padding, statistics, compute_dtype(precision)
     return Encoder(BASE, generator.widths, generator.code, *how)
 

@@ -59,11 +59,7 @@ class ProGAN(nn.Module):
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """The latents, redrawn beyond +-`truncation` by folding the normal distribution's quantiles onto those of
         the truncated one (the truncation trick of section 4.1; None leaves them)."""
-        if truncation is None:
-            return latent
-        normal = torch.distributions.Normal(0.0, 1.0)
-        low, high = normal.cdf(torch.tensor(-truncation)), normal.cdf(torch.tensor(truncation))
-        return normal.icdf(low + (high - low) * normal.cdf(latent)).clamp(-truncation, truncation)
+        return fold_normal(latent, truncation)
 
     def synthesize(
         self,
@@ -102,3 +98,12 @@ class ProGAN(nn.Module):
     def factorized_weight(self) -> Tensor:
         """The matrix A of eq. (11): the first linear layer, (outputs, latent)."""
         return self.dense.weight.detach()
+
+
+def fold_normal(latent: Tensor, truncation: float | None) -> Tensor:
+    """Draws of N(0, I) as those of the normal distribution between +-`truncation`, quantile by quantile."""
+    if truncation is None:
+        return latent
+    normal = torch.distributions.Normal(0.0, 1.0)
+    low, high = normal.cdf(torch.tensor(-truncation)), normal.cdf(torch.tensor(truncation))
+    return normal.icdf(low + (high - low) * normal.cdf(latent)).clamp(-truncation, truncation)
