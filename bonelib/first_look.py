@@ -13,7 +13,7 @@ from bonelib.core.config import fingerprint, section
 from bonelib.core.parallel import die_with_parent
 from bonelib.params import check_file
 from bonelib.store import fetch_files
-from bonelib.training.config import Published, Train
+from bonelib.training.config import Published, training_section
 
 BONES = 1  # of each model; more would keep a reader waiting
 FILE = "figures/first_look.png"
@@ -32,7 +32,7 @@ def first_look(out: str | Path, values: dict) -> Path:
         for name, wanted in known.items()
     }
     configs = {name: read_config(folder, "train", "data") for name, folder in folders.items()}
-    how = {name: section(Train, config["train"], f"{name}: train") for name, config in configs.items()}
+    how = {name: training_section(config["train"], "train", name) for name, config in configs.items()}
     chosen = {name: (name, how[name].generator.truncation) for name in folders}
     drawn = draw_settings(folders, {key: BONES for key in chosen.values()}, values["seed"])
     data = {name: config["data"] for name, config in configs.items()}

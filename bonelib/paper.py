@@ -23,7 +23,7 @@ from bonelib.evaluation.statistics import patient_interval
 from bonelib.latent.config import Inversion
 from bonelib.scans.config import Preprocess
 from bonelib.scans.tables import write_table
-from bonelib.training.config import Train
+from bonelib.training.config import Train, training_section
 
 SOURCE = Path("paper/paper.typ")
 PUBLISHED_PROFILE = "paper"  # the profile whose models are those of the publication
@@ -42,7 +42,7 @@ def facts(out: Path, target: str, supplements: bool) -> dict[str, Any]:
     own, published = values["profiles"][profile], values["profiles"][PUBLISHED_PROFILE]
     stages = sorted(path.stem for path in (out / "metrics").glob("*.json"))
     configs = {model: _config(out, model) for model in models}
-    drawn = {m: section(Train, config["train"], f"{m}: train").generator for m, config in configs.items()}
+    drawn = {m: training_section(config["train"], "train", m).generator for m, config in configs.items()}
     settings = {"interval level": INTERVAL_LEVEL, "voxel_mm": own["voxel_mm"], "published": _unstated(published)}
     settings["preprocess"] = section(Preprocess, own["preprocess"], "preprocess").model_dump(mode="json")
     return {

@@ -15,16 +15,22 @@ from bonelib.latent.config import Editing, Inversion, Mixing, Transition
 from bonelib.networks.config import SuperRes
 from bonelib.scans.config import Cohort, Phantom, Preprocess
 from bonelib.studies.config import Cost, Experts, Ladder, PhantomCheck, Privacy, Quality, Trials
-from bonelib.training.config import Grading, Published, Train
+from bonelib.training.config import TRAININGS, Grading, HierarchicalTrain, Published, Train, training_kind
 
 
 def _published(values: Any) -> str:
     keys = values if isinstance(values, dict) else values.model_fields_set
-    return "published" if "published" in keys else "train"
+    if "published" in keys:
+        return "published"
+    hierarchical = isinstance(values, HierarchicalTrain) or TRAININGS.get(training_kind(values)) is HierarchicalTrain
+    return "hierarchical" if hierarchical else "train"
 
 
 TrainOrPublished = Annotated[
-    Annotated[Train, Tag("train")] | Annotated[Published, Tag("published")], Discriminator(_published)
+    Annotated[Train, Tag("train")]
+    | Annotated[HierarchicalTrain, Tag("hierarchical")]
+    | Annotated[Published, Tag("published")],
+    Discriminator(_published),
 ]
 
 
@@ -52,11 +58,13 @@ class Profile(Section):
     @model_validator(mode="after")
     def _depths_agree(self):
         for name, how in self.train.items():
-            if isinstance(how, Train):
-                reached = 2 ** (len(how.schedule.samples) + 2 * bool(self.superres.samples))
-                if reached != self.preprocess.stack_slices:
-                    says = f"end at {reached} slices, but preprocess.stack_slices is {self.preprocess.stack_slices}"
-                    raise ValueError(f"train.{name}: its stages and the super-resolution {says}")
+            if isinstance(how, Published):
+                continue
+            wanted, reached = self.preprocess.stack_slices, how.slices << 2 * bool(self.superres.samples)
+            whole = isinstance(how, HierarchicalTrain) and how.slices == wanted  # it draws every voxel itself
+            if reached != wanted and not whole:
+                says = f"end at {reached} slices, but preprocess.stack_slices is {wanted}"
+                raise ValueError(f"train.{name}: its stages and the super-resolution {says}")
         return self
 
 

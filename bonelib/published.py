@@ -29,7 +29,7 @@ from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.core.files import digest
 from bonelib.store import STORE, fetch_files, pointer, published_hash
-from bonelib.training.config import Published, Train
+from bonelib.training.config import HierarchicalTrain, Published, Train, training_section
 
 LARGEST = 16_000_000  # bytes of a file
 WEIGHTS = {"model": "generator", "grader": "grader", "encoder": "encoder"}
@@ -43,7 +43,7 @@ REMOTE = "published"  # in .dvc/config
 GRID = ("spacing_mm", "intensity", "shape")  # what a model and the stacks beside it must share
 
 
-def fetch(name: str, given: dict, folder: str | Path, data: dict) -> Train:
+def fetch(name: str, given: dict, folder: str | Path, data: dict) -> Train | HierarchicalTrain:
     """Copy the published model `name` to `folder` and return how it was trained.
 
     `given` is its section of params.yaml (`Published`), `data` the `meta` of the stacks that it will be compared with.
@@ -58,7 +58,7 @@ def fetch(name: str, given: dict, folder: str | Path, data: dict) -> Train:
         if config["data"][key] != data[key]:
             says = f"was trained on {key} {config['data'][key]}, but that of the stacks is {data[key]}"
             raise InputError(f"{pointer(name)}: the model {says}; train one of your own in another profile")
-    return section(Train, config["train"], f"{folder / 'config.json'}: train")
+    return training_section(config["train"], "train", str(folder / "config.json"))
 
 
 def kind_of(folder: Path) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from bonelib import nb
 from bonelib.core.cli import command
-from bonelib.core.config import section
 from bonelib.core.parallel import die_with_run, elapsed, keep_freed_memory
 
 
@@ -22,7 +21,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     from bonelib import published
     from bonelib.scans.dataset import load_stacks
-    from bonelib.training.config import Train
+    from bonelib.training.config import training_section
     from bonelib.training.loop import train
 
     stage, out = sys.argv[1:]
@@ -33,7 +32,7 @@ def main() -> None:
         published.fetch(model, given, folder, data.meta)
     else:
         where = dict(state=nb.state_dir(stage, out), seed=values["seed"], superres=f"{out}/superres")
-        train(section(Train, given, f"train.{model}"), data, folder, **where)
+        train(training_section(given, f"train.{model}"), data, folder, **where)
     print(f"{stage}: took {elapsed():.0f} s", flush=True)
 
 

@@ -92,7 +92,7 @@ def place_of(model: Model) -> torch.device:
 
 def halvings(model: Model, slices: int) -> int:
     """How often stacks of `slices` slices are averaged down to the grid that the model's generator draws."""
-    return max(0, round(slices / 2 ** len(model.how.schedule.samples)).bit_length() - 1)
+    return max(0, round(slices / model.how.slices).bit_length() - 1)
 
 
 def targets(model: Model, data: Stacks, rows: list[dict]) -> Tensor:
@@ -109,7 +109,7 @@ def evenly_spaced(rows: list[dict], count: int | None) -> list[dict]:
 
 def encode(encoder: Encoder, volumes: Tensor) -> Tensor:
     """Codes (n, code) of volumes on the generator's grid, (n, 1, z, y, x)."""
-    place = encoder.statistics.device
+    place = next(encoder.parameters()).device
     with torch.no_grad():
         return torch.cat([encoder(part.to(place)).cpu() for part in volumes.split(AT_ONCE)])
 

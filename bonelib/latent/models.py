@@ -17,7 +17,7 @@ from bonelib.networks.config import SuperRes
 from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
-from bonelib.training.config import Train
+from bonelib.training.config import HierarchicalTrain, Train, training_section
 
 
 class Model(NamedTuple):
@@ -28,9 +28,9 @@ class Model(NamedTuple):
     config: dict
 
     @property
-    def how(self) -> Train:
+    def how(self) -> Train | HierarchicalTrain:
         """How it was trained."""
-        return section(Train, self.config["train"], "config.json: train")
+        return training_section(self.config["train"], "train", "config.json")
 
 
 def load_model(folder: str | Path) -> Model:
@@ -42,10 +42,10 @@ def load_model(folder: str | Path) -> Model:
                 f"{folder / name}: no such file; a model folder holds config.json and two safetensors files"
             )
     config = read_config(folder, "train", "data")
-    params = section(Train, config["train"], f"{folder / 'config.json'}: train")
+    params = training_section(config["train"], "train", str(folder / "config.json"))
     parts = dict(
         generator=build_generator(params.generator, haar=params.haar, precision=params.precision),
-        critic=build_critic(params.critic, haar=params.haar, precision=params.precision),
+        critic=build_critic(params.critic, generator=params.generator, haar=params.haar, precision=params.precision),
     )
     for name, network in parts.items():
         _fill(network, folder / f"{name}.safetensors")

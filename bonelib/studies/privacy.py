@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from bonelib.core.config import section
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import features
@@ -23,7 +22,7 @@ from bonelib.evaluation.features import standardised
 from bonelib.evaluation.statistics import auc, patient_interval, tpr_at
 from bonelib.networks import build_critic
 from bonelib.networks.critic import Critic
-from bonelib.training.config import Train
+from bonelib.networks.encoder import trunk
 
 FPR = 0.01
 CAUGHT = 0.9  # AUC that a planted leak must reach
@@ -229,9 +228,9 @@ def _nearest(family, extract, volumes, fake, cache):
 
 def _of_networks(model, volumes, fake, known, how, seed):
     """The attacks on the generator (reconstruction) and on the critic, by kind of control and group."""
-    params = section(Train, model.config["train"], "train")
-    stage = len(params.schedule.samples)
-    halvings = int(np.log2(volumes["members"].shape[1])) - stage
+    params = model.how
+    stage = trunk(model.generator).stages
+    halvings = int(np.log2(volumes["members"].shape[1] / params.slices))
     own = {name: _pooled(v, halvings) for name, v in volumes.items()}
     leaked, rest = own["members"][torch.from_numpy(known)], own["members"][torch.from_numpy(~known)]
     memories = {"planted": MemorisingGenerator(leaked)}
@@ -240,7 +239,8 @@ def _of_networks(model, volumes, fake, known, how, seed):
     fitted = {name: reconstruction(model.generator, v, stage, seed, how.steps, how.rate) for name, v in own.items()}
     fits = {"scores": fitted}
     fits |= {kind: {name: -memory.errors(v) for name, v in own.items()} for kind, memory in memories.items()}
-    build = partial(build_critic, params.critic, haar=params.haar, precision=params.precision)
+    shape = dict(generator=params.generator, haar=params.haar, precision=params.precision)
+    build = partial(build_critic, params.critic, **shape)
     critics = {
         "scores": model.critic,
         "planted": overtrained(model.critic, build, leaked, rest, seed, how.overtraining),

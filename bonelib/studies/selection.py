@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bonelib import InputError
 from bonelib.core.cli import command
-from bonelib.core.config import read_params, section
+from bonelib.core.config import read_params
 from bonelib.core.files import digest, write_json
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
@@ -27,7 +27,7 @@ from bonelib.latent.models import Model, draw
 from bonelib.networks import build_generator
 from bonelib.scans.dataset import Stacks, load_stacks, set_apart
 from bonelib.scans.tables import as_markdown, read_table, write_table
-from bonelib.training.config import Train
+from bonelib.training.config import training_section
 
 NAME = "kernel distance, random3d"
 TABLE = ("seen", "chosen", NAME, "low", "high", "real against real", "N real", "patients", "N samples")
@@ -52,7 +52,7 @@ def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
     if not paths:
         raise InputError(f"{folder / 'candidates'}: no candidates; they are left by a training with snapshots")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    params = section(Train, config["train"], f"{folder / 'config.json'}: train")
+    params = training_section(config["train"], "train", str(folder / "config.json"))
     how, data = params.snapshots, set_apart(data, params.snapshots.validation)
 
     generator = build_generator(params.generator, haar=params.haar, precision=params.precision).requires_grad_(False)

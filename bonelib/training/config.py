@@ -1,11 +1,12 @@
 """The sections of params.yaml on trainings. Defaults are published values (Angermann et al. 2023, Appendix B)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from bonelib.core.config import Count, Hash, NotNegative, Positive, Section, Share
-from bonelib.networks.config import CriticNet, Generator
+from bonelib import InputError
+from bonelib.core.config import Count, Hash, NotNegative, Positive, Section, Share, section
+from bonelib.networks.config import BASE, CriticNet, Generator, HAGANConfig, HAGANCriticNet
 from bonelib.scans.config import Augment
 
 
@@ -91,6 +92,81 @@ class Train(Section):
         if self.snapshots and plan.fade[-1] > (1 - self.snapshots.part) * plan.samples[-1]:
             raise ValueError(f"snapshots.part {self.snapshots.part} reaches into the fade-in of the last stage")
         return self
+
+    @property
+    def plan(self) -> Schedule:
+        """How long each stage takes."""
+        return self.schedule
+
+    @property
+    def slices(self) -> int:
+        """Of the volumes that the generator draws in the end."""
+        return BASE[0] << len(self.schedule.samples)
+
+
+class HierarchicalTrain(Section):
+    """A HA-GAN and how it is trained; defaults are the published values (Sun et al. 2022, section III-E).
+
+    `samples` real volumes are seen in all, 80,000 batches. `lambdas` weigh eqs. (6) and (7). `low` False leaves out
+    G^L and D^L, `encode` False the encoder, `random` False draws r of the partition T_v alone: the ablations of Table
+    IV. Not in the paper: `clip`, the largest norm of a gradient; `ema`, the half-life of the generator's running
+    average in updates (0 is none); `final_decay`, the part at the end in which all rates fall; and `augment`.
+    """
+
+    generator: HAGANConfig
+    critic: HAGANCriticNet = HAGANCriticNet()
+    samples: Count = 320_000
+    batch: Count = 4
+    rate: Positive = 1e-4
+    critic_rate: Positive = 4e-4
+    encoder_rate: Positive = 1e-4
+    betas: tuple[Share, Share] = (0.0, 0.999)
+    lambdas: tuple[NotNegative, NotNegative] = (5.0, 5.0)
+    low: bool = True
+    encode: bool = True
+    random: bool = True
+    augment: Augment | None = None
+    clip: Positive | None = None
+    ema: NotNegative = 0.0
+    final_decay: Share = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    haar: ClassVar[bool] = False  # what a `Train` section has and this one has not
+    snapshots: ClassVar[None] = None
+
+    @model_validator(mode="after")
+    def _halvings(self):
+        doublings = self.generator.stages - 1 - len(self.generator.fine)
+        if len(self.critic.low) > doublings:
+            raise ValueError(f"critic.low must have at most {doublings} numbers, one for each halving of A's grid")
+        return self
+
+    @property
+    def plan(self) -> Schedule:
+        """All of it, as one stage."""
+        return Schedule(samples=(self.samples,), fade=(0,), batch=(self.batch,), final_decay=self.final_decay)
+
+    @property
+    def slices(self) -> int:
+        """Of the volumes that the generator draws."""
+        return self.generator.base[0] << self.generator.stages
+
+
+TRAININGS = {"progan": Train, "stylegan": Train, "hagan": HierarchicalTrain}  # by the kind of their generator
+
+
+def training_kind(values: Any) -> str | None:
+    """The kind of the generator of a section of params.yaml on a training, where it says one."""
+    generator = values.get("generator") if isinstance(values, dict) else None
+    return generator.get("kind") if isinstance(generator, dict) else None
+
+
+def training_section(values: dict[str, Any], name: str, file: str = "params.yaml") -> Train | HierarchicalTrain:
+    """A training's section, checked as what its generator needs; errors as those of `core.config.section`."""
+    kind = training_kind(values)
+    if kind is not None and kind not in TRAININGS:
+        raise InputError(f"{file}: {name}.generator.kind is {kind!r}; accepted are {', '.join(TRAININGS)}")
+    return section(TRAININGS.get(kind, Train), values, name, file)
 
 
 class Published(Section):

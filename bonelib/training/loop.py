@@ -1,4 +1,4 @@
-"""The progressive GAN: what a step of its training is. Time is counted in samples the critic has seen.
+"""Train a GAN. Here is what a step of a progressive one is; time is counted in samples the critic has seen.
 
 python -m bonelib.training.loop PROFILE MODEL [--params params.yaml] [--stacks DIR] [--grades FILE] [--superres DIR]
     [--to DIR] [--state DIR] [--start DIR] [--seed N] [--seconds S] [--timeout SECONDS]
@@ -11,7 +11,6 @@ run again.
 
 import argparse
 import copy
-import math
 import os
 import shutil
 import sys
@@ -25,17 +24,17 @@ from torch import Tensor
 
 from bonelib import InputError, core, networks, training
 from bonelib.core.cli import command
-from bonelib.core.config import fingerprint, read_params, section
+from bonelib.core.config import fingerprint, read_params
 from bonelib.core.provenance import code_hash
 from bonelib.core.pyramid import downsample, upsample
 from bonelib.core.random import RankShard, torch_rng
 from bonelib.networks import build_critic, build_generator
 from bonelib.scans import dataset
-from bonelib.scans.dataset import Stacks, augmented, band_statistics, halved, load_stacks, order, set_apart
-from bonelib.training import adaptive, checkpoint, distributed, losses, run, schedule
-from bonelib.training.config import Train
+from bonelib.scans.dataset import Stacks, augmented, band_statistics, load_stacks, order
+from bonelib.training import adaptive, checkpoint, distributed, hagan, losses, run, schedule
+from bonelib.training.config import HierarchicalTrain, Train, training_section
 from bonelib.training.distributed import Ranks
-from bonelib.training.model_folder import CURVES, write_model
+from bonelib.training.model_folder import CURVES, Strip, own_grid, write_model
 from bonelib.training.run import Progress
 
 STRIP = 8  # fixed latents whose samples are kept along the training
@@ -59,20 +58,15 @@ class _Trained(NamedTuple):
     state: Path
 
 
-class _Strip:
-    """Samples of fixed latents, kept along the training, as float16 by the samples seen."""
+def train(params: Train | HierarchicalTrain, data: Stacks, folder: str | Path, **where) -> dict:
+    """Train one model on the training stacks and write it to `folder`; returns the final entry of its curves.
 
-    def __init__(self):
-        self.kept: dict[str, Tensor] = {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.kept
-
-    def load_state_dict(self, kept: dict[str, Tensor]) -> None:
-        self.kept = kept
+    How, its section says; `where` are the arguments of `train_progressive`, or of `hagan.train_hagan`, which are alike.
+    """
+    return TRAINERS[type(params)](params, data, folder, **where)
 
 
-def train(
+def train_progressive(
     params: Train,
     data: Stacks,
     folder: str | Path,
@@ -85,7 +79,7 @@ def train(
     ranks: Ranks | None = None,
     seconds: float | None = None,
 ) -> dict:
-    """Train one model on the training stacks and write it to `folder`; returns the final entry of its curves.
+    """Train a generator that grows, and its critic.
 
     Writes generator.safetensors (its running average where `ema` > 0), critic.safetensors, config.json, curves.csv,
     growth.safetensors (samples of fixed latents along the training) and, where there are `snapshots`, what they kept as
@@ -100,7 +94,7 @@ def train(
     folder, state, meta = Path(folder), Path(state), data.meta
     ranks = ranks or distributed.single_process()
     distributed.check_batches(params.schedule, ranks)
-    data, coarser = _own_grid(params, data, superres)
+    data, coarser = own_grid(params, data, superres)
     objects = _build(params, data, seed, ranks.device)
     parts = {name: objects[name] for name in ("generator", "critic")}
     began = checkpoint.start_from(start, parts, say if ranks.rank == 0 else lambda *_: None)
@@ -132,13 +126,7 @@ def train(
     return dict(zip(CURVES, at.curves[-1], strict=True)) if at.curves else {}
 
 
-def _own_grid(params: Train, data: Stacks, superres: str | Path | None) -> tuple[Stacks, int]:
-    """The stacks on the grid that the last stage draws, without validation patients, and the halvings to get there."""
-    coarser = round(math.log2(data.meta["stack_slices"] / 2 ** len(params.schedule.samples)))
-    if coarser and superres is not None and not (Path(superres) / "superres.safetensors").is_file():
-        raise InputError(f"{superres}: no superres.safetensors; the stages end on a grid too coarse to do without")
-    data = halved(data, coarser)
-    return set_apart(data, params.snapshots.validation) if params.snapshots else data, coarser
+TRAINERS = {Train: train_progressive, HierarchicalTrain: hagan.train_hagan}
 
 
 def _build(params: Train, data: Stacks, seed: int, device: torch.device) -> dict:
@@ -153,7 +141,7 @@ def _build(params: Train, data: Stacks, seed: int, device: torch.device) -> dict
     average = copy.deepcopy(generator).requires_grad_(False)
     adam_g = torch.optim.Adam(generator.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=1e-7, fused=True)
     adam_c = torch.optim.Adam(critic.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=5e-5, fused=True)
-    return dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c, growth=_Strip())
+    return dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c, growth=Strip())
 
 
 def _pools(data: Stacks, stages: int, stage: int) -> dict[str, Tensor]:
@@ -304,7 +292,7 @@ def main() -> None:
         if name not in known:
             raise InputError(f"{args.params}: no {kind} {name!r}; accepted are {', '.join(known)}")
     how = values["profiles"][args.profile]["train"][args.model]
-    how = section(Train, how, f"profiles.{args.profile}.train.{args.model}")
+    how = training_section(how, f"profiles.{args.profile}.train.{args.model}")
     out = Path("out") / args.profile
     stacks, grades = args.stacks or out / "stacks", args.grades or out / "grading" / "grades.csv"
     data, to = load_stacks(stacks, grades), args.to or out / "models" / args.model

@@ -1,20 +1,47 @@
 """What a training of a GAN leaves: weights, the JSON that says how to use them, curves, and what it kept on the way."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
+from torch import Tensor, nn
+
+from bonelib import InputError
+from bonelib.scans.dataset import Stacks, halved, set_apart
 from bonelib.training import checkpoint
-from bonelib.training.config import Train
+from bonelib.training.config import HierarchicalTrain, Train
 from bonelib.training.run import Progress, write_curves
 
 CURVES = ("seen", "update", "stage", "fade", "critic_loss", "distance", "slope", "generator_loss")
 CURVES += ("sign", "augmented", "overfit")  # of the scores of pairs; the probability of the adaptive augmentation
 
 
+class Strip:
+    """Samples of fixed latents, kept along the training, as float16 by the samples seen."""
+
+    def __init__(self):
+        self.kept: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.kept
+
+    def load_state_dict(self, kept: dict[str, Tensor]) -> None:
+        self.kept = kept
+
+
+def own_grid(params: Train | HierarchicalTrain, data: Stacks, superres: str | Path | None) -> tuple[Stacks, int]:
+    """The stacks on the grid that the generator draws, without validation patients, and the halvings to get there."""
+    coarser = round(math.log2(data.meta["stack_slices"] / params.slices))
+    if coarser and superres is not None and not (Path(superres) / "superres.safetensors").is_file():
+        raise InputError(f"{superres}: no superres.safetensors; the stages end on a grid too coarse to do without")
+    data = halved(data, coarser)
+    return set_apart(data, params.snapshots.validation) if params.snapshots else data, coarser
+
+
 def write_model(
     folder: Path,
-    params: Train,
+    params: Train | HierarchicalTrain,
     meta: dict,
     *,
     average,
@@ -25,19 +52,23 @@ def write_model(
     at: Progress,
     superres: str | Path | None,
     began: dict[str, str] | None = None,
+    columns: tuple[str, ...] = CURVES,
+    more: dict[str, nn.Module] | None = None,
 ) -> None:
     """Write a model folder. `average` is the generator, `candidates` are the files of its snapshots, `began` the
-    digests of the weights that it started from."""
+    digests of the weights that it started from, `columns` those of the curves, `more` networks beside the two."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(folder / "generator.safetensors", average.state_dict())
     checkpoint.save_tensors(folder / "critic.safetensors", critic.state_dict())
     checkpoint.save_tensors(folder / "growth.safetensors", growth)
-    write_curves(folder / "curves.csv", CURVES, at)
+    write_curves(folder / "curves.csv", columns, at)
     shutil.rmtree(folder / "candidates", ignore_errors=True)
     for path in candidates:
         (folder / "candidates").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "candidates" / path.name)
-    parts = ["generator", "critic"]
+    parts = ["generator", "critic", *(more or {})]
+    for name, network in (more or {}).items():
+        checkpoint.save_tensors(folder / f"{name}.safetensors", network.state_dict())
     content = {"run": run, "train": json.loads(params.model_dump_json()), "data": meta, "seen": at.seen}
     content |= {"started_from": began} if began else {}
     if superres is not None:
