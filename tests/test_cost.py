@@ -8,8 +8,8 @@ import yaml
 
 from bonelib.core.config import section
 from bonelib.networks.config import CriticNet, ProGANConfig, StyleGANConfig
-from bonelib.studies import cost, published_sizes
-from bonelib.training.config import Train
+from bonelib.studies import cost, hagan_cost, published_sizes
+from bonelib.training.config import HierarchicalTrain, Train
 
 CRITIC = CriticNet(widths=[8, 8, 8], convs=2)
 PROGAN = ProGANConfig(widths=[8, 8, 8], latent=8, noise=0.5)
@@ -37,3 +37,45 @@ def test_the_published_schedule_is_timed_stage_by_stage():
         assert row["updates of the schedule"] == samples / (row["batch"] * how.n_critic)
         assert row["hours"] * 3600 == pytest.approx(row["seconds an update"] * row["updates of the schedule"])
         assert row["power, W"] is None and row["kWh"] is None
+
+
+HAGAN = HierarchicalTrain(
+    generator=dict(
+        kind="hagan",
+        base=[2, 3, 2],
+        stages=4,
+        widths=[16, 16, 8],
+        fine=[8],
+        low=[8],
+        encoder=[8, 8],
+        latent=8,
+        division=4,
+    ),
+    critic=dict(high=[4, 4, 8], head=[8, 4], low=[4, 4]),
+    batch=2,
+)
+
+
+def test_the_plain_iteration_of_hagan_computes_what_ours_does():
+    trained, real, _ = hagan_cost.setting(HAGAN, 1)
+    generator, critic, encoder = (trained.objects[name].eval() for name in ("generator", "critic", "encoder"))
+    with torch.no_grad():
+        latent = generator.sample_latent(2, torch.Generator().manual_seed(0))
+        a, plain = generator.features(latent), hagan_cost.plain_features(generator, latent)
+        pairs = [
+            (a, plain),
+            (generator.draw_high(a), hagan_cost.plain_image(generator.fine_blocks, generator.fine_image, plain)),
+            (generator.draw_low(a), hagan_cost.plain_image(generator.low_blocks, generator.low_image, plain)),
+            (critic.score_high(real.high, real.r), hagan_cost.plain_logit(critic, real.high, real.r)),
+            (critic.score_low(real.low), hagan_cost.plain_logit(critic, real.low, None)),
+            (encoder(real.whole), hagan_cost.plain_code(encoder, real.whole)),
+        ]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_iterations_of_hagan_take_turns_and_the_plain_one_does_more_work():
+    plain, here, halo = hagan_cost.iteration_times(HAGAN, rounds=1, seed=1)
+    assert plain["times faster"] == 1 and plain["GFLOP"] > halo["GFLOP"] > here["GFLOP"] > 0
+    found = hagan_cost.memory_of_an_iteration(HAGAN, 1)
+    assert found["MB of activations"] > 0 and found["MB measured"] > 0 and found["voxels"] == 32 * 48 * 32

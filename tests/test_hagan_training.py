@@ -50,7 +50,7 @@ def test_the_defaults_are_the_published_settings():
 
 
 def test_every_update_moves_its_own_networks_alone(tmp_path, monkeypatch):
-    built, update, moved, build = [], run.update, [], hagan._build
+    built, update, moved, build = [], run.update, [], hagan.build
 
     def kept(*args):
         built.append(build(*args))
@@ -64,7 +64,7 @@ def test_every_update_moves_its_own_networks_alone(tmp_path, monkeypatch):
         moved.append({name for name, p in now.items() if not torch.equal(p, before[name])})
         return done
 
-    monkeypatch.setattr(hagan, "_build", kept)
+    monkeypatch.setattr(hagan, "build", kept)
     monkeypatch.setattr(run, "update", seen)
     train(tmp_path, samples=4)
     critic, generator, high, ground = moved
@@ -83,17 +83,17 @@ def test_reconstruction_gets_better_with_the_encoder(tmp_path):
 
 def test_r_depends_on_seed_and_update_alone_and_takes_every_start(tmp_path):
     how, data = training_section(SMALL, "train"), stacks()
-    objects = hagan._build(how, 3, torch.device("cpu"))
+    objects = hagan.build(how, 3, torch.device("cpu"))
     found = []
     for rank in range(2):
         ranks = run.Ranks(rank, 2, torch.device("cpu"))
-        trained = hagan._Trained(how, data, objects, 3, ranks)
+        trained = hagan.Trained(how, data, objects, 3, ranks)
         parts = [hagan._real(trained, run.Progress(100, seen=4 * i, steps=i)) for i in range(30)]
         found.append([part.r for part in parts])
         assert all(torch.equal(part.high, part.whole[:, :, 4 * part.r : 4 * part.r + 8]) for part in parts)
         assert parts[0].low.shape == (2, 1, 4, 6, 4)
     assert found[0] == found[1] and set(found[0]) == {0, 1, 2}
-    fixed = hagan._Trained(how.model_copy(update=dict(random=False)), data, objects, 3, ranks)
+    fixed = hagan.Trained(how.model_copy(update=dict(random=False)), data, objects, 3, ranks)
     assert {hagan._real(fixed, run.Progress(100, steps=i)).r for i in range(20)} == {0, 2}
 
 
@@ -121,7 +121,7 @@ def test_the_ablations_train_without_what_they_leave_out(tmp_path, edit):
     train(tmp_path, samples=8, **edit)
     content = json.loads((tmp_path / "model/config.json").read_text())
     assert ("encoder" in content["sha256"]) == edit.get("encode", True)
-    fresh = hagan._build(training_section({**SMALL, **edit}, "train"), 3, torch.device("cpu"))["generator"]
+    fresh = hagan.build(training_section({**SMALL, **edit}, "train"), 3, torch.device("cpu"))["generator"]
     trained = load_file(tmp_path / "model/generator.safetensors")
     same = {key for key, value in fresh.state_dict().items() if torch.equal(trained[key], value)}
     assert any(key.startswith("low") for key in same) != edit.get("low", True)
@@ -151,7 +151,7 @@ def test_the_arm_of_a_laptop_is_small_and_its_sub_volume_two_cells_deep(monkeypa
     monkeypatch.chdir(Path(__file__).parents[1])
     how = training_section(check_file()["profiles"]["laptop"]["train"]["hagan"], "train")
     with torch.device("meta"):
-        objects = hagan._build(how, 1, torch.device("meta"))
+        objects = hagan.build(how, 1, torch.device("meta"))
     size = sum(p.numel() for name in ("generator", "critic", "encoder") for p in objects[name].parameters())
     assert size <= 4_000_000 and objects["generator"].grid.depth >= 2
 

@@ -78,7 +78,7 @@ def update_times(
             runs[precision] = (*pair, adams, real, stage, n_critic, torch_rng(seed, "cost draws"))
         flops = {}
         for precision, run in runs.items():
-            with _Flops() as counter:
+            with Flops() as counter:
                 update(*run)
             flops[precision] = counter.total / 1e9
         seconds = {precision: [] for precision in runs}
@@ -160,7 +160,7 @@ def _networks(generator: Generator, critic: CriticNet, precision: str, seed: int
     return build_generator(generator, precision=precision), build_critic(critic, precision=precision)
 
 
-class _Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):
     """Counts the floating-point operations of convolutions and matrix products, also those of backward passes."""
 
     total = 0

@@ -34,7 +34,7 @@ SHOWN = ("distance", "generator_loss", "by_features", "by_code")
 CODE = code_hash(networks, training, dataset, core)
 
 
-class _Trained(NamedTuple):
+class Trained(NamedTuple):
     """What a step works with."""
 
     params: HierarchicalTrain
@@ -44,7 +44,7 @@ class _Trained(NamedTuple):
     ranks: Ranks
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The real volumes of one step: whole, on the grid of A, and the sub-volume of start r."""
 
     whole: Tensor
@@ -82,13 +82,13 @@ def train_hagan(
     found = (data.meta["stack_slices"], *data.volumes.shape[2:])
     if found != wanted:
         raise InputError(f"params.yaml: generator: it draws {wanted} voxels, but the stacks have {found}")
-    objects = _build(params, seed, ranks.device)
+    objects = build(params, seed, ranks.device)
     parts = {name: objects[name] for name in ("generator", "critic", "encoder") if name in objects}
     began = checkpoint.start_from(start, parts, say if ranks.rank == 0 else lambda *_: None)
     objects["average"].load_state_dict(objects["generator"].state_dict())
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     at = run.run(
-        partial(_step, _Trained(params, data, objects, seed, ranks)),
+        partial(_step, Trained(params, data, objects, seed, ranks)),
         objects,
         end=params.samples,
         state=Path(state),
@@ -109,7 +109,7 @@ def train_hagan(
     return dict(zip(CURVES, at.curves[-1], strict=True)) if at.curves else {}
 
 
-def _build(params: HierarchicalTrain, seed: int, device: torch.device) -> dict:
+def build(params: HierarchicalTrain, seed: int, device: torch.device) -> dict:
     """What is trained, at its start: all networks, the generator's running average, four optimisers, and the strip."""
     torch.manual_seed(torch_rng(seed, "weights").initial_seed())
     generator = build_generator(params.generator, precision=params.precision).to(device)
@@ -133,7 +133,7 @@ def _used(network: torch.nn.Module, low: bool) -> list[torch.nn.Parameter]:
     return [p for name, p in network.named_parameters() if low or not name.startswith("low")]
 
 
-def _step(trained: _Trained, at: Progress) -> dict[str, float]:
+def _step(trained: Trained, at: Progress) -> dict[str, float]:
     """One update of the discriminators, of the generator, of E^H and of E^G, with the same real volumes and r."""
     params, objects, ranks = trained.params, trained.objects, trained.ranks
     decay = run.rate_at(at.seen / at.end, params.final_decay) * 0.5**at.halved
@@ -145,17 +145,22 @@ def _step(trained: _Trained, at: Progress) -> dict[str, float]:
             objects[name].param_groups[0]["lr"] = rate * decay
     real = _real(trained, at)
     at.seen += params.batch
-    on_critic = _update_critic(trained, at, real)
-    loss_g = _update_generator(trained, at, real.r)
-    of_encoder = _update_encoder(trained, at, real) if params.encode else (0.0, 0.0)
+    losses = update_all(trained, at, real)
     run.update_ema(objects["average"], objects["generator"], params.ema, at.steps)
-    read = distributed.all_reduce_mean((*on_critic, loss_g, *of_encoder), ranks)
+    read = distributed.all_reduce_mean(losses, ranks)
     _keep_strip(trained, at)
     gap = _overfit(trained, at) if at.point_due else 0.0
     return dict(zip(CURVES[1:], (at.steps + 1, *read, gap), strict=True))
 
 
-def _real(trained: _Trained, at: Progress) -> _Part:
+def update_all(trained: Trained, at: Progress, real: Part) -> tuple:
+    """The four updates; losses of the discriminators, the mean logit of real less of generated, and other losses."""
+    on_critic, loss_g = _update_critic(trained, at, real), _update_generator(trained, at, real.r)
+    of_encoder = _update_encoder(trained, at, real) if trained.params.encode else (0.0, 0.0)
+    return (*on_critic, loss_g, *of_encoder)
+
+
+def _real(trained: Trained, at: Progress) -> Part:
     """The real volumes of a step that belong to this rank; r is the same on all."""
     params, grid = trained.params, trained.objects["generator"].grid
     first, every = at.seen + trained.ranks.rank, trained.ranks.size
@@ -164,10 +169,10 @@ def _real(trained: _Trained, at: Progress) -> _Part:
     draws = torch_rng(trained.seed, "sub-volume", at.steps)
     starts = range(grid.starts) if params.random else grid.partition()
     r = starts[int(torch.randint(len(starts), (), generator=draws))]
-    return _Part(whole, _coarse(whole, grid.scale), grid.high(whole, r), r)
+    return Part(whole, _coarse(whole, grid.scale), grid.high(whole, r), r)
 
 
-def _volumes(trained: _Trained, split: str, first: int, count: int, every: int = 1) -> Tensor:
+def _volumes(trained: Trained, split: str, first: int, count: int, every: int = 1) -> Tensor:
     rows = trained.data.of(split)
     chosen = [rows[i] for i in order(len(rows), first, count, trained.seed, every)]
     return trained.data.pooled(chosen, 0).to(trained.ranks.device).float()
@@ -180,13 +185,13 @@ def _coarse(x: Tensor, scale: int) -> Tensor:
     return x
 
 
-def _latents(trained: _Trained, purpose: str, at: Progress) -> Tensor:
+def _latents(trained: Trained, purpose: str, at: Progress) -> Tensor:
     draws = RankShard(torch_rng(trained.seed, purpose, at.steps), trained.ranks.rank, trained.ranks.size)
     generator = trained.objects["generator"]
     return generator.sample_latent(trained.params.batch // trained.ranks.size, draws).to(trained.ranks.device)
 
 
-def _update_critic(trained: _Trained, at: Progress, real: _Part) -> tuple[Tensor, Tensor]:
+def _update_critic(trained: Trained, at: Progress, real: Part) -> tuple[Tensor, Tensor]:
     """One update of both discriminators, eqs. (4) and (5); the loss, and the mean logit of real less of generated."""
     params, generator, critic = trained.params, trained.objects["generator"], trained.objects["critic"]
     with torch.no_grad():
@@ -204,7 +209,7 @@ def _update_critic(trained: _Trained, at: Progress, real: _Part) -> tuple[Tensor
     return loss.detach(), distance
 
 
-def _update_generator(trained: _Trained, at: Progress, r: int) -> Tensor:
+def _update_generator(trained: Trained, at: Progress, r: int) -> Tensor:
     """One update of the generator, which raises log D of what it draws (not saturating, as published code has it)."""
     params, generator, critic = trained.params, trained.objects["generator"], trained.objects["critic"]
     a = generator.features(_latents(trained, "generator", at))
@@ -217,7 +222,7 @@ def _update_generator(trained: _Trained, at: Progress, r: int) -> Tensor:
     return loss.detach()
 
 
-def _update_encoder(trained: _Trained, at: Progress, real: _Part) -> tuple[Tensor, Tensor]:
+def _update_encoder(trained: Trained, at: Progress, real: Part) -> tuple[Tensor, Tensor]:
     """One update of E^H by eq. (6), then one of E^G by eq. (7); the l1 distances of sub-volumes by either's codes."""
     params, generator, encoder = trained.params, trained.objects["generator"], trained.objects["encoder"]
     generator.requires_grad_(False)
@@ -233,13 +238,13 @@ def _update_encoder(trained: _Trained, at: Progress, real: _Part) -> tuple[Tenso
     return by_features.detach(), by_code.detach()
 
 
-def _update(trained: _Trained, name: str, loss: Tensor) -> bool:
+def _update(trained: Trained, name: str, loss: Tensor) -> bool:
     clip = trained.params.clip or float("inf")
     return run.update(trained.objects[name], loss, clip, trained.ranks)
 
 
 @torch.no_grad()
-def _overfit(trained: _Trained, at: Progress) -> float:
+def _overfit(trained: Trained, at: Progress) -> float:
     """How much higher the discriminators score training volumes than held-out ones."""
     critic = trained.objects["critic"].eval()
     scores = [critic(_volumes(trained, split, at.seen, WATCHED)).mean().item() for split in ("train", "held-out")]
@@ -248,7 +253,7 @@ def _overfit(trained: _Trained, at: Progress) -> float:
 
 
 @torch.no_grad()
-def _keep_strip(trained: _Trained, at: Progress) -> None:
+def _keep_strip(trained: Trained, at: Progress) -> None:
     """Samples of the fixed latents: coarse ones along the training, in the end on a grid half as fine as the volume."""
     part, average = at.seen * STRIP_PARTS // at.end, trained.objects["average"]
     if part == at.own.get("strip", -1):
