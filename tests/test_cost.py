@@ -6,9 +6,11 @@ import pytest
 import torch
 import yaml
 
+from bonelib import InputError
 from bonelib.core.config import section
 from bonelib.networks.config import CriticNet, ProGANConfig, StyleGANConfig
 from bonelib.studies import cost, hagan_cost, published_sizes
+from bonelib.training import hagan
 from bonelib.training.config import HierarchicalTrain, Train
 
 CRITIC = CriticNet(widths=[8, 8, 8], convs=2)
@@ -79,3 +81,17 @@ def test_iterations_of_hagan_take_turns_and_the_plain_one_does_more_work():
     assert plain["times faster"] == 1 and plain["GFLOP"] > halo["GFLOP"] > here["GFLOP"] > 0
     found = hagan_cost.memory_of_an_iteration(HAGAN, 1)
     assert found["MB of activations"] > 0 and found["MB measured"] > 0 and found["voxels"] == 32 * 48 * 32
+
+
+@pytest.mark.parametrize(("edge", "millions"), [(32, 74.7), (64, 78.7), (128, 79.6), (256, 79.7)])
+def test_the_published_networks_have_the_parameters_of_table_vii(edge, millions):
+    how = hagan_cost.published(edge)
+    with torch.device("meta"):
+        objects = hagan.build(how, 1, torch.device("meta"))
+    count = sum(p.numel() for name in ("generator", "critic", "encoder") for p in objects[name].parameters())
+    assert round(count / 1e6, 1) == millions and edge == how.slices
+
+
+def test_an_edge_that_was_not_published_is_refused():
+    with pytest.raises(InputError, match="edge is 100; accepted are 32, 64, 128, 256"):
+        hagan_cost.published(100)
