@@ -158,8 +158,12 @@ def test_the_arm_of_a_laptop_is_small_and_its_sub_volume_two_cells_deep(monkeypa
 
 def test_stacks_of_another_grid_are_refused(tmp_path):
     how = training_section(SMALL, "train")
-    with pytest.raises(InputError, match=r"draws \(16, 24, 16\) voxels, but the stacks have \(16, 24, 20\)"):
-        loop.train(how, stacks((16, 24, 20)), tmp_path, state=tmp_path / "state", seed=3, **quiet)
+    for shape, says in (
+        ((16, 24, 20), r"draws \(16, 24, 16\) voxels, but the stacks have \(16, 24, 20\)"),
+        ((8, 24, 16), "draws 16 slices; the stacks have 8"),
+    ):
+        with pytest.raises(InputError, match=says):
+            loop.train(how, stacks(shape), tmp_path, state=tmp_path / "state", seed=3, **quiet)
 
 
 def test_a_kind_that_does_not_exist_is_named():

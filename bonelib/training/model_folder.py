@@ -32,7 +32,9 @@ class Strip:
 
 def own_grid(params: Train | HierarchicalTrain, data: Stacks, superres: str | Path | None) -> tuple[Stacks, int]:
     """The stacks on the grid that the generator draws, without validation patients, and the halvings to get there."""
-    coarser = round(math.log2(data.meta["stack_slices"] / params.slices))
+    if (slices := data.meta["stack_slices"]) < params.slices:
+        raise InputError(f"params.yaml: train: the generator draws {params.slices} slices; the stacks have {slices}")
+    coarser = round(math.log2(slices / params.slices))
     if coarser and superres is not None and not (Path(superres) / "superres.safetensors").is_file():
         raise InputError(f"{superres}: no superres.safetensors; the stages end on a grid too coarse to do without")
     data = halved(data, coarser)
