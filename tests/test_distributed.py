@@ -397,7 +397,7 @@ def test_the_command_line_names_what_it_does_not_know(place, tmp_path, monkeypat
     good = arguments(place, tmp_path, "progan")
     for wrong, says in [
         (["huge", *good[1:]], "no profile 'huge'; accepted are small"),
-        (["small", "gan", *good[2:]], "no model 'gan'; accepted are progan, stylegan, hagan"),
+        (["small", "gan", *good[2:]], "no model 'gan'; accepted are hagan, progan, stylegan"),
         ([*good, "--stacks=nowhere"], "nowhere/volumes.npy: no such file"),
     ]:
         monkeypatch.setattr(sys, "argv", ["loop", *wrong])
