@@ -20,7 +20,7 @@ from torch import Tensor
 from bonelib.latent.inversion import AT_ONCE, Inverter, encode, latent_loss, place_of
 from bonelib.latent.models import Model
 from bonelib.networks.encoder import trunk
-from bonelib.scans.phantom.motion import Event, spectral_residual
+from bonelib.scans.phantom.motion import GRADES, Event, draw_events, spectral_residual
 
 SMOOTH = 1.0  # coefficients over which the spectrum of deviations is averaged, as it is that of few volumes
 ENOUGH = 1e-3  # of the right-hand side: a remainder at which conjugate gradients stop
@@ -141,6 +141,24 @@ def unexplained(problem: Problem, left: Tensor) -> tuple[float, float]:
         power = power + fft.dctn(seen[0, 0].numpy(), norm="ortho") ** 2 / min(len(left), len(problem.operators))
     power = power + problem.noise**2
     return float(power.mean()), float(power.mean() ** 2 / (power**2).mean())
+
+
+def likely_trajectory(
+    observed: Tensor, first: Tensor, prior: Deviation, noise: float, spacing, intensity, *, grade: int, count: int, rng
+) -> list[Event]:
+    """Of `count` trajectories as the phantom draws them for `grade`, that under which the observation is most probable.
+
+    `first` (1, 1, z, y, x) is an estimate of the bone at rest, from which it deviates as `prior` says. To move a
+    deviation hardly changes its spectrum, so that the error of A m is weighed by that of r and the noise.
+    """
+    weight = 1 / (prior.root**2 + noise**2)
+
+    def misfit(events: list[Event]) -> float:
+        with torch.no_grad():
+            error = observed - moved(events, spacing, intensity)(first)
+        return float((weight * fft.dctn(error[0, 0].numpy(), norm="ortho") ** 2).mean())
+
+    return min((draw_events(rng, GRADES[grade]) for _ in range(count)), key=misfit)
 
 
 class Codes(NamedTuple):

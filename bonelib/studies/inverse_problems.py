@@ -23,7 +23,7 @@ from bonelib.studies.config import InverseProblems
 
 OBSERVED, WIENER, CODE, BOTH = "as observed", "Wiener filter", "code", "code and deviation"
 NETWORK, NETWORK_BOTH = "super-resolution", "super-resolution and deviation"
-NOISE, MOTION = "noise", "motion"
+NOISE, MOTION, UNKNOWN = "noise", "motion, known", "motion, unknown"
 FEWEST = 2  # training stacks with codes
 
 
@@ -81,7 +81,7 @@ def motion(data: Stacks, rows: list[dict], shape, grade: int, sd: float, seed: i
         events, _ = trajectory(density, spacing, numpy_rng(seed, "motion", row["scan"], row["start"]), GRADES[grade])
         changed = (density + spectral_residual(density, spacing, events, range(len(density))) - low) / (high - low)
         coarse = F.avg_pool3d(changed[None, None], len(density) // shape[0])
-        operators.append(ip.moved(events, [mm * len(density) / shape[0] for mm in spacing], (low, high)))
+        operators.append(ip.moved(events, coarse_spacing(data, shape[0]), (low, high)))
         seen.append(noisy(coarse, sd, seed, "motion", row["scan"], row["start"]))
     return Problem(operators, seen, sd)
 
@@ -93,6 +93,27 @@ def problems(data: Stacks, rows: list[dict], volumes: Tensor, how: InverseProble
     found = {lower(f): lower_resolution(volumes, scans, f, least, seed) for f in how.factors}
     found[NOISE] = added_noise(volumes, scans, how.noise / (high - low), seed)
     return found | {MOTION: motion(data, rows, volumes.shape[2:], how.grade, least, seed)}
+
+
+def coarse_spacing(data: Stacks, slices: int) -> list[float]:
+    """Spacing in mm of a grid on which a stack has `slices` slices."""
+    return [mm * data.meta["stack_slices"] / slices for mm in data.meta["spacing_mm"]]
+
+
+def unknown_motion(
+    case: Problem, still: Tensor, left: Tensor, data: Stacks, how: InverseProblems, seed: int
+) -> Problem:
+    """The same moved scans, of which nobody says how the arm moved: each with the most probable of trajectories drawn.
+
+    `still` (n, 1, z, y, x) are the volumes of codes sought in them as if they were still, `left` as for `restore`.
+    """
+    prior, spacing, operators = ip.fit_deviation(left), coarse_spacing(data, still.shape[2]), []
+    tried = dict(grade=how.grade, count=how.trajectories)
+    for i, (seen, first) in enumerate(zip(case.observed, still.split(1), strict=True)):
+        rng, of = numpy_rng(seed, "trajectories", i), (spacing, data.meta["intensity"])
+        events = ip.likely_trajectory(seen, first, prior, case.noise, *of, **tried, rng=rng)
+        operators.append(ip.moved(events, *of))
+    return Problem(operators, case.observed, case.noise)
 
 
 def restore(
@@ -210,8 +231,9 @@ def table(
     rows = []
     for problem, methods in found.items():
         for method, values in methods.items():
-            base = methods[OBSERVED]
-            wins = {} if method == OBSERVED else {"PSNR better": better(values["PSNR, dB"], base["PSNR, dB"])}
+            base, wins = methods.get(OBSERVED), {}
+            if base and method != OBSERVED:
+                wins["PSNR better"] = better(values["PSNR, dB"], base["PSNR, dB"])
             if wins and (name := "morphometry, SDs off") in values:
                 wins["morphometry better"] = better(values[name], base[name], least=True)
             for measure, numbers in (values | wins).items():
