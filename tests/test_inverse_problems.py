@@ -93,6 +93,15 @@ def test_what_an_observation_may_differ_by_is_the_noise_and_what_codes_leave(bon
     assert ip.unexplained(Problem([ip.as_given] * 12, [], 1e-6), even)[1] < 0.01
 
 
+def test_the_first_estimate_that_explains_the_observation_has_more_evidence(bones):
+    case = study.lower_resolution(bones, [str(i) for i in range(12)], 2, 0.01, 0)
+    left = 0.02 * torch.randn(bones.shape, generator=torch_rng(0, "left"))
+    mean = bones.mean(0, keepdim=True).expand_as(bones)
+    near, far = ip.evidence(case, bones + left.flip(0), left), ip.evidence(case, mean, bones - mean)
+    wrong = ip.evidence(case, bones.flip(0), left)
+    assert (near > far).all() and (far > wrong).all()
+
+
 def test_an_arm_that_does_not_move_is_seen_as_it_is(bones):
     events = draw_events(numpy_rng(0, "events"), GRADES[4])
     still, moving = (ip.moved(e, [SPACING] * 3, INTENSITY) for e in ([], events))

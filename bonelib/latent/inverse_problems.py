@@ -129,18 +129,37 @@ def _conjugate_gradients(normal, right: np.ndarray, steps: int) -> np.ndarray:
     return found
 
 
+def _spectrum(problem: Problem, left: Tensor) -> np.ndarray:
+    """Mean square of what an observation differs by from that of the first estimate, by parts in cosines."""
+    powers = []
+    for operator, one in zip(problem.operators, left.split(1), strict=False):
+        seen = operator(one) - operator(torch.zeros_like(one))
+        powers.append(fft.dctn(seen[0, 0].numpy(), norm="ortho") ** 2)
+    return np.mean(powers, axis=0) + problem.noise**2
+
+
 def unexplained(problem: Problem, left: Tensor) -> tuple[float, float]:
     """What an observation may differ from that of the best code: its variance, and the share that is independent.
 
     `left` (n, 1, z, y, x) is what codes left of training bones. Through the operator, neighbouring voxels of it are
     alike: so many independent ones as the participation ratio of its spectrum says would hold as much.
     """
-    power = 0.0
-    for operator, one in zip(problem.operators, left.split(1), strict=False):
-        seen = operator(one) - operator(torch.zeros_like(one))
-        power = power + fft.dctn(seen[0, 0].numpy(), norm="ortho") ** 2 / min(len(left), len(problem.operators))
-    power = power + problem.noise**2
+    power = _spectrum(problem, left)
     return float(power.mean()), float(power.mean() ** 2 / (power**2).mean())
+
+
+def evidence(problem: Problem, first: Tensor, left: Tensor) -> np.ndarray:
+    """The logarithm of the density of every observation about that of its first estimate, up to a constant, (n,).
+
+    `left` (m, 1, z, y, x) is what such estimates left of training bones. As it is stationary, the parts in cosines of
+    what the operator makes of it are taken as independent.
+    """
+    power, found = ndimage.gaussian_filter(_spectrum(problem, left), SMOOTH, mode="reflect"), []
+    for m, operator, y in zip(first.split(1), problem.operators, problem.observed, strict=True):
+        with torch.no_grad():
+            error = fft.dctn((y - operator(m))[0, 0].numpy(), norm="ortho")
+        found.append(-0.5 * float((error**2 / power + np.log(power)).sum(dtype=np.float64)))
+    return np.array(found)
 
 
 def likely_trajectory(
@@ -162,11 +181,13 @@ def likely_trajectory(
 
 
 class Codes(NamedTuple):
-    """Most probable codes (n, code), and of every bone the objective at the start and at the end (n,)."""
+    """Most probable codes (n, code); of every bone the objective at the start and at the end, and what of that is the
+    prior's part, minus the logarithm of the code's density (n,)."""
 
     codes: Tensor
     before: Tensor
     after: Tensor
+    prior: Tensor
 
 
 def most_probable_codes(
@@ -180,7 +201,7 @@ def most_probable_codes(
     """
     variance, share = unexplained(problem, left)
     generator, place = trunk(model.generator), place_of(model)
-    codes, before, after = [], [], []
+    codes, before, after, priors = [], [], [], []
     for begin in range(0, len(start), AT_ONCE):
         part = slice(begin, begin + AT_ONCE)
         own = encode(inverter.encoder, start[part]).to(place).requires_grad_()
@@ -191,15 +212,16 @@ def most_probable_codes(
             pairs = zip(problem.operators[part], drawn, problem.observed[part], strict=True)
             errors = torch.stack([(operator(x) - y).square().sum() for operator, x, y in pairs])
             prior = latent_loss(own, inverter.latent_discriminator).cpu() * own.shape[-1]
-            return share * errors / (2 * variance) + prior
+            return share * errors / (2 * variance) + prior, prior
 
-        for _ in range(steps):
+        for step in range(steps):
             adam.zero_grad()
-            values = objective()
+            values, _ = objective()
             values.sum().backward()
-            before += values.tolist() if _ == 0 else []
+            before += values.tolist() if step == 0 else []
             adam.step()
         with torch.no_grad():
-            after += objective().tolist()
+            values, prior = objective()
+        after, priors = after + values.tolist(), priors + prior.tolist()
         codes.append(own.detach().cpu())
-    return Codes(torch.cat(codes), torch.tensor(before), torch.tensor(after))
+    return Codes(torch.cat(codes), torch.tensor(before), torch.tensor(after), torch.tensor(priors))

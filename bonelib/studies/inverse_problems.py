@@ -22,6 +22,7 @@ from bonelib.scans.phantom.motion import GRADES, spectral_residual, trajectory
 from bonelib.studies.config import InverseProblems
 
 OBSERVED, WIENER, CODE, BOTH = "as observed", "Wiener filter", "code", "code and deviation"
+EITHER = "the likelier of both"
 NETWORK, NETWORK_BOTH = "super-resolution", "super-resolution and deviation"
 NOISE, MOTION, UNKNOWN = "noise", "motion, known", "motion, unknown"
 FEWEST = 2  # training stacks with codes
@@ -135,7 +136,10 @@ def restore(
     codes = ip.most_probable_codes(filtered, problem, model, inverter, left, steps=how.steps, rate=rate)
     drawn = draw_codes(model, codes.codes)
     both = ip.most_probable(drawn, problem, ip.fit_deviation(left), how.filter_steps)
-    return {OBSERVED: seen, WIENER: filtered, CODE: drawn, BOTH: both}, codes
+    about_mean = ip.evidence(problem, mean.expand_as(seen), known - mean)
+    likelier = torch.from_numpy(ip.evidence(problem, drawn, left) - codes.prior.numpy() > about_mean)
+    either = torch.where(likelier[:, None, None, None, None], both, filtered)
+    return {OBSERVED: seen, WIENER: filtered, CODE: drawn, BOTH: both, EITHER: either}, codes
 
 
 def super_resolved(superres: SuperResolution, coarse: Tensor) -> Tensor:
