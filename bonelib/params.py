@@ -14,7 +14,7 @@ from bonelib.core.config import Section, Voxel, read_params, section
 from bonelib.latent.config import Editing, Inversion, Mixing, Transition
 from bonelib.networks.config import SuperRes
 from bonelib.scans.config import Cohort, Phantom, Preprocess
-from bonelib.studies.config import Cost, Experts, Ladder, PhantomCheck, Privacy, Quality, Trials
+from bonelib.studies.config import Cost, Experts, InverseProblems, Ladder, PhantomCheck, Privacy, Quality, Trials
 from bonelib.training.config import TRAININGS, Grading, HierarchicalTrain, Published, Train, training_kind
 
 
@@ -51,6 +51,7 @@ class Profile(Section):
     mixing: Mixing
     editing: Editing
     inversion: dict[str, Inversion]
+    inverse_problems: InverseProblems
     cost: Cost
     ablation: Trials
     experts: Experts

@@ -77,6 +77,31 @@ class Privacy(Section):
     draws: Annotated[int, Field(ge=2)] = 1000
 
 
+class InverseProblems(Section):
+    """Bones from degraded observations: `held_out` stacks and `known` training stacks, of those that have codes.
+
+    On the generator's grid voxels are `factors` times as long, noise has an SD of `noise`, and the arm moves as for
+    `grade`, where it is not known of `trajectories` that are tried; all but the noisy observations have noise of SD
+    `least_noise` (both in mg HA/cm3). Codes take `steps` of Adam, at the rate of their refinement, deviations
+    `filter_steps` of conjugate gradients. At full size there are `full` stacks, `full_known` training stacks, and
+    `measured` by morphometry. `draws` are those of the intervals.
+    """
+
+    held_out: Annotated[int, Field(ge=2)] = 24
+    known: Annotated[int, Field(ge=2)] = 30
+    factors: tuple[Annotated[int, Field(ge=2)], ...] = (2, 4)
+    noise: Positive = 150.0
+    least_noise: Positive = 10.0
+    grade: Annotated[int, Field(ge=2, le=5)] = 4
+    trajectories: Count = 100
+    steps: Count = 60
+    filter_steps: Count = 20
+    full: Annotated[int, Field(ge=2)] = 8
+    full_known: Annotated[int, Field(ge=2)] = 8
+    measured: Annotated[int, Field(ge=0)] = 4
+    draws: Annotated[int, Field(ge=2)] = 1000
+
+
 class Cost(Section):
     """What is timed: both precisions in turns at `stage`, `rounds` times, and each of `stages` once."""
 

@@ -77,7 +77,7 @@ def moved(volume: Volume, rng: np.random.Generator, grade: int) -> tuple[Volume,
         raise InputError(f"motion grade is {grade!r}; accepted are whole numbers from 1 (still) to 5 (severe)")
     voxels = torch.from_numpy(np.ascontiguousarray(volume.voxels, np.float32))
     coarse, spacing, factor = coarser(voxels, volume.spacing, COARSE_MM)
-    events, motion = _suitable(coarse, spacing, rng, GRADES[grade])
+    events, motion = trajectory(coarse, spacing, rng, GRADES[grade])
     residual = spectral_residual(coarse, spacing, events, range(len(coarse)), factor)
     return volume.with_voxels(_added(voxels, residual, factor)), _truth(events, motion)
 
@@ -107,7 +107,7 @@ def motion_measure(judged: Tensor, spacing: tuple, events: list[Event]) -> float
     return float(1 - torch.corrcoef(torch.stack([still.flatten(), now.flatten()]))[0, 1])
 
 
-def _suitable(coarse: Tensor, spacing: tuple, rng: np.random.Generator, how: Grade) -> tuple[list[Event], float]:
+def trajectory(coarse: Tensor, spacing: tuple, rng: np.random.Generator, how: Grade) -> tuple[list[Event], float]:
     """The first trajectory whose motion lies in the band, or the closest one, and its motion."""
     judged, spacing, _ = coarser(coarse, spacing, JUDGED_MM)
     low, high = how.band
