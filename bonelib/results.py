@@ -1,7 +1,7 @@
 """Results of a long run that come with the repository: packed by whoever ran it, laid out by `make results`.
 
 python -m bonelib.results                lays them out in out/results, without running anything
-python -m bonelib.results --pack OUT     puts notebooks, figures, metrics and papers of a run into dvc-store/
+python -m bonelib.results --pack OUT     puts notebooks, metrics, papers and films of a run into dvc-store/
 """
 
 import argparse
@@ -16,6 +16,7 @@ from bonelib.store import fetch_files, pointer, published_hash
 NAME = "results"  # in published/
 TARGET = Path("out/results")
 PARTS = ("notebooks", "figures", "metrics", "experts", "*.pdf", "paper*.csv")
+IN_NOTEBOOKS = ("*.png",)  # pictures that the notebooks hold already
 LARGEST = 60_000_000  # bytes in all
 
 
@@ -29,14 +30,16 @@ def pack(out: str | Path) -> str:
     out, folder = Path(out), pointer(NAME).with_suffix("")
     if not (out / "paper.pdf").is_file():
         raise InputError(f"{out / 'paper.pdf'}: no such file; only a run that reached the paper is packed")
-    found = [path for pattern in PARTS for path in sorted(out.glob(pattern))]
-    size = sum(file.stat().st_size for path in found for file in (path, *path.rglob("*")) if file.is_file())
-    if size > LARGEST:
-        raise InputError(f"{out}: {size / 1e6:.0f} MB of results; accepted are at most {LARGEST / 1e6:.0f} MB")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for path in found:
-        (shutil.copytree if path.is_dir() else shutil.copy2)(path, folder / path.name)
+    for path in (path for pattern in PARTS for path in sorted(out.glob(pattern))):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns(*IN_NOTEBOOKS))
+        else:
+            shutil.copy2(path, folder / path.name)
+    if (size := sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())) > LARGEST:
+        shutil.rmtree(folder)
+        raise InputError(f"{out}: {size / 1e6:.0f} MB of results; accepted are at most {LARGEST / 1e6:.0f} MB")
     return put(NAME)
 
 

@@ -24,7 +24,7 @@ class MeanCode(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.statistics = torch.zeros(1)
+        self.place = torch.device("cpu")
 
     def forward(self, volumes):
         return torch.zeros(len(volumes), 8)

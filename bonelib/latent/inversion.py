@@ -109,9 +109,8 @@ def evenly_spaced(rows: list[dict], count: int | None) -> list[dict]:
 
 def encode(encoder: Encoder, volumes: Tensor) -> Tensor:
     """Codes (n, code) of volumes on the generator's grid, (n, 1, z, y, x)."""
-    place = next(encoder.parameters()).device
     with torch.no_grad():
-        return torch.cat([encoder(part.to(place)).cpu() for part in volumes.split(AT_ONCE)])
+        return torch.cat([encoder(part.to(encoder.place)).cpu() for part in volumes.split(AT_ONCE)])
 
 
 def draw_codes(model: Model, codes: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ class Encoder(nn.Module):
         self.to_code = Dense(widths[0] * base[0] * base[1] * base[2], code)
         self.dense = nn.ModuleList(Dense(code, code, gain=GAIN) for _ in range(dense))
 
+    @property
+    def place(self) -> torch.device:
+        """Where the volumes must be."""
+        return self.statistics.device
+
     def forward(self, volumes: Tensor) -> Tensor:
         mean, sd = self.statistics.reshape(2, -1, 1, 1, 1)
         x = (((haar(volumes) if self.haar else volumes) - mean) / sd).contiguous(memory_format=CHANNELS_LAST)

@@ -219,6 +219,11 @@ class HAGANEncoder(nn.Module):
         self.ground = nn.Sequential(*(Block(i, o, **strided) for i, o in pairs))
         self.code = PlainConv(widths[-1], latent, tuple(base), pad=(0, 0, 0), dtype=dtype)
 
+    @property
+    def place(self) -> torch.device:
+        """Where the volumes must be."""
+        return self.code.weight.device
+
     def forward(self, volumes: Tensor) -> Tensor:
         """The codes (n, latent) of volumes (n, 1, z, y, x) in [0, 1]."""
         return self.encode(self.features(volumes))
