@@ -9,6 +9,7 @@ import pytest
 
 from bonelib import InputError, paper, results
 from bonelib.scans.tables import read_table
+from bonelib.store import pointer
 from bonelib.views import readme
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,8 @@ def test_readme_and_paper_have_the_numbers_of_the_results_in_the_repository(monk
     text = Path("README.md").read_text(encoding="utf-8")
     block, profile = results_of(text)
     assert len(text.splitlines()) <= 120
+    if not pointer(results.NAME).is_file():
+        pytest.skip("no results are packed")
     run = results.lay_out(tmp_path / "out" / profile)
     count, stages = agreeing(read_table(run / "paper.csv"), metrics_of(run))
     assert count > 200 and stages == {f"0{i}" for i in range(1, 10)}
