@@ -5,6 +5,7 @@ python -m bonelib.results --pack OUT     puts notebooks, metrics, papers and fil
 """
 
 import argparse
+import fnmatch
 import shutil
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from bonelib.store import fetch_files, pointer, published_hash
 
 NAME = "results"  # in published/
 TARGET = Path("out/results")
-PARTS = ("notebooks", "figures", "metrics", "experts", "*.pdf", "paper*.csv")
-IN_NOTEBOOKS = ("*.png",)  # pictures that the notebooks hold already
+PARTS = ("notebooks", "figures", "metrics", "*.pdf", "paper*.csv")
+TURNED = "04_image_quality"  # whose bone to turn is packed; another page of that kind is 6 MB each
 LARGEST = 60_000_000  # bytes in all
 
 
@@ -34,13 +35,19 @@ def pack(out: str | Path) -> str:
     folder.mkdir(parents=True)
     for path in (path for pattern in PARTS for path in sorted(out.glob(pattern))):
         if path.is_dir():
-            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns(*IN_NOTEBOOKS))
+            shutil.copytree(path, folder / path.name, ignore=_left_out)
         else:
             shutil.copy2(path, folder / path.name)
     if (size := sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())) > LARGEST:
         shutil.rmtree(folder)
         raise InputError(f"{out}: {size / 1e6:.0f} MB of results; accepted are at most {LARGEST / 1e6:.0f} MB")
     return put(NAME)
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """Pictures, which the notebooks hold already, and bones to turn but for those of one stage."""
+    pages = [] if Path(folder).name == TURNED else fnmatch.filter(names, "explorer*.html")
+    return {*fnmatch.filter(names, "*.png"), *pages}
 
 
 def lay_out(target: str | Path = TARGET) -> Path:
