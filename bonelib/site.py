@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -108,7 +109,7 @@ def write_site(out: str | Path) -> Path:
     for path in notebooks:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         target = site / "notebooks" / f"{path.stem}.html"
-        target.write_text(render(notebook, path.stem), encoding="utf-8")
+        target.write_text(_linked(render(notebook, path.stem), site), encoding="utf-8")
         pages.append((path.stem.replace("_", " "), f"notebooks/{target.name}"))
     bones = [_named(path, site) for path in sorted(site.glob("figures/**/explorer*.html"))]
     films = []
@@ -127,6 +128,15 @@ def write_site(out: str | Path) -> Path:
     body = f"<h1>Bones that nobody had</h1>{lists}"
     (site / "index.html").write_text(_page("Bones that nobody had", body), encoding="utf-8")
     return site
+
+
+def _linked(page: str, site: Path) -> str:
+    """A page of a notebook without its links to pages that packed results leave out."""
+
+    def kept(link):
+        return link[0] if (site / link[1]).exists() else link[2]
+
+    return re.sub(r'<a href="\.\./(figures/[^"]+)"[^>]*>(.*?)</a>', kept, page)
 
 
 def _links(links):
