@@ -51,6 +51,25 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture
+def killed_at(monkeypatch):
+    """killed_at(step): a training in this process saves after every step, and is killed after that one."""
+    from bonelib.training import checkpoint, run
+
+    save = checkpoint.save_state
+
+    def kill(step):
+        def dying(folder, tensors, meta):
+            save(folder, tensors, meta)
+            if meta["steps"] == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
+        monkeypatch.setattr(checkpoint, "save_state", dying)
+
+    return kill
+
+
+@pytest.fixture
 def page(tmp_path):
     """A page of a new Chromium, which may ask for nothing elsewhere and say no errors."""
     from browser import PICTURES, browser

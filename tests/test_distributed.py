@@ -252,16 +252,9 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on_from_its_state(place
     same_model(train_alone(place, tmp_path / "one", "progan"), train_alone(place, tmp_path, "progan"))
 
 
-def test_two_processes_go_on_from_the_state_of_one(place, tmp_path, monkeypatch):
-    whole, save = train_alone(place, tmp_path / "whole", "progan"), checkpoint.save_state
-
-    def dying(folder, tensors, meta):
-        save(folder, tensors, meta)
-        if meta["steps"] == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(checkpoint, "save_state", dying)
+def test_two_processes_go_on_from_the_state_of_one(place, tmp_path, killed_at):
+    whole = train_alone(place, tmp_path / "whole", "progan")
+    killed_at(4)
     with pytest.raises(KeyboardInterrupt):
         train_alone(place, tmp_path, "progan")
     assert ended(start(tmp_path, 2, call_main, arguments(place, tmp_path, "progan"), watch, tmp_path)) == [0, 0]

@@ -16,7 +16,7 @@ from bonelib.latent.models import draw, growth_strip, load_model
 from bonelib.params import check_file
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.tables import read_table
-from bonelib.training import checkpoint, hagan, loop, run
+from bonelib.training import hagan, loop, run
 from bonelib.training.config import HierarchicalTrain, training_section
 
 SMALL = dict(
@@ -97,17 +97,9 @@ def test_r_depends_on_seed_and_update_alone_and_takes_every_start(tmp_path):
     assert {hagan._real(fixed, run.Progress(100, steps=i)).r for i in range(20)} == {0, 2}
 
 
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path, killed_at):
     last = train(tmp_path / "whole")
-    save = checkpoint.save_state
-
-    def dying(folder, tensors, meta):
-        save(folder, tensors, meta)
-        if meta["steps"] == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(checkpoint, "save_state", dying)
+    killed_at(3)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "killed")
     assert train(tmp_path / "killed") == last

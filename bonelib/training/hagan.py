@@ -21,7 +21,7 @@ from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.training import checkpoint, distributed, run
 from bonelib.training.config import HierarchicalTrain
 from bonelib.training.distributed import Ranks
-from bonelib.training.model_folder import Strip, own_grid, write_model
+from bonelib.training.model_folder import Strip, own_grid, start_networks, write_model
 from bonelib.training.run import Progress
 
 STRIP = 8  # fixed latents whose samples are kept along the training
@@ -83,9 +83,8 @@ def train_hagan(
     if found != wanted:
         raise InputError(f"params.yaml: generator: it draws {wanted} voxels, but the stacks have {found}")
     objects = build(params, seed, ranks.device)
-    parts = {name: objects[name] for name in ("generator", "critic", "encoder") if name in objects}
-    began = checkpoint.start_from(start, parts, say if ranks.rank == 0 else lambda *_: None)
-    objects["average"].load_state_dict(objects["generator"].state_dict())
+    heard = say if ranks.rank == 0 else lambda *_: None
+    began = start_networks(objects, ("generator", "critic", "encoder"), start, heard)
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     at = run.run(
         partial(_step, Trained(params, data, objects, seed, ranks)),

@@ -34,7 +34,7 @@ from bonelib.scans.dataset import Stacks, augmented, band_statistics, load_stack
 from bonelib.training import adaptive, checkpoint, distributed, hagan, losses, run, schedule
 from bonelib.training.config import HierarchicalTrain, Train, training_section
 from bonelib.training.distributed import Ranks
-from bonelib.training.model_folder import CURVES, Strip, own_grid, write_model
+from bonelib.training.model_folder import CURVES, Strip, own_grid, start_networks, write_model
 from bonelib.training.run import Progress
 
 STRIP = 8  # fixed latents whose samples are kept along the training
@@ -96,9 +96,7 @@ def train_progressive(
     distributed.check_batches(params.schedule, ranks)
     data, coarser = own_grid(params, data, superres)
     objects = _build(params, data, seed, ranks.device)
-    parts = {name: objects[name] for name in ("generator", "critic")}
-    began = checkpoint.start_from(start, parts, say if ranks.rank == 0 else lambda *_: None)
-    objects["average"].load_state_dict(objects["generator"].state_dict())
+    began = start_networks(objects, ("generator", "critic"), start, say if ranks.rank == 0 else lambda *_: None)
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     pools = lru_cache(1)(partial(_pools, data, len(params.schedule.samples)))
     trained = _Trained(params, data.meta["stack_slices"], pools, objects, seed, ranks, state)

@@ -41,6 +41,14 @@ def own_grid(params: Train | HierarchicalTrain, data: Stacks, superres: str | Pa
     return set_apart(data, params.snapshots.validation) if params.snapshots else data, coarser
 
 
+def start_networks(objects: dict, names: tuple[str, ...], start: str | Path | None, say) -> dict[str, str]:
+    """Fill the networks `names` from the model folder `start`, if given, and the running average likewise; returns the
+    digests of what was found there."""
+    began = checkpoint.start_from(start, {name: objects[name] for name in names if name in objects}, say)
+    objects["average"].load_state_dict(objects["generator"].state_dict())
+    return began
+
+
 def write_model(
     folder: Path,
     params: Train | HierarchicalTrain,

@@ -25,8 +25,8 @@ def findings(profile: str) -> str:
         raise InputError(f"{path}: no such file; `make repro` makes it, with the paper")
     shown: dict[str, str] = {}
     for row in read_table(path):
-        if row["source"] == QUALITY:
-            shown.setdefault(row["key"], row["shown"])
+        if row["source"] == QUALITY and shown.get(row["key"], "%").endswith("%"):  # shares as they stand in tables
+            shown[row["key"]] = row["shown"]
     narrow = [key.removesuffix(".random3d.FD.value") for key in shown if key.endswith(".random3d.FD.value")]
     models = {name.split(" ")[0]: name for name in narrow}  # the last setting of a model is the truncated one
 
