@@ -16,7 +16,7 @@ UPWARD = {
     "latent": {"studies", "views"},
     "studies": {"views"},
 }
-TOOLS = {"corruption", "config", "cost"}  # used by several studies, and no studies of their own
+TOOLS = {"corruption", "config", "cost", "crops"}  # used by several studies, and no studies of their own
 
 
 def imported(path):

@@ -10,6 +10,7 @@ from bonelib import InputError
 from bonelib.evaluation.cohort_morphometry import by_patient
 from bonelib.scans.phantom.scanner import NATIVE_MM, noise_kernel
 from bonelib.scans.volumes import Volume, read_volume
+from bonelib.studies import crops
 from bonelib.studies import phantom_survey as phantoms
 from bonelib.studies import phantom_validation as check
 from bonelib.views import figures
@@ -155,13 +156,13 @@ def test_overlap_of_masks():
 def test_statistics_of_a_crop_are_those_of_its_noise():
     noise = white((40, 40, 40))
     noise[:, :, 18:22] += 900
-    found = phantoms.crop_statistics(Volume(noise, (0.0607,) * 3))
+    found = crops.crop_statistics(Volume(noise, (0.0607,) * 3))
     assert found["marrow_sd"] == pytest.approx(105, rel=0.03) and found["marrow_mean"] == pytest.approx(0, abs=2)
     assert np.abs(found["noise"]).max() < 0.03 and sum(found["histogram"]) == pytest.approx(1, abs=1e-3)
     assert found["autocorrelation"][0][8] > 0.5 > abs(found["autocorrelation"][2][8])  # a plate along z and y
     assert json.loads(json.dumps(found)) == found
     with pytest.raises(InputError, match="500 voxels at least 5 voxels from bone"):
-        phantoms.crop_statistics(Volume(noise[:, :, 16:24], (0.0607,) * 3))
+        crops.crop_statistics(Volume(noise[:, :, 16:24], (0.0607,) * 3))
 
 
 def test_marrow_is_read_far_from_bone_of_the_scan_itself():
@@ -174,15 +175,15 @@ def test_marrow_is_read_far_from_bone_of_the_scan_itself():
     voxels[:, :8] += 600  # bone
     inside = np.zeros(voxels.shape, bool)
     inside[:, :36] = True
-    found = phantoms.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside)
+    found = crops.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside)
     assert found["thirds"][2] / found["thirds"][0] == pytest.approx(1.2, rel=0.05)
     (z1, z2, z3), (y1, *_), (x1, *_) = found["noise"]
     assert z1 == pytest.approx(0.70, abs=0.04) and z2 == pytest.approx(0.24, abs=0.05) and abs(z3) < 0.12
     assert y1 == pytest.approx(0.70, abs=0.04) and abs(x1) < 0.06
     assert found["mean"] == pytest.approx(-20, abs=5)
     voxels[:, 25:] += 60  # too faint to be segmented: no injected noise, but the scan has it
-    assert phantoms.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside)["mean"] > 0
-    assert phantoms.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside & ~inside[:, ::-1]) is None
+    assert crops.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside)["mean"] > 0
+    assert crops.marrow(Volume(voxels.astype(np.float32), (NATIVE_MM,) * 3), inside & ~inside[:, ::-1]) is None
 
 
 def test_directions_of_tilted_plates():
@@ -282,7 +283,7 @@ def test_slices_of_crops_have_one_window_and_a_bar_in_mm():
 
 @pytest.mark.skipif(not CROP.exists(), reason="the genuine scanner crop is not here")
 def test_the_recorded_statistics_are_those_of_the_genuine_crop():
-    found, recorded = phantoms.crop_statistics(read_volume(CROP, unit="mgHA")), phantoms.genuine_statistics()
+    found, recorded = crops.crop_statistics(read_volume(CROP, unit="mgHA")), crops.genuine_statistics()
     for name in ("traits", "sharpened"):
         assert found[name] == pytest.approx(recorded[name], rel=1e-3)
     assert found["histogram"] == pytest.approx(recorded["histogram"], abs=1e-4)

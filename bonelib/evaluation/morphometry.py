@@ -58,7 +58,7 @@ CORTICAL_BONE = 450.0  # mg HA/cm3: what is less, within the cortex, may be a po
 PORE_MM3 = 5 * 0.0607**3  # smaller ones are not told from noise
 SAMPLED_MM = 0.13  # thickness is averaged over points no further apart, of all voxels if these are larger
 LINES = 200  # directions along which intercepts are counted
-FACES = 400_000  # of the bone surface that are looked at for anisotropy, evenly taken from all
+FACES = 100_000  # of the bone surface that are looked at for anisotropy, evenly taken from all
 CORNERS = np.ones((3, 3, 3), bool)  # bone is joined by faces, edges and corners
 
 

@@ -23,6 +23,8 @@ from bonelib.scans.tables import read_table
 from bonelib.scans.volumes import Volume
 
 PROGRESS_S = 20.0
+KEPT = 32  # volumes drawn last, of 8 MB each at laptop size
+_kept: dict[tuple, np.ndarray] = {}
 
 
 def load_codes(folder: str | Path, which: str = "refined") -> tuple[Tensor, list[dict]]:
@@ -92,13 +94,24 @@ def decode(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> Volu
     """
     data = model.config["data"]
     halvings = int(math.log2(max(1.0, voxel_mm / min(data["spacing_mm"]))))
-    stages = model.generator.stages
-    skipped = min(stages - trunk(model.generator).stages, halvings)
-    with torch.inference_mode():
-        noise = torch_rng(seed, "noise of codes")
-        values = model.generator.synthesize(code[None], stages - skipped, noise=noise)[0, 0].numpy()
+    enlarged = model.generator.stages - trunk(model.generator).stages
+    skipped = enlarged if halvings >= enlarged else 0
+    values = _drawn(model, code, seed, skipped)
     volume = calibrated(values, data | {"spacing_mm": [mm * 2**skipped for mm in data["spacing_mm"]]})
     return subsample(volume, 2 ** (halvings - skipped))
+
+
+def _drawn(model: Model, code: Tensor, seed: int, skipped: int) -> np.ndarray:
+    """The volume (z, y, x) of a code in [0, 1]; the last `KEPT` are kept, as paths and figures share their bones."""
+    key = (model.config["sha256"], code.numpy().tobytes(), seed, skipped)
+    if key not in _kept:
+        with torch.inference_mode():
+            noise = torch_rng(seed, "noise of codes")
+            found = model.generator.synthesize(code[None], model.generator.stages - skipped, noise=noise)[0, 0].numpy()
+        while len(_kept) >= KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = found
+    return _kept[key]
 
 
 def each_measured(

@@ -10,19 +10,21 @@ from bonelib.training.config import Train
 
 
 class Quality(Section):
-    """How image quality is measured: `samples` of each model and setting, of which the first `measured` by morphometry.
+    """How image quality is measured: `samples` of each model and setting, of which the first `measured` by morphometry,
+    and `swept` at each level of truncation that is only shown.
 
     A setting is a model at a truncation of its codes, which its own section gives (`networks.config`). `draws` are
     those of the intervals, `pairs` those compared by MS-SSIM; the classifier of patches learns for `classifier`
-    updates, from `classified` patients at most; `inception` and `medicalnet` are files of weights, looked for in the
-    usual cache if null.
+    updates (null: there is none), from `classified` patients at most; `inception` and `medicalnet` are files of
+    weights, looked for in the usual cache if null.
     """
 
     samples: Annotated[int, Field(ge=8)] = 1000
     measured: Annotated[int, Field(ge=2)] = 200
+    swept: Count = 8
     draws: Annotated[int, Field(ge=2)] = 1000
     pairs: Count = 1000
-    classifier: Count = 2000
+    classifier: Count | None = 2000
     classified: Count = 200
     inception: str | None = None
     medicalnet: str | None = None

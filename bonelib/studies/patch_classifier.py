@@ -133,7 +133,10 @@ def _scores(network, volume, seed, kind, number):
 
 
 def compare_stacks(data: Stacks, groups: dict[str, np.ndarray], how: Quality, *, seed: int):
-    """`compare` groups of generated volumes with one stack of each of `how.classified` patients, by `how`."""
+    """`compare` groups of generated volumes with one stack of each of `how.classified` patients, by `how`; nothing
+    where it asks for no classifier."""
+    if how.classifier is None:
+        return [], {}
     one = {row["patient"]: row for row in (*data.of("train"), *data.of("held-out"))}
     owners = sorted(one)[:: max(1, len(one) // how.classified)]
     real = data.pooled([one[name] for name in owners], 0)[:, 0].numpy()

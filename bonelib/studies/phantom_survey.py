@@ -1,14 +1,9 @@
-"""Phantoms are drawn, scanned and measured: rows of truth and measurement, which `phantom_validation` judges.
-
-The genuine crop is of a human distal radius in vivo, XtremeCT II, 0.0607 mm (vtkbone tutorials, TRAB_1237). Its
-statistics are recorded in genuine_crop.json; the crop itself is not part of this repository.
-"""
+"""Phantoms are drawn, scanned and measured: rows of truth and measurement, which `phantom_validation` judges."""
 
 import json
 import sys
 import time
 from concurrent.futures import as_completed
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +19,21 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation import contours as contouring
 from bonelib.evaluation import morphometry, thickness
 from bonelib.evaluation.contours import BONE, SMOOTHING_MM, bounding_box, contours, smoothed
-from bonelib.evaluation.morphometry import fabric, measure, segment, trabecular
+from bonelib.evaluation.morphometry import fabric, measure, trabecular
 from bonelib.scans.phantom import population
 from bonelib.scans.phantom.motion import moved
 from bonelib.scans.phantom.rendering import CORTICAL, TISSUE, TRABECULAR, ULNA, Drawn, draw_visit
 from bonelib.scans.phantom.scanner import NATIVE_MM, PSF_SIGMA_MM, scan
 from bonelib.scans.volumes import Volume
+from bonelib.studies import crops
+from bonelib.studies.crops import LAGS, marrow
 
-CODE = code_hash(scans, contouring, morphometry, thickness, core, sys.modules[__name__])
+CODE = code_hash(scans, contouring, morphometry, thickness, core, crops, sys.modules[__name__])
 INNER = 0.6  # share of the trabecular compartment that counts as its centre
 BORDER_MM = 0.5  # of the trabecular compartment that is left out of its structure, as the cortex shows there
 MOTION_GRADES = (1, 2, 3, 4, 5)
 MOVED = 20  # phantoms at most that are moved: each is scanned six times
 PROGRESS_S = 15.0
-QUIET_VOXELS = 5  # from the nearest segmented bone, where marrow and its noise are read
-LEAST_QUIET = 500  # voxels; of fewer nothing is said
-LAGS = (1, 2, 3)  # voxels, at which noise is compared with itself
-HISTOGRAM = np.arange(-500.0, 1201.0, 50.0)  # mg HA/cm3
-SEARCH_STEP = 12  # voxels between the places that are tried for a phantom's crop
 
 
 def survey(count: int, voxel_mm: float, seed: int, *, first: int = 1, keep: str | Path | None = None) -> list[dict]:
@@ -227,43 +219,6 @@ def _off_z(axis):
     return float(np.degrees(np.arccos(min(1.0, abs(axis[0])))))
 
 
-def marrow(volume: Volume, inside: np.ndarray | None = None) -> dict | None:
-    """Density in mg HA/cm3 of voxels at least `QUIET_VOXELS` from segmented bone, within the mask `inside` (z, y, x).
-
-    `mean` and `sd`; `thirds`, the SDs of three equal parts along z, NaN where one has no voxel; and `noise`, the
-    autocorrelation along z, y and x (3) at `LAGS` (3) over pairs of such voxels. None where they are too few.
-    """
-    bone = segment(volume)
-    inside = np.ones(volume.shape, bool) if inside is None else inside
-    # Bone further away than this from the mask cannot matter
-    box = tuple(slice(max(s.start - QUIET_VOXELS, 0), s.stop + QUIET_VOXELS) for s in bounding_box(inside))
-    voxels, quiet = volume.voxels[box], inside[box] & (ndimage.distance_transform_edt(~bone[box]) >= QUIET_VOXELS)
-    if quiet.sum() < LEAST_QUIET:
-        return None
-    values = voxels[quiet]
-    parts = zip(np.array_split(voxels, 3), np.array_split(quiet, 3), strict=True)
-    return {
-        "mean": float(values.mean(dtype=float)),
-        "sd": float(values.std(dtype=float)),
-        "thirds": [float(v[q].std(dtype=float)) if q.any() else float("nan") for v, q in parts],
-        "noise": [[_noise_correlation(voxels, quiet, axis, lag) for lag in LAGS] for axis in range(3)],
-    }
-
-
-def _noise_correlation(voxels, mask, axis, lag):
-    """Autocorrelation over the pairs of voxels that both lie in the mask, about the mean of each side."""
-    both = np.logical_and(*_apart(mask, axis, lag))
-    if both.sum() < 2:
-        return float("nan")
-    return float(np.corrcoef(*(side[both] for side in _apart(voxels, axis, lag)))[0, 1])
-
-
-def _apart(array, axis, lag):
-    """Two views of an array, `lag` voxels apart along `axis`."""
-    along = np.moveaxis(array, axis, 0)
-    return along[lag:], along[: len(along) - lag]
-
-
 def _marrow_columns(found: dict | None) -> dict[str, float]:
     """`marrow` as columns of a row; `marrow_thirds` is the largest over the least SD, less 1."""
     if found is None:
@@ -273,55 +228,6 @@ def _marrow_columns(found: dict | None) -> dict[str, float]:
     for name, values in zip("zyx", found["noise"], strict=True):
         row |= {f"acf_{name}{lag}": value for lag, value in zip(LAGS, values, strict=True)}
     return row
-
-
-def crop_statistics(volume: Volume) -> dict:
-    """Statistics of a crop inside trabecular bone (mg HA/cm3) that do not show it: plain numbers and lists.
-
-    Morphometry (`traits`, and by Laplace-Hamming `sharpened`), density histogram over `HISTOGRAM` (share per bin),
-    autocorrelation of the density along z, y, x at lags 0-8 voxels, and mean, SD and autocorrelation of the `marrow`.
-    Raises `InputError` for a crop without marrow.
-    """
-    quiet = marrow(volume)
-    if quiet is None:
-        raise InputError(f"the crop has no {LEAST_QUIET} voxels at least {QUIET_VOXELS} voxels from bone")
-    counts, _ = np.histogram(volume.voxels, HISTOGRAM)
-    centred = volume.voxels - volume.voxels.mean(dtype=float)
-    lagged = [[np.multiply(*_apart(centred, axis, lag)).mean(dtype=float) for lag in range(9)] for axis in range(3)]
-    return {
-        "shape": list(volume.shape),
-        "traits": measure(volume, compartments="trabecular"),
-        "sharpened": measure(volume, compartments="trabecular", segmentation="laplace-hamming"),
-        "histogram": (counts / volume.voxels.size).tolist(),
-        "autocorrelation": (np.array(lagged) / (centred**2).mean(dtype=float)).tolist(),
-        "marrow_mean": quiet["mean"],
-        "marrow_sd": quiet["sd"],
-        "noise": quiet["noise"],
-    }
-
-
-def genuine_statistics() -> dict:
-    """`crop_statistics` of the genuine crop, as recorded."""
-    return json.loads(resources.files(__package__).joinpath("genuine_crop.json").read_text(encoding="utf-8"))
-
-
-def phantom_crop(seed: int, density: float, shape: tuple[int, int, int]) -> Volume:
-    """A crop of `shape` voxels from inside the trabecular bone of a full-size phantom of mean density `density`.
-
-    Of the places that lie wholly inside, the one whose mean density is nearest to that wanted.
-    """
-    drawn = draw_visit(seed, 1, 1, NATIVE_MM, sex="F", age=60.0, tb_bmd=density, side="right")
-    seen = scan(drawn.volume, numpy_rng(seed, "noise", 1, 1), noise_sd=population.NOISE[0])
-    inside = ndimage.minimum_filter(drawn.compartments == TRABECULAR, 3)
-    places = []
-    for start in np.ndindex(*[max(1, (n - m) // SEARCH_STEP + 1) for n, m in zip(seen.shape, shape, strict=True)]):
-        part = tuple(slice(SEARCH_STEP * s, SEARCH_STEP * s + m) for s, m in zip(start, shape, strict=True))
-        if inside[part].shape == tuple(shape) and inside[part].all():
-            places.append((abs(float(seen.voxels[part].mean(dtype=float)) - density), start, part))
-    if not places:
-        raise InputError(f"no place of {tuple(shape)} voxels lies wholly inside trabecular bone")
-    *_, part = min(places, key=lambda place: place[:2])
-    return Volume(np.ascontiguousarray(seen.voxels[part]), seen.spacing)
 
 
 def plates(thicknesses=(0.10, 0.12, 0.14, 0.16, 0.18, 0.20, 0.25)) -> list[dict]:

@@ -70,11 +70,33 @@ def draw_visit(seed: int, patient: int, visit: int, voxel_mm: float, **traits) -
 
     It is drawn in slabs along z, which keeps the working memory small. Raises `InputError` for an unknown trait.
     """
+    bone, now, grid, to_bone = _visit(seed, patient, visit, voxel_mm, traits)
+    density, compartments, spongy = _voxels(bone, now["change"], to_bone, grid, voxel_mm)
+    true = _truth(density, compartments, spongy, bone, now)
+    side = bone.traits["side"]
+    if side == "left":  # bones are defined as right ones
+        density, compartments, spongy = (np.ascontiguousarray(p[..., ::-1]) for p in (density, compartments, spongy))
+    return Drawn(Volume(density, (voxel_mm,) * 3, side=side), compartments, spongy, true)
+
+
+def draw_window(seed: int, patient: int, visit: int, voxel_mm: float, start, shape, **traits) -> Volume:
+    """The density of `draw_visit` in a window of `shape` voxels (z, y, x) from `start` on, for a right bone."""
+    bone, now, _, to_bone = _visit(seed, patient, visit, voxel_mm, traits | {"side": "right"})
+    first = torch.tensor([int(n) for n in start])
+    density, *_ = _voxels(bone, now["change"], lambda index: to_bone(index + first), [int(n) for n in shape], voxel_mm)
+    return Volume(density, (voxel_mm,) * 3, side="right")
+
+
+def _visit(seed, patient, visit, voxel_mm, traits):
+    """The bone, what it is at this visit, and the grid of its scan with the map to the bone's frame."""
     check_voxel(voxel_mm)
     bone = _bone(int(seed), int(patient), tuple(sorted(traits.items())))
     now = population.at_visit(bone.traits, seed, patient, visit)
-    change = now["change"]
-    grid, to_bone = _placed(bone, now, numpy_rng(seed, "crop", patient, visit), voxel_mm)
+    return bone, now, *_placed(bone, now, numpy_rng(seed, "crop", patient, visit), voxel_mm)
+
+
+def _voxels(bone: Bone, change: dict, to_bone, grid, voxel_mm: float) -> list[np.ndarray]:
+    """Density, compartment and bone fraction (z, y, x) at the voxels of a grid."""
     network = bone.network._replace(plate_mm=bone.network.plate_mm * change["Tb.BMD"])
     factor = max(1, round(LATTICE_MM / voxel_mm))
     smooth = _smooth_parts(bone, change, to_bone, grid, factor)
@@ -103,12 +125,7 @@ def draw_visit(seed: int, patient: int, visit: int, voxel_mm: float, **traits) -
         part[ulna > 0.5] = ULNA
         part[outside >= 0] = OUTSIDE
         compartments[start:stop] = part
-    density, compartments, spongy = (part.numpy() for part in (density, compartments, spongy))
-    true = _truth(density, compartments, spongy, bone, now)
-    side = bone.traits["side"]
-    if side == "left":  # bones are defined as right ones
-        density, compartments, spongy = (np.ascontiguousarray(p[..., ::-1]) for p in (density, compartments, spongy))
-    return Drawn(Volume(density, (voxel_mm,) * 3, side=side), compartments, spongy, true)
+    return [part.numpy() for part in (density, compartments, spongy)]
 
 
 def _smooth_parts(bone: Bone, change: dict, to_bone, grid, factor: int) -> torch.Tensor:
