@@ -11,13 +11,12 @@ from pathlib import Path
 
 from bonelib import nb
 from bonelib.core.cli import command
-from bonelib.core.parallel import die_with_run, elapsed, keep_freed_memory
+from bonelib.core.parallel import die_with_run, elapsed
 
 
 @command
 def main() -> None:
     die_with_run()
-    keep_freed_memory()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     from bonelib import published
     from bonelib.scans.dataset import load_stacks

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from bonelib import InputError
+from bonelib.core.parallel import keep_freed_memory
 
 
 def command(main: Callable[[], object]) -> Callable[[], int]:
@@ -13,6 +14,7 @@ def command(main: Callable[[], object]) -> Callable[[], int]:
 
     @functools.wraps(main)
     def ended() -> int:
+        keep_freed_memory()
         try:
             code = main()
         except InputError as error:

@@ -20,6 +20,8 @@ from bonelib.scans.tables import read_table
 PUBLISHED = Path(__file__).with_name("published_table1.csv")  # Table 1 of Angermann et al. 2023
 COLUMNS = {"inception": "FID_inc", "medicalnet": "FID_res", "vgs": "FID_vgs"}  # others are FD_ and their name
 ELLIPSE_SD = 2.0
+NONE = (-np.inf, np.inf)
+LIMITS = {"density": (0.0, np.inf)} | dict.fromkeys(("precision", "recall", "coverage", "C2ST"), (0.0, 1.0))
 GRID = 160  # points a side on which ellipses are compared
 
 
@@ -67,8 +69,8 @@ def table(features: dict[str, dict[str, np.ndarray]], patients: list[str], *, se
 
     `features` is {family: {"real": (n, d), "other real": (m, d), setting: (m, d), ...}}; `patients` names the patient
     of each volume of "real", whose patients are resampled. "other real" are real bones of further patients: what a
-    perfect generator would get at this N. Rows: setting, features, metric, value, low, high, real_against_real,
-    n_real, n_fake, n_other, d.
+    perfect generator would get at this N. Intervals end at the `LIMITS` of a metric. Rows: setting, features, metric,
+    value, low, high, real_against_real, n_real, n_fake, n_other, d.
     """
     rows = []
     for family, sets in features.items():
@@ -86,6 +88,9 @@ def table(features: dict[str, dict[str, np.ndarray]], patients: list[str], *, se
             found = half_interval(values, names, range(len(fake)), rng=rng, draws=draws)
             counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other), d=real.shape[1])
             for metric, (value, low, high) in zip(reference, found.parts(), strict=True):
+                low, high = (
+                    end if end is None else float(np.clip(end, *LIMITS.get(metric, NONE))) for end in (low, high)
+                )
                 row = dict(setting=name, features=family, metric=metric, value=value, low=low, high=high)
                 rows.append(row | dict(real_against_real=reference[metric]) | counts)
     return rows

@@ -147,6 +147,8 @@ class _Training(NamedTuple):
         if at := self.load():
             self.say(f"{self.name}: continues at {at.seen} of {at.end} samples")
             return at
+        if self.state and any(self.state.glob("state-*.json")):
+            self.say(f"{self.state}: no state in it fits these parameters, data and code; {self.name} starts anew")
         if marks:
             self.save(first, mark=True)
         return first
