@@ -8,7 +8,7 @@ from oracle import GRID, SPACING, Oracle
 from bonelib import InputError
 from bonelib.core.random import torch_rng
 from bonelib.latent import inversion
-from bonelib.latent.codes import load_codes, mean_code
+from bonelib.latent.codes import decode, load_codes, mean_code
 from bonelib.latent.config import EncoderTraining, Refinement
 from bonelib.latent.encoder_training import load_inverter, train_encoder
 from bonelib.latent.models import Model
@@ -218,6 +218,24 @@ def test_some_stacks_are_spread_over_all():
     rows = [dict(index=i) for i in range(10)]
     assert [row["index"] for row in inversion.evenly_spaced(rows, 4)] == [0, 3, 6, 9]
     assert inversion.evenly_spaced(rows, None) == inversion.evenly_spaced(rows, 99) == rows
+
+
+def test_a_bone_that_is_decoded_again_is_not_drawn_again():
+    torch.manual_seed(0)
+    generator = Cascaded(build_generator(ProGANConfig(widths=(4, 4), latent=6)), SuperResolution(4, 1, 4, 1))
+    data, calls = {"spacing_mm": [0.1] * 3, "intensity": [-500, 1500], "unit": "mgHA"}, []
+    draw = generator.synthesize
+    generator.synthesize = lambda *given, **more: calls.append(given) or draw(*given, **more)
+    model, (first, second) = Model(generator, None, {"data": data}), torch.randn(2, 11)
+    fine, other = decode(model, first, 1), decode(model, second, 1)
+    assert np.array_equal(decode(model, first.clone(), 1).voxels, fine.voxels) and len(calls) == 2
+    assert not np.array_equal(other.voxels, fine.voxels)
+    half = decode(model, first, 1, 0.2)
+    assert len(calls) == 2 and half.spacing == (0.2, 0.2, 0.2)
+    assert half.voxels[0, 0, 0] == pytest.approx(fine.voxels[:2, :2, :2].mean(), abs=1e-2)
+    coarse = decode(model, first, 1, 0.4)  # the generator's own grid, whose means the super-resolution keeps
+    assert len(calls) == 3 and coarse.shape == tuple(n // 4 for n in fine.shape)
+    assert not np.array_equal(decode(model, first, 2).voxels, fine.voxels) and len(calls) == 4
 
 
 def test_the_texture_of_a_scan_joins_its_code():

@@ -4,12 +4,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Module
 
 from bonelib import InputError
 from bonelib.core.parallel import workers
@@ -24,7 +26,7 @@ from bonelib.scans.volumes import Volume
 
 PROGRESS_S = 20.0
 KEPT = 32  # volumes drawn last, of 8 MB each at laptop size
-_kept: dict[tuple, np.ndarray] = {}
+_kept: WeakKeyDictionary[Module, dict[tuple, np.ndarray]] = WeakKeyDictionary()
 
 
 def load_codes(folder: str | Path, which: str = "refined") -> tuple[Tensor, list[dict]]:
@@ -103,15 +105,15 @@ def decode(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> Volu
 
 def _drawn(model: Model, code: Tensor, seed: int, skipped: int) -> np.ndarray:
     """The volume (z, y, x) of a code in [0, 1]; the last `KEPT` are kept, as paths and figures share their bones."""
-    key = (model.config["sha256"], code.numpy().tobytes(), seed, skipped)
-    if key not in _kept:
+    kept, key = _kept.setdefault(model.generator, {}), (code.numpy().tobytes(), seed, skipped)
+    if key not in kept:
         with torch.inference_mode():
             noise = torch_rng(seed, "noise of codes")
-            found = model.generator.synthesize(code[None], model.generator.stages - skipped, noise=noise)[0, 0].numpy()
-        while len(_kept) >= KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = found
-    return _kept[key]
+            found = model.generator.synthesize(code[None], model.generator.stages - skipped, noise=noise)
+        while len(kept) >= KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = found[0, 0].numpy()
+    return kept[key]
 
 
 def each_measured(
