@@ -1,4 +1,4 @@
-"""Static pages of a run: executed notebooks, bones to turn, films to slide through, and the paper (`make site`).
+"""Static pages of a run: executed notebooks, interactive volumes, films with a slider, and the paper (`make site`).
 
 python -m bonelib.site [OUT]
 
@@ -19,6 +19,7 @@ from bonelib import InputError
 from bonelib.core.cli import command
 from bonelib.params import check_file
 
+TITLE = "Synthetic HR-pQCT bones"
 STYLE = """<style>
 body {max-width: 980px; margin: 2em auto; padding: 0 1em; font: 16px/1.5 sans-serif; color: #1b1e23}
 img {max-width: 100%} pre {overflow: auto; background: #f5f5f3; padding: .6em; font-size: 13px}
@@ -120,13 +121,13 @@ def write_site(out: str | Path) -> Path:
     paper = [("the paper", "paper.pdf")] if (site / "paper.pdf").is_file() else []
     heads = {
         "Text": paper,
-        "Bones to turn": bones,
-        "From bone to bone, by a slider": films,
+        "Interactive volumes": bones,
+        "From one bone to another, with a slider": films,
         "Executed notebooks": pages,
     }
     lists = "".join(f"<h2>{head}</h2>{_links(links)}" for head, links in heads.items() if links)
-    body = f"<h1>Bones that nobody had</h1>{lists}"
-    (site / "index.html").write_text(_page("Bones that nobody had", body), encoding="utf-8")
+    body = f"<h1>{TITLE}</h1>{lists}"
+    (site / "index.html").write_text(_page(TITLE, body), encoding="utf-8")
     return site
 
 

@@ -100,6 +100,16 @@ class Page:
             sent = {"type": kind, "key": name, "code": name, "windowsVirtualKeyCode": code or ord(name)}
             self.call("Input.dispatchKeyEvent", **sent, **({"text": text} if text and kind == "keyDown" else {}))
 
+    def drag(self, of, across):
+        """Move the middle of an element by `across` pixels to the right, with the left button held."""
+        x, y = self.js(
+            f"(() => {{ const b = document.querySelector({json.dumps(of)}).getBoundingClientRect();"
+            " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+        )
+        for kind, at, held in (("Pressed", 0, 1), *(("Moved", n / 10, 1) for n in range(1, 11)), ("Released", 1, 0)):
+            where = dict(x=x + at * across, y=y, button="left", buttons=held, clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", **where)
+
     def type(self, text):
         self.call("Input.insertText", text=text)
 

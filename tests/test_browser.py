@@ -10,8 +10,10 @@ import urllib.request
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, PICTURES, RECIPE, colours, drawn, fetched, lab, run_all, used, write_notebook
+from browser import CHROMIUM, PICTURES, RECIPE, drawn, fetched, lab, run_all, used, write_notebook
+from test_site import run_folder
 
+from bonelib import site
 from bonelib.scans.volumes import read_volume
 from bonelib.views import bone3d, form
 
@@ -81,18 +83,23 @@ def test_the_form_keeps_every_answer_and_goes_on_where_it_was(page, tmp_path):
     page.wait(f"{where} == '1 of 3'")  # another rater begins anew
 
 
-def test_the_offline_page_shows_a_volume(page, tmp_path):
+def test_a_visitor_of_the_site_turns_a_bone(page, tmp_path):
     z, y, x = np.mgrid[:8, :72, :56]
     radius = np.hypot((y - 36) / 26, (x - 28) / 20)
     bone = np.where(radius < 0.85, 150.0, np.where(radius < 1, 900.0, 0.0)).astype(np.float32)
-    file = bone3d.page(
-        bone, (0.5, 0.4, 0.4), "A bone", [{"what": "Tb.BMD", "value": "150"}], "recipe", tmp_path / "p.html"
-    )
-    page.open(file.as_uri())
+    run = run_folder(tmp_path / "out")
+    told = [{"what": "Tb.BMD", "value": "150"}]
+    bone3d.page(bone, (0.5, 0.4, 0.4), "A bone", told, "recipe", run / "figures/01/explorer.html")
+    page.open((site.write_site(run) / "index.html").as_uri())
+    link = "document.querySelector('a[href$=\"explorer.html\"]')"
+    page.wait(f"!!{link}")
+    page.js(f"{link}.click()")
     page.wait("!!document.querySelector('#canvasTarget canvas')")
-    picture = drawn(page, "#canvasTarget")
+    before = drawn(page, "#canvasTarget")
+    page.drag("#canvasTarget", 150)
+    drawn(page, "#canvasTarget", unlike=before)
     page.picture(PICTURES / "page.png")
-    assert len(colours(picture)) > 50
+    assert not page.foreign()
 
 
 def test_the_explorer_in_jupyterlab(page, tmp_path):
