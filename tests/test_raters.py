@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 
 from bonelib import InputError
-from bonelib.evaluation import raters
 from bonelib.scans.tables import write_table
+from bonelib.studies import raters
 
 ITEMS = [{"group": "progan", "name": f"sample {i}"} for i in range(20)] + [{"group": "real", "name": "scan 3"}] * 4
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from bonelib.core.files import write_whole
-from bonelib.evaluation.raters import CRITERIA
+from bonelib.studies.raters import CRITERIA
 from bonelib.views.figures import WINDOW
 
 GAP = 4  # voxels between slices
