@@ -24,7 +24,7 @@ MODEL = """
 import torch
 from bonelib.evaluation.features import random3d
 from bonelib.latent.models import Model
-from bonelib.networks import build_generator
+from bonelib.networks.registry import build_generator
 from bonelib.networks.config import ProGANConfig
 from bonelib.views import explorer, scenes
 import numpy as np

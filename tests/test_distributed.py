@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from bonelib import InputError
 from bonelib.core.config import section
-from bonelib.networks import build_critic
 from bonelib.networks.config import CriticNet
+from bonelib.networks.registry import build_critic
 from bonelib.scans.dataset import load_stacks
 from bonelib.training import checkpoint, distributed, hagan, loop, losses, run
 from bonelib.training.config import Train, training_section

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from bonelib.core.random import torch_rng
-from bonelib.networks import build_critic, build_generator
 from bonelib.networks.config import CriticNet, ProGANConfig, StyleGANConfig
 from bonelib.networks.encoder import (
     Encoder,
@@ -15,6 +14,7 @@ from bonelib.networks.encoder import (
     style_layers,
     trunk,
 )
+from bonelib.networks.registry import build_critic, build_generator
 from bonelib.networks.superres import Cascaded, SuperResolution
 
 SMALL = {

@@ -15,8 +15,8 @@ from bonelib import InputError
 from bonelib.evaluation.features import random3d
 from bonelib.latent import sampling
 from bonelib.latent.models import Model, draw
-from bonelib.networks import build_generator
 from bonelib.networks.config import ProGANConfig, StyleGANConfig
+from bonelib.networks.registry import build_generator
 from bonelib.scans.volumes import Volume, read_volume
 from bonelib.views import bone3d, explorer, form, scenes
 

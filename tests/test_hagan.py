@@ -8,11 +8,11 @@ from bonelib import InputError
 from bonelib.core.config import section
 from bonelib.core.pyramid import downsample, upsample
 from bonelib.core.random import torch_rng
-from bonelib.networks import build_critic, build_generator
 from bonelib.networks.config import HAGANConfig, HAGANCriticNet
 from bonelib.networks.encoder import build_encoder, critic_features
 from bonelib.networks.hagan import grid_of
 from bonelib.networks.hagan_layers import FOLD_FROM, PlainConv, SpectralDense
+from bonelib.networks.registry import build_critic, build_generator
 
 SMALL = dict(
     kind="hagan", stages=4, widths=[16, 16, 8], fine=[8], low=[8], encoder=[8, 16], latent=12, division=2

@@ -12,9 +12,9 @@ from bonelib.latent.codes import decode, load_codes, mean_code
 from bonelib.latent.config import EncoderTraining, Refinement
 from bonelib.latent.encoder_training import load_inverter, train_encoder
 from bonelib.latent.models import Model
-from bonelib.networks import build_critic, build_generator
 from bonelib.networks.config import CriticNet, ProGANConfig
 from bonelib.networks.encoder import LatentDiscriminator, build_encoder, critic_features
+from bonelib.networks.registry import build_critic, build_generator
 from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.scans.dataset import Stacks
 

@@ -10,10 +10,10 @@ import yaml
 from bonelib.core.config import section
 from bonelib.core.pyramid import downsample, haar, unhaar, upsample
 from bonelib.core.random import torch_rng
-from bonelib.networks import build_generator
 from bonelib.networks.critic import Critic
 from bonelib.networks.layers import AddNoise, Conv, PixelNorm
 from bonelib.networks.progan import ProGAN
+from bonelib.networks.registry import build_generator
 from bonelib.networks.stylegan import StyleGAN
 from bonelib.training.config import Train
 

@@ -59,13 +59,21 @@ def test_a_mistake_is_named(tmp_path, monkeypatch, edit, says):
 
 def test_the_file_in_the_repository_is_right(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert check_file()["profile"] in ("published", "tiny", "laptop", "paper")
+    assert check_file()["profile"] in ("published", "extended", "tiny", "laptop", "paper")
 
 
 def test_the_command_ends_with_2_and_no_traceback(tmp_path):
     changed(tmp_path, profile="huge")
     done = subprocess.run([sys.executable, "-m", "bonelib.repro"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'huge' does not exist" in done.stderr
+
+
+def test_the_file_is_checked_before_anything_slow_is_imported():
+    slow = "{'torch', 'dvc', 'matplotlib', 'pandas', 'sklearn'}"
+    command = f"import sys, bonelib.repro; sys.exit(' '.join({slow} & set(sys.modules)))"
+    assert (
+        subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True).stderr.strip() == ""
+    )
 
 
 def test_sections_are_frozen_and_their_fingerprint_follows_the_values(monkeypatch):

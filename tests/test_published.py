@@ -15,8 +15,8 @@ from bonelib.core.config import section
 from bonelib.latent.config import EncoderTraining
 from bonelib.latent.encoder_training import known_encoder
 from bonelib.latent.models import load_model
-from bonelib.networks import build_critic, build_generator
 from bonelib.networks.encoder import build_encoder
+from bonelib.networks.registry import build_critic, build_generator
 from bonelib.params import check_file
 from bonelib.training import checkpoint, loop
 from bonelib.training.config import Grading, Train

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from bonelib import InputError
 from bonelib.core.config import section
-from bonelib.networks import build_critic, build_generator
+from bonelib.networks.registry import build_critic, build_generator
 from bonelib.scans.dataset import Stacks, set_apart
 from bonelib.studies import selection
 from bonelib.training import checkpoint, loop

@@ -9,8 +9,8 @@ import torch
 
 from bonelib import InputError
 from bonelib.core.config import section
-from bonelib.networks import build_critic
 from bonelib.networks.config import CriticNet
+from bonelib.networks.registry import build_critic
 from bonelib.params import check_file
 from bonelib.scans.config import Augment
 from bonelib.scans.dataset import Stacks, augmented, order, set_apart

@@ -11,8 +11,8 @@ from bonelib.latent import inversion
 from bonelib.latent import refinement as tuning
 from bonelib.latent.config import Refinement, RefinementGrid
 from bonelib.latent.models import Model
-from bonelib.networks import build_critic
 from bonelib.networks.config import CriticNet
+from bonelib.networks.registry import build_critic
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from bonelib import InputError
 from bonelib.core.config import section
 from bonelib.core.random import torch_rng
-from bonelib.networks import build_critic, build_generator, build_superres
 from bonelib.networks.config import SuperRes
+from bonelib.networks.registry import build_critic, build_generator, build_superres
 from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from bonelib import InputError
 from bonelib.core.pyramid import haar
-from bonelib.networks import BASE
-from bonelib.networks.config import Generator, HAGANConfig
+from bonelib.networks.config import BASE, Generator, HAGANConfig
 from bonelib.networks.critic import Critic
 from bonelib.networks.hagan import HAGANEncoder
 from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense

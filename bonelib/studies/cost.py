@@ -14,9 +14,9 @@ from torch.utils.flop_counter import flop_registry
 
 from bonelib.core.parallel import peak_memory, workers
 from bonelib.core.random import torch_rng
-from bonelib.networks import build_critic, build_generator
 from bonelib.networks.config import CriticNet, Generator
 from bonelib.networks.numerics import compute_dtype
+from bonelib.networks.registry import build_critic, build_generator
 from bonelib.training import losses, run
 
 

@@ -20,9 +20,9 @@ from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import features
 from bonelib.evaluation.features import standardised
 from bonelib.evaluation.statistics import auc, patient_interval, tpr_at
-from bonelib.networks import build_critic
 from bonelib.networks.critic import Critic
 from bonelib.networks.encoder import trunk
+from bonelib.networks.registry import build_critic
 
 FPR = 0.01
 CAUGHT = 0.9  # AUC that a planted leak must reach

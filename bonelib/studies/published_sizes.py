@@ -20,7 +20,7 @@ from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.core.parallel import peak_memory
 from bonelib.core.random import torch_rng
-from bonelib.networks import build_critic, build_generator
+from bonelib.networks.registry import build_critic, build_generator
 from bonelib.params import check_file
 from bonelib.scans.tables import write_table
 from bonelib.studies.cost import update

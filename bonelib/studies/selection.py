@@ -24,7 +24,7 @@ from bonelib.evaluation.features import random3d
 from bonelib.evaluation.metrics import kernel_distance
 from bonelib.evaluation.statistics import half_interval
 from bonelib.latent.models import Model, draw
-from bonelib.networks import build_generator
+from bonelib.networks.registry import build_generator
 from bonelib.scans.dataset import Stacks, load_stacks, set_apart
 from bonelib.scans.tables import as_markdown, read_table, write_table
 from bonelib.training.config import training_section

@@ -14,8 +14,8 @@ from bonelib.core.config import fingerprint
 from bonelib.core.provenance import code_hash
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import RankShard, torch_rng
-from bonelib.networks import build_critic, build_generator
 from bonelib.networks.encoder import build_encoder
+from bonelib.networks.registry import build_critic, build_generator
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.training import checkpoint, distributed, run

@@ -28,7 +28,7 @@ from bonelib.core.config import fingerprint, read_params
 from bonelib.core.provenance import code_hash
 from bonelib.core.pyramid import downsample, upsample
 from bonelib.core.random import RankShard, torch_rng
-from bonelib.networks import build_critic, build_generator
+from bonelib.networks.registry import build_critic, build_generator
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, band_statistics, load_stacks, order
 from bonelib.training import adaptive, checkpoint, distributed, hagan, losses, run, schedule

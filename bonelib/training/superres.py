@@ -22,10 +22,10 @@ from bonelib.core.cli import command
 from bonelib.core.config import fingerprint, read_params, section
 from bonelib.core.provenance import code_hash
 from bonelib.core.random import numpy_rng, torch_rng
-from bonelib.networks import build_superres
 from bonelib.networks.config import SuperRes
 from bonelib.networks.critic import Critic
 from bonelib.networks.numerics import compute_dtype
+from bonelib.networks.registry import build_superres
 from bonelib.networks.superres import HALO, quadrupled, quartered
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, band_statistics, load_stacks, load_textures
