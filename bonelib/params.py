@@ -14,7 +14,17 @@ from bonelib.core.config import Section, Voxel, read_params, section
 from bonelib.latent.config import Editing, Inversion, Mixing, Transition
 from bonelib.networks.config import SuperRes
 from bonelib.scans.config import Cohort, Phantom, Preprocess
-from bonelib.studies.config import Cost, Experts, InverseProblems, Ladder, PhantomCheck, Privacy, Quality, Trials
+from bonelib.studies.config import (
+    Cost,
+    Experts,
+    HAGANStudy,
+    InverseProblems,
+    Ladder,
+    PhantomCheck,
+    Privacy,
+    Quality,
+    Trials,
+)
 from bonelib.training.config import TRAININGS, Grading, HierarchicalTrain, Published, Train, training_kind
 
 
@@ -54,6 +64,7 @@ class Profile(Section):
     inverse_problems: InverseProblems
     cost: Cost
     ablation: Trials
+    hagan_study: HAGANStudy
     experts: Experts
 
     @model_validator(mode="after")

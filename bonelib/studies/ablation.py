@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from bonelib.core.config import fingerprint, section
+from bonelib.core.config import fingerprint
 from bonelib.core.files import write_json
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
@@ -17,10 +17,11 @@ from bonelib.evaluation.statistics import half_interval
 from bonelib.latent.models import draw, load_model
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.studies.config import Trials, changed
-from bonelib.training.config import Train
+from bonelib.training.config import HierarchicalTrain, Train, training_section
 from bonelib.training.loop import CODE, train
 
 COMPONENTS = 48  # principal components of the training stacks, at most, in which samples are compared with them
+PILOT = 34  # steps of the training that tells how long one takes
 LEAST_SD = 0.1  # of the first component's SD, to which the others are raised before they scale anything
 LEVELS = np.linspace(0.2, 0.6, 41)  # of intensity, at one of which most real cortices are closed
 HOLE = 0.06  # of a slice, that a closed cortex encloses at least
@@ -29,31 +30,15 @@ HOLE = 0.06  # of a slice, that a closed cortex encloses at least
 def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) -> tuple[list[dict], dict]:
     """Train every variant with every seed; returns the table and {variant: volumes of its first seed, (n, z, y, x)}.
 
-    A trial trains for `how.seconds` of CPU time on one thread: a short training first tells how many samples that is.
     Rows: variant, seed, samples seen, CPU seconds, and what `against` says of its samples. The row "real" holds one
-    half of the training patients against the other. What is done is not done again by equal code: each trial's row and
-    volumes lie in `folder`.
+    half of the training patients against the other.
     """
-    folder = Path(folder)
-    plain = section(Train, how.base, "ablation.base")
-    coarser = round(np.log2(data.meta["stack_slices"] / 2 ** len(plain.schedule.samples)))
-    data = halved(data, coarser)
+    data = on_grid(how, data)
     reference = data.pooled(data.of("train"), 0)[:, 0].float().numpy()
     patients = [row["patient"] for row in data.of("train")]
     level = ring_level(reference)
 
-    names = [(name, seed + i) for i in range(how.seeds) for name in how.variants]
-    with workers() as pool:
-        jobs = {}
-        for name, own in names:
-            params = section(Train, changed(how.base, how.variants[name]) | {"snapshots": None}, f"ablation.{name}")
-            place = folder / fingerprint(params, data.meta["data_hash"], own, how.seconds, how.samples, CODE)
-            jobs[name, own] = pool.submit(_trained, params, data, place, own, how.seconds, how.samples)
-        drawn = {}
-        for i, key in enumerate(jobs, 1):
-            drawn[key] = jobs[key].result()
-            say(f"trial {i} of {len(jobs)}: {key[0]}, seed {key[1]}", flush=True)
-
+    drawn = trials(how, data, folder, seed=seed, say=say)
     rng = numpy_rng(seed, "halves of the patients")
     chosen = np.isin(patients, rng.permutation(sorted(set(patients)))[: len(set(patients)) // 2])
     one, other = reference[~chosen], reference[chosen]
@@ -65,19 +50,45 @@ def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) 
     return rows, {name: volumes for (name, own), (_, volumes) in drawn.items() if own == seed}
 
 
-def _trained(params: Train, data: Stacks, place: Path, seed: int, seconds: float, samples: int):
+def on_grid(how: Trials, data: Stacks) -> Stacks:
+    """The stacks on the grid that the generator of `how.base` draws."""
+    slices = training_section(how.base, "base").slices
+    return halved(data, round(np.log2(data.meta["stack_slices"] / slices)))
+
+
+def trials(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) -> dict[tuple[str, int], tuple]:
+    """Train every variant with every seed: {(variant, seed): (samples and CPU seconds, volumes (n, z, y, x))}.
+
+    A trial trains for `how.seconds` of CPU time on one thread: a short training first tells how many samples that is.
+    What is done is not done again by equal code: each trial's model, row and volumes lie in `folder`.
+    """
+    data = on_grid(how, data)
+    with workers() as pool:
+        jobs = {}
+        for name, own in [(name, seed + i) for i in range(how.seeds) for name in how.variants]:
+            params = training_section(changed(how.base, how.variants[name]), name)
+            place = Path(folder) / fingerprint(params, data.meta["data_hash"], own, how.seconds, how.samples, CODE)
+            jobs[name, own] = pool.submit(_trained, params, data, place, own, how.seconds, how.samples)
+        done = {}
+        for i, (name, own) in enumerate(jobs, 1):
+            done[name, own] = jobs[name, own].result()
+            say(f"trial {i} of {len(jobs)}: {name}, seed {own}", flush=True)
+    return done
+
+
+def _trained(params: Train | HierarchicalTrain, data: Stacks, place: Path, seed: int, seconds: float, samples: int):
     """One trial: what it took, and the volumes it draws."""
     done = place / "row.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8")), np.load(place / "volumes.npy")
-    updates = params.n_critic * params.schedule.batch[-1]
     times = []
-    for count in (2, 2, 34):  # updates; the difference of the last two leaves out what is done once
+    for count in (2, 2, PILOT):  # steps; the difference of the last two leaves out what is done once
+        count = min(count, max(3, int(2 * seconds / times[-1]))) if len(times) == 2 else count  # steps may be slow
         begun = time.process_time()
-        _train(params, count * updates, data, place / "pilot", seed)
+        _train(params, count * params.step, data, place / "pilot", seed)
         times.append(time.process_time() - begun)
-    pace = max(times[2] - times[1], 0.1 * times[2]) / (32 * updates)
-    seen = max(1, round(seconds / pace / updates)) * updates
+    pace = max(times[2] - times[1], 0.1 * times[2]) / (count - 2)
+    seen = max(1, round(seconds / pace)) * params.step
     begun = time.process_time()
     _train(params, seen, data, place, seed)
     row = {"samples": seen, "CPU s": time.process_time() - begun}
@@ -88,14 +99,10 @@ def _trained(params: Train, data: Stacks, place: Path, seed: int, seconds: float
     return row, volumes
 
 
-def _train(params: Train, samples: int, data: Stacks, place: Path, seed: int) -> None:
-    """Train the stages for `samples` in all, shared out as in `params`."""
-    plan, share = params.schedule, samples / sum(params.schedule.samples)
-    lengths = tuple(max(1, round(n * share)) for n in plan.samples)
-    fades = tuple(round(n * share) for n in plan.fade)
-    params = params.model_copy(update={"schedule": plan.model_copy(update={"samples": lengths, "fade": fades})})
+def _train(params: Train | HierarchicalTrain, samples: int, data: Stacks, place: Path, seed: int) -> None:
+    """Train for `samples` in all."""
     shutil.rmtree(place / "state", ignore_errors=True)
-    train(params, data, place, state=place / "state", seed=seed, say=lambda *_, **__: None)
+    train(params.lasting(samples), data, place, state=place / "state", seed=seed, say=lambda *_, **__: None)
     shutil.rmtree(place / "state")
 
 

@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from bonelib.core.config import Count, NotNegative, Positive, Section, Voxel, section
+from bonelib.core.config import Count, NotNegative, Positive, Section, Share, Voxel
 from bonelib.networks.config import GENERATORS, CriticNet, Generator
-from bonelib.training.config import Train
+from bonelib.training.config import HierarchicalTrain, training_section
 
 
 class Quality(Section):
@@ -119,8 +119,8 @@ class Cost(Section):
 class Trials(Section):
     """Short trainings of variants of one model (see `studies.ablation`).
 
-    `base` is a `Train` section, `variants` are changes of it, nested alike; each is trained with `seeds` seeds, for
-    `seconds` of CPU time, and judged by `samples`; `draws` are those of the intervals.
+    `base` is a section on a training, `variants` are changes of it, nested alike; each is trained with `seeds` seeds,
+    for `seconds` of CPU time, and judged by `samples`; `draws` are those of the intervals.
     """
 
     base: dict[str, Any]
@@ -133,8 +133,42 @@ class Trials(Section):
     @model_validator(mode="after")
     def _trains(self):
         for name, changes in self.variants.items():
-            section(Train, changed(self.base, changes), name)
+            training_section(changed(self.base, changes), name)
         return self
+
+
+class HAGANCost(Section):
+    """What is measured of HA-GAN's cost: `networks` at each of `stages` (cubes of 4 x 2^stage voxels where the base is
+    the published one) beside `generators` and their `critic` at the same, which are boxes of nearly as many voxels.
+
+    At stage `timed`, an iteration is timed `rounds` times in turns with a plain implementation. `networks` null are the
+    published ones.
+    """
+
+    networks: HierarchicalTrain | None = None
+    generators: dict[str, Generator] = {kind: config() for kind, config in GENERATORS.items()}
+    critic: CriticNet = CriticNet()
+    stages: Annotated[tuple[Count, ...], Field(min_length=2)] = (3, 4, 5)
+    timed: Count = 5
+    rounds: Count = 3
+
+
+class HAGANStudy(Section):
+    """HA-GAN at the size that is trained in a notebook.
+
+    `train` is the model that is shown, `trials` are short trainings of what it has and what is left out, the first
+    variant as it is; `blank` is the share of slices, at either end of a stack, that are made empty for one more trial.
+    `real` stacks, of held-out patients and as many of training patients, are what all samples are compared with, and
+    `samples` are drawn of the model that is shown.
+    """
+
+    train: HierarchicalTrain
+    trials: Trials
+    blank: Share = 0.3
+    real: Annotated[int, Field(ge=8)] = 320
+    samples: Annotated[int, Field(ge=8)] = 320
+    draws: Annotated[int, Field(ge=2)] = 200
+    cost: HAGANCost = HAGANCost()
 
 
 def changed(base: dict, changes: dict) -> dict:

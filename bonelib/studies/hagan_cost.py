@@ -12,17 +12,19 @@ length, in a process of its own; it writes iterations.csv and memory.csv.
 import argparse
 import sys
 import time
-from collections import Counter
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bonelib import InputError
 from bonelib.core.cli import command
-from bonelib.core.parallel import peak_memory, workers
+from bonelib.core.parallel import map_large_blocks, peak_memory, workers
 from bonelib.core.random import torch_rng
 from bonelib.networks.config import HAGANConfig, HAGANCriticNet
 from bonelib.networks.hagan_layers import SLOPE
@@ -34,22 +36,43 @@ from bonelib.training.distributed import single_process
 from bonelib.training.run import Progress
 
 WEIGHTS = 16  # bytes a parameter takes in training: itself, its gradient, and two moments of Adam
-
-
 EDGES = (32, 64, 128, 256)  # voxels of the cubes in Table VII
+LARGEST = HierarchicalTrain(
+    generator=HAGANConfig(base=(4, 4, 4), stages=6, encoder=(32, 64, 128, 256)),
+    critic=HAGANCriticNet(high=(16, 32, 64, 128, 256, 512), low=(32, 64, 128, 256)),
+    batch=2,
+)  # the published networks for 256^3
+# An iteration of these loads what libraries load at their first use, which is no part of a network's memory
+SMALL = HierarchicalTrain(
+    generator=HAGANConfig(
+        base=(4, 4, 4), stages=3, widths=(16, 16), fine=(16,), low=(16,), encoder=(16,), latent=16, division=2
+    ),
+    critic=HAGANCriticNet(high=(8, 8, 8), head=(8, 8), low=(8,)),
+    batch=2,
+)
 
 
 def published(edge: int) -> HierarchicalTrain:
-    """The published networks for cubes of `edge` voxels, batch 2.
-
-    The public code has 128 and 256; with their last halvings alone, 32 and 64 have the parameters of Table VII too.
-    """
+    """The published networks for cubes of `edge` voxels, batch 2. The public code has 128 and 256 alone."""
     if edge not in EDGES:
         raise InputError(f"edge is {edge}; accepted are {', '.join(map(str, EDGES))}")
-    left = len(EDGES) - 1 - EDGES.index(edge)  # halvings that the largest networks have before
-    generator = HAGANConfig(base=(4, 4, 4), stages=6 - left, encoder=(32, 64, 128, 256)[left:])
-    critic = HAGANCriticNet(high=(16, 32, 64, 128, 256, 512)[left:], low=(32, 64, 128, 256)[left:])
-    return HierarchicalTrain(generator=generator, critic=critic, batch=2)
+    return coarser(LARGEST, LARGEST.generator.stages - EDGES[::-1].index(edge))
+
+
+def coarser(how: HierarchicalTrain, stages: int) -> HierarchicalTrain:
+    """The same networks for volumes of fewer `stages`: with their last halvings alone.
+
+    So the published ones for 256^3 become those for 128^3, and have the parameters of Table VII at 64^3 and 32^3.
+    """
+    left = how.generator.stages - stages
+    if not 0 <= left < min(len(how.generator.encoder), len(how.critic.low)):
+        fewest = how.generator.stages - min(len(how.generator.encoder), len(how.critic.low)) + 1
+        raise InputError(f"stages is {stages}; accepted are {fewest} to {how.generator.stages}")
+    return HierarchicalTrain(
+        **how.model_dump(exclude={"generator", "critic"}),
+        generator=how.generator.model_dump() | dict(stages=stages, encoder=how.generator.encoder[left:]),
+        critic=how.critic.model_dump() | dict(high=how.critic.high[left:], low=how.critic.low[left:]),
+    )
 
 
 def plain_conv(conv, x: Tensor) -> Tensor:
@@ -136,15 +159,15 @@ def plain_iteration(objects: dict, adams: dict, real: hagan.Part, draws: torch.G
     return losses
 
 
-def setting(how: HierarchicalTrain, seed: int) -> tuple[hagan.Trained, hagan.Part, Progress]:
-    """A training at its start, with volumes of noise, and the sub-volume in the middle."""
+def started(how: HierarchicalTrain, seed: int) -> tuple[hagan.Trained, Progress, hagan.Part]:
+    """What `hagan.update_all` takes: a training at its start, with volumes of noise, and the sub-volume in the middle."""
     objects = hagan.build(how, seed, torch.device("cpu"))
     grid, shape = objects["generator"].grid, tuple(n << how.generator.stages for n in how.generator.base)
     whole = torch.rand(how.batch, 1, *shape, generator=torch_rng(seed, "cost real"))
     r = grid.starts // 2
     low = F.avg_pool3d(whole, grid.scale)
     trained = hagan.Trained(how, None, objects, seed, single_process()._replace(device=torch.device("cpu")))
-    return trained, hagan.Part(whole, low, grid.high(whole, r), r), Progress(10**9)
+    return trained, Progress(10**9), hagan.Part(whole, low, grid.high(whole, r), r)
 
 
 def iteration_times(how: HierarchicalTrain, *, rounds: int, seed: int) -> list[dict]:
@@ -159,7 +182,7 @@ def iteration_times(how: HierarchicalTrain, *, rounds: int, seed: int) -> list[d
         runs = {}
         for name, halo in (("plain", False), ("here", False), ("here, with halo", True)):
             own = how.model_copy(update=dict(generator=how.generator.model_copy(update=dict(halo=halo))))
-            trained, real, at = setting(own, seed)
+            trained, at, real = started(own, seed)
             if name == "plain":
                 adams = {
                     key: torch.optim.Adam(adam.param_groups[0]["params"], adam.defaults["lr"], how.betas, foreach=False)
@@ -192,10 +215,12 @@ def iteration_times(how: HierarchicalTrain, *, rounds: int, seed: int) -> list[d
 
 
 def memory_of_an_iteration(how: HierarchicalTrain, seed: int) -> dict[str, float]:
-    """Voxels, parameters, and MB of an iteration, in a process of its own: predicted and measured.
+    """Voxels, parameters, seconds, and MB of an iteration, in a process of its own: predicted and measured.
 
-    Predicted are 16 bytes a parameter and the most that tensors kept for a backward pass take at once; measured is the
-    peak of the process above its start.
+    Predicted are the MB held, 16 bytes a parameter, 4 for its running average, and the volumes; and those of
+    activations, by which the tensors that are there at once exceed them at most. Measured is the peak of the process
+    above what it held when it had made an iteration of small networks. Of two iterations the second has all moments.
+    Freed memory goes back to the system at once; else its allocator keeps some 200 MB between the weights.
     """
     with workers(1) as pool:
         return pool.submit(_iterated, how, seed).result()
@@ -203,51 +228,55 @@ def memory_of_an_iteration(how: HierarchicalTrain, seed: int) -> dict[str, float
 
 def _iterated(how: HierarchicalTrain, seed: int) -> dict[str, float]:
     torch.set_num_threads(1)
+    map_large_blocks()
+    hagan.update_all(*started(SMALL, seed))
     start = peak_memory()
-    trained, real, at = setting(how, seed)
-    parameters = sum(p.numel() for n in ("generator", "critic", "encoder") for p in trained.objects[n].parameters())
-    average = sum(p.numel() for p in trained.objects["average"].parameters())
-    kept = _Kept(p for n in ("generator", "critic", "encoder") for p in trained.objects[n].parameters())
-    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda saved: saved.tensor):
+    trained, at, real = started(how, seed)
+    parts = [trained.objects[name] for name in ("generator", "critic", "encoder", "average")]
+    parameters = sum(p.numel() for part in parts[:3] for p in part.parameters())
+    average = sum(p.numel() for p in parts[3].parameters())
+    with Live([*real[:3], *(t for part in parts for t in (*part.parameters(), *part.buffers()))]) as live:
         hagan.update_all(trained, at, real)
+        begun = time.thread_time()
+        hagan.update_all(trained, at, real)
+        seconds = time.thread_time() - begun
     held = (WEIGHTS * parameters + 4 * average + 4 * real.whole.numel()) / 2**20
-    activations, measured = kept.most / 2**20, peak_memory() - start
+    predicted, measured = live.most / 2**20, peak_memory() - start
     return {
-        "voxels": real.whole[0].numel(), "parameters": parameters, "MB held": held, "MB of activations": activations,
-        "MB measured": measured, "predicted/measured": (held + activations) / measured,
+        "voxels": real.whole[0].numel(), "parameters": parameters, "seconds": seconds, "MB held": held,
+        "MB of activations": predicted - held, "MB measured": measured, "MB measured, less held": measured - held,
+        "predicted/measured": predicted / measured,
     }  # fmt: skip
 
 
-class _Kept:
-    """The bytes that a backward pass keeps, now and at most; `without` are tensors that are there anyway."""
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are there at once: those given, and those that operations make."""
 
-    def __init__(self, without):
-        self.without, self.holders = {_place(tensor) for tensor in without}, Counter()
-        self.now, self.most = 0, 0
+    def __init__(self, given):
+        super().__init__()
+        self.known, self.now, self.most = set(), 0, 0
+        for tensor in given:
+            self._count(tensor)
 
-    def add(self, tensor: Tensor) -> "_Saved":
-        place, size = _place(tensor), tensor.untyped_storage().nbytes()
-        if place not in self.without:
-            self.holders[place] += 1
-            self.now += size * (self.holders[place] == 1)
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self.known:
+            self.known.add(place)
+            self.now += size
             self.most = max(self.most, self.now)
-        return _Saved(tensor, place, size, self)
+            weakref.finalize(storage, self._forget, place, size)
 
+    def _forget(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
 
-class _Saved:
-    """A tensor that is kept until its backward pass; then it counts no more."""
-
-    def __init__(self, tensor: Tensor, place: int, size: int, kept: _Kept):
-        self.tensor, self.place, self.size, self.kept = tensor, place, size, kept
-
-    def __del__(self):
-        if self.place not in self.kept.without:
-            self.kept.holders[self.place] -= 1
-            self.kept.now -= self.size * (self.kept.holders[self.place] == 0)
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
 
 
 @command

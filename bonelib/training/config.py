@@ -103,6 +103,19 @@ class Train(Section):
         """Of the volumes that the generator draws in the end."""
         return BASE[0] << len(self.schedule.samples)
 
+    @property
+    def step(self) -> int:
+        """Samples that a step of the last stage takes."""
+        return self.n_critic * self.schedule.batch[-1]
+
+    def lasting(self, samples: int) -> "Train":
+        """The same for `samples` in all, shared out over the stages alike, without snapshots."""
+        plan, share = self.schedule, samples / sum(self.schedule.samples)
+        lengths = tuple(max(1, round(n * share)) for n in plan.samples)
+        fades = tuple(round(n * share) for n in plan.fade)
+        plan = plan.model_copy(update={"samples": lengths, "fade": fades})
+        return self.model_copy(update={"schedule": plan, "snapshots": None})
+
 
 class HierarchicalTrain(Section):
     """A HA-GAN and how it is trained; defaults are the published values (Sun et al. 2022, section III-E).
@@ -150,6 +163,15 @@ class HierarchicalTrain(Section):
     def slices(self) -> int:
         """Of the volumes that the generator draws."""
         return self.generator.base[0] << self.generator.stages
+
+    @property
+    def step(self) -> int:
+        """Samples that a step takes."""
+        return self.batch
+
+    def lasting(self, samples: int) -> "HierarchicalTrain":
+        """The same for `samples` in all."""
+        return self.model_copy(update={"samples": samples})
 
 
 TRAININGS = {"progan": Train, "stylegan": Train, "hagan": HierarchicalTrain}  # by the kind of their generator

@@ -1,0 +1,192 @@
+"""HA-GAN beside what it would be without its parts: sub-volumes' borders, empty slices, memory over size."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bonelib.core.config import fingerprint
+from bonelib.core.parallel import map_large_blocks, peak_memory, workers
+from bonelib.core.random import numpy_rng, torch_rng
+from bonelib.evaluation.statistics import patient_interval
+from bonelib.latent.models import Model
+from bonelib.networks.config import CriticNet, Generator, ProGANConfig
+from bonelib.networks.hagan import Grid
+from bonelib.scans.dataset import Stacks
+from bonelib.studies import ablation, cost, hagan_cost
+from bonelib.studies import image_quality as iq
+from bonelib.studies.config import HAGANCost, HAGANStudy, Trials
+
+BLANK = "empty slices"  # the trial whose stacks have some
+REAL = "further real stacks"
+SHOWN = ("FD", "RBF-MMD", "precision", "recall")
+HALO, ZEROS = "with a halo", "zeros beyond, as published"
+EACH = "a million voxels more"
+
+
+def blanked(data: Stacks, share: float, seed: int) -> Stacks:
+    """Every stack with a share of its slices emptied, split at random between its two ends, as scans reach beyond what
+    they are of. A stack is a volume of its own then."""
+    slices, volumes, rows = data.meta["stack_slices"], [], []
+    empty = round(share * slices)
+    for i, row in enumerate(data.rows):
+        one = np.array(data.volumes[row["volume"], row["start"] : row["start"] + slices])
+        first = int(numpy_rng(seed, "empty slices", row["scan"], row["start"]).integers(empty + 1))
+        one[:first], one[slices - (empty - first) :] = 0, 0
+        volumes.append(one)
+        rows.append(row | dict(volume=i, start=0))
+    found = fingerprint(data.meta["data_hash"], share, seed)
+    return Stacks(np.stack(volumes), rows, data.meta | dict(data_hash=found, shape=[slices, *data.meta["shape"][1:]]))
+
+
+def trained(how: HAGANStudy, data: Stacks, folder: str | Path, *, seed: int) -> dict[str, dict[tuple, tuple]]:
+    """The trials of `ablation.trials`, {"": those of stacks as they are, BLANK: that of stacks with empty slices}."""
+    plain = next(iter(how.trials.variants))
+    blank = Trials(**how.trials.model_dump() | dict(variants={BLANK: how.trials.variants[plain]}))
+    emptied = blanked(data, how.blank, seed)
+    return {
+        "": ablation.trials(how.trials, data, folder, seed=seed),
+        BLANK: ablation.trials(blank, emptied, folder, seed=seed),
+    }
+
+
+def compared(data: Stacks, count: int, seed: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Up to `count` stacks of held-out patients, "real", as many of training patients, "other real", (n, z, y, x); and
+    the patient of each of the former."""
+    chosen = {}
+    for name, split in (("real", "held-out"), ("other real", "train")):
+        rows = data.of(split)
+        picked = numpy_rng(seed, "compared", split).permutation(len(rows))[:count]
+        chosen[name] = [rows[i] for i in sorted(picked)]
+    volumes = {name: data.pooled(rows, 0)[:, 0].float().numpy() for name, rows in chosen.items()}
+    return volumes, [row["patient"] for row in chosen["real"]]
+
+
+def junction_jump(volumes: np.ndarray, grid: Grid) -> np.ndarray:
+    """Of volumes (n, z, y, x), how much neighbouring slices differ where two sub-volumes of the partition meet, over
+    how much others do, (n,): 1 where the borders of sub-volumes have left no trace."""
+    steps = np.abs(np.diff(volumes.astype(np.float32), axis=1)).mean((2, 3))
+    meets = [r * grid.scale - 1 for r in grid.partition()[1:]]
+    others = np.setdiff1d(np.arange(steps.shape[1]), meets)
+    return steps[:, meets].mean(1) / np.maximum(steps[:, others].mean(1), 1e-9)
+
+
+@torch.no_grad()
+def seams(model: Model, count: int, seed: int) -> list[dict]:
+    """How a sub-volume differs from the same part of the whole, at each slice before and behind where two meet.
+
+    Rows: slices from the meeting, and the RMS difference over `count` samples with a halo and with zeros beyond the
+    borders, of the same weights, over the SD of the voxels.
+    """
+    generator, rows = model.generator, {}
+    grid, halo, starts = generator.grid, generator.halo, generator.grid.partition()
+    depth = grid.depth * grid.scale
+    for i in range(count):
+        a = generator.features(generator.to_styles(generator.sample_latent(1, torch_rng(seed, "seams", i))))
+        whole = generator.draw_high(a)
+        for name, generator.halo in ((HALO, True), (ZEROS, False)):
+            for r in starts:
+                off = (generator.draw_part(a, r) - grid.high(whole, r)).square().mean((0, 1, 3, 4)) / whole.var()
+                for z, value in enumerate(off.tolist()):
+                    behind = z < depth // 2
+                    if r > 0 if behind else r + grid.depth < grid.cells:
+                        at = z + 1 if behind else z - depth
+                        rows.setdefault(at, {}).setdefault(name, []).append(value)
+    generator.halo = halo
+    return [
+        {"slices from the meeting": at} | {name: float(np.mean(v) ** 0.5) for name, v in rows[at].items()}
+        for at in sorted(rows)
+    ]
+
+
+def table(features: dict, patients: list[str], volumes: dict, grid: Grid, *, seed: int, draws: int) -> list[dict]:
+    """What samples are worth beside real stacks: a row a set, first that of further real stacks.
+
+    `features` is {family: {set: (n, d)}} with "real" and "other real" (see `image_quality.table`), `volumes` {set: (n,
+    z, y, x)}. Each of the measures `SHOWN`, of the ellipses' overlap and of `junction_jump` has its interval.
+    """
+    (family,) = features
+    found = iq.table(features, patients, seed=seed, draws=draws)
+    overlap = iq.overlaps(iq.embedded(features[family]), patients, seed=seed, draws=draws)
+    rows = {REAL: {}} | {row["setting"]: {} for row in overlap}
+    for row in [r for r in found if r["metric"] in SHOWN] + [r | {"metric": "ellipse overlap"} for r in overlap]:
+        name, key = row["metric"], row["setting"]
+        rows[key] |= {name: row["value"], f"{name} low": row["low"], f"{name} high": row["high"]}
+        rows[REAL] |= {name: row["real_against_real"], f"{name} low": None, f"{name} high": None}
+    for name, own in rows.items():
+        jumps = junction_jump(volumes["other real" if name == REAL else name], grid)
+        rng = numpy_rng(seed, "junctions")
+        ends = patient_interval(lambda i, v=jumps: v[i].mean(), range(len(jumps)), rng=rng, draws=draws)
+        own |= {"jump where parts meet": ends.value, "jump low": ends.low, "jump high": ends.high}
+    return [{"set": name} | own for name, own in rows.items()]
+
+
+def over_seeds(rows: list[dict], variants: list[str], measure: str = "FD") -> list[str]:
+    """Sentences on what each variant is worth by a measure, where it was trained with several seeds: as it is or not
+    more than seeds differ. `rows` have variant and seed."""
+    found = {name: [row[measure] for row in rows if row["variant"] == name] for name in variants}
+    plain, *others = variants
+    wide = max(np.ptp(values) for values in found.values())
+    said = []
+    for name in others:
+        more = np.mean(found[name]) - np.mean(found[plain])
+        text = f"{measure} of {name}: {np.mean(found[name]):.3g}, {plain}: {np.mean(found[plain]):.3g}"
+        if len(found[name]) < 2:
+            said.append(f"{text}; one seed, of which nothing follows")
+        elif abs(more) <= wide:
+            said.append(f"{text}; seeds of one variant differ by up to {wide:.3g}, so that nothing follows")
+        else:
+            said.append(f"{text}; {'worse' if more > 0 else 'better'} by more than seeds differ ({wide:.3g})")
+    return said
+
+
+# Cost over size
+
+
+def cost_over_size(how: HAGANCost, seed: int) -> list[dict]:
+    """An iteration of every generator at every size, each in a process of its own, which has one thread.
+
+    Rows: generator, voxels of a volume, seconds, MB measured above the start, and for HA-GAN what was predicted.
+    """
+    rows, largest = [], how.networks or hagan_cost.LARGEST
+    for stages in how.stages:
+        own = hagan_cost.coarser(largest, stages)
+        rows.append(dict(generator="hagan") | hagan_cost.memory_of_an_iteration(own, seed))
+        for name, generator in how.generators.items():
+            with workers(1) as pool:
+                rows.append(pool.submit(_updated, name, generator, how.critic, stages, largest.batch, seed).result())
+    return rows
+
+
+def _updated(name: str, generator: Generator, critic: CriticNet, stage: int, batch: int, seed: int) -> dict:
+    """An update of the critic and one of the generator, measured as `hagan_cost.memory_of_an_iteration` does."""
+    map_large_blocks()
+    once = dict(n_critic=1, rounds=1, seed=seed)
+    small = ProGANConfig(widths=(8, 8), latent=8), CriticNet(widths=(8, 8))
+    cost.update_times(*small, ("float32",), stage=1, batch=1, **once)
+    start = peak_memory()
+    (row,) = cost.update_times(generator, critic, ("float32",), stage=stage, batch=batch, **once)
+    voxels = 63 << 3 * stage
+    return dict(generator=name, voxels=voxels, seconds=row["seconds"]) | {"MB measured": peak_memory() - start}
+
+
+def slopes(rows: list[dict]) -> list[dict]:
+    """MB and seconds that a million voxels more take, of every generator, between its smallest and largest size."""
+    found = []
+    for name in dict.fromkeys(row["generator"] for row in rows):
+        own = sorted((row for row in rows if row["generator"] == name), key=lambda row: row["voxels"])
+        first, last = own[0], own[-1]
+        millions = (last["voxels"] - first["voxels"]) / 1e6
+        more = {key: (last[key] - first[key]) / millions for key in ("MB measured", "seconds")}
+        sizes = {"MB at the smallest": first["MB measured"], "MB at the largest": last["MB measured"]}
+        found.append({"generator": name, **{f"{key}, {EACH}": value for key, value in more.items()}, **sizes})
+    return found
+
+
+def advantage(found: list[dict]) -> str:
+    """Whether the slope of memory over size is HA-GAN's advantage, by `slopes`."""
+    key = f"MB measured, {EACH}"
+    mine, others = found[0][key], {row["generator"]: row[key] for row in found[1:]}
+    told = ", ".join(f"{name} {value:.0f}" for name, value in others.items())
+    what = "is" if mine < min(others.values()) else "is not"
+    return f"The slope of memory over size {what} HA-GAN's advantage: {mine:.0f} MB {EACH}, {told}."
