@@ -96,6 +96,10 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "05_inversion/progan/full_size",
         "S4_metric_sensitivity/sensitivity",
         "S5_privacy/scores_progan",
+        "S7_hagan/samples_coronal",
+        "S7_hagan/seams",
+        "S7_hagan/map",
+        "S7_hagan/memory",
         "04_image_quality/mds",
         "04_image_quality/spectra",
         "06_image_transition/progan/figure5",
@@ -135,6 +139,17 @@ def test_the_pipeline_gives_held_out_bones_their_codes(pipeline):
     metrics = json.loads((pipeline / "out/tiny/metrics/05_inversion_progan.json").read_text())
     for way in ("mean bone", "encoder", "optimisation", "hybrid"):
         assert all(metrics[f"{way}.PSNR, dB.{key}"] > 0 for key in ("value", "low", "high", "N", "patients"))
+
+
+@pytest.mark.pipeline
+def test_the_pipeline_compares_hagan_with_what_it_is_without_its_parts(pipeline):
+    metrics = json.loads((pipeline / "out/tiny/metrics/S7_hagan.json").read_text())
+    for one in ("as they are.HA-GAN", "as they are.no coarse branch, seed 1", "empty slices.empty slices, seed 1"):
+        assert all(isinstance(metrics[f"{one}.{key}"], float) for key in ("FD", "RBF-MMD", "jump low", "jump high"))
+        assert 0 <= metrics[f"{one}.ellipse overlap"] <= 1
+    for name in ("hagan", "progan"):
+        assert metrics[f"slope.{name}.MB at the largest"] > metrics[f"slope.{name}.MB at the smallest"] > 0
+    assert metrics["iteration.plain.GFLOP"] > metrics["iteration.here.GFLOP"] > 0
 
 
 @pytest.mark.pipeline

@@ -160,7 +160,7 @@ def plain_iteration(objects: dict, adams: dict, real: hagan.Part, draws: torch.G
 
 
 def started(how: HierarchicalTrain, seed: int) -> tuple[hagan.Trained, Progress, hagan.Part]:
-    """What `hagan.update_all` takes: a training at its start, with volumes of noise, and the sub-volume in the middle."""
+    """What `hagan.update_all` takes: a training at its start, volumes of noise, and the sub-volume in the middle."""
     objects = hagan.build(how, seed, torch.device("cpu"))
     grid, shape = objects["generator"].grid, tuple(n << how.generator.stages for n in how.generator.base)
     whole = torch.rand(how.batch, 1, *shape, generator=torch_rng(seed, "cost real"))

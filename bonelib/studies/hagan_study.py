@@ -116,14 +116,16 @@ def table(features: dict, patients: list[str], volumes: dict, grid: Grid, *, see
     for name, own in rows.items():
         jumps = junction_jump(volumes["other real" if name == REAL else name], grid)
         rng = numpy_rng(seed, "junctions")
-        ends = patient_interval(lambda i, v=jumps: v[i].mean(), range(len(jumps)), rng=rng, draws=draws)
-        own |= {"jump where parts meet": ends.value, "jump low": ends.low, "jump high": ends.high}
+        ends = patient_interval(lambda i, v=jumps: float(v[i].mean()), range(len(jumps)), rng=rng, draws=draws)
+        own |= {"jump where parts meet": ends.value, "jump low": float(ends.low), "jump high": float(ends.high)}
     return [{"set": name} | own for name, own in rows.items()]
 
 
 def over_seeds(rows: list[dict], variants: list[str], measure: str = "FD") -> list[str]:
-    """Sentences on what each variant is worth by a measure, where it was trained with several seeds: as it is or not
-    more than seeds differ. `rows` have variant and seed."""
+    """Sentences on what each variant is worth by a measure, beside the first one: by more than seeds differ, or not.
+
+    `rows` are those of `table`, with variant and seed.
+    """
     found = {name: [row[measure] for row in rows if row["variant"] == name] for name in variants}
     plain, *others = variants
     wide = max(np.ptp(values) for values in found.values())
