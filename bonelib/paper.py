@@ -11,6 +11,7 @@ import argparse
 import inspect
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,11 @@ def departures(model: str, config: dict, own: dict, published: dict) -> list[dic
     kind, in the profile `paper`.
     """
     kind = model if model in published["train"] else config["train"]["generator"]["kind"]
-    pairs = [("train", Train, config["train"], published["train"][kind])]
-    pairs.append(("inversion", Inversion, own["inversion"][model], published["inversion"][kind]))
+    pairs = [("train", training_section, config["train"], published["train"][kind])]
+    pairs.append(("inversion", partial(section, Inversion), own["inversion"][model], published["inversion"][kind]))
     rows = []
-    for name, how, found, given in pairs:
-        here, there = (dict(flat(section(how, values, name).model_dump(mode="json"))) for values in (found, given))
+    for name, checked, found, given in pairs:
+        here, there = (dict(flat(checked(values, name).model_dump(mode="json"))) for values in (found, given))
         for key in sorted(here.keys() | there.keys()):
             if here.get(key) != there.get(key) and not key.endswith(".published"):
                 row = {"model": model, "key": f"{name}.{key}", "published": there.get(key), "here": here.get(key)}

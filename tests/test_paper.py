@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bonelib import InputError, paper, results
+from bonelib.params import check_file
 from bonelib.scans.tables import read_table
 from bonelib.store import pointer
 from bonelib.views import readme
@@ -184,3 +185,14 @@ def test_the_readme_is_written_from_the_numbers_of_the_paper(pipeline, monkeypat
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines() if line.startswith("|")]
     numbers = [n for row in rows[2:] for cell in row[1:] for n in re.findall(r"[−\d.]+(?: %)?", cell)]
     assert profile == "tiny" and len(numbers) > 20 and set(numbers) <= shown
+
+
+def test_departures_of_a_hierarchical_model_are_found_as_others_are(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    profiles = check_file()["profiles"]
+    own = profiles["tiny"]
+    rows = paper.departures("hagan", {"train": own["train"]["hagan"]}, own, profiles["paper"])
+    found = {row["key"]: (row["published"], row["here"]) for row in rows}
+    assert found["train.generator.widths"] == ([512, 512, 256, 128, 64], [16, 16, 16])
+    assert found["train.samples"] == (320_000, 16) and found["inversion.refine.steps"][1] == 2
+    assert "train.lambdas" not in found  # as published
