@@ -220,7 +220,8 @@ def memory_of_an_iteration(how: HierarchicalTrain, seed: int) -> dict[str, float
     Predicted are the MB held, 16 bytes a parameter, 4 for its running average, and the volumes; and those of
     activations, by which the tensors that are there at once exceed them at most. Measured is the peak of the process
     above what it held when it had made an iteration of small networks. Of two iterations the second has all moments.
-    Freed memory goes back to the system at once; else its allocator keeps some 200 MB between the weights.
+    Freed memory goes back to the system at once; else its allocator keeps some 200 MB between the weights. Copies of
+    weights that convolutions make while they run are not predicted: tens of MB for the published networks.
     """
     with workers(1) as pool:
         return pool.submit(_iterated, how, seed).result()
