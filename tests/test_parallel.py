@@ -82,3 +82,21 @@ def _alive(number):
         return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_blocks_go_back_to_the_system_though_a_stage_keeps_freed_memory():
+    code = (
+        "import numpy as np; from bonelib.core.parallel import map_large_blocks; map_large_blocks()\n"
+        "def held(): return next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmRSS'))\n"
+        "before = held(); blocks = [np.ones(2**20) for _ in range(8)]; most = held(); del blocks\n"
+        "print(most - before > 60_000 and held() - before < 10_000)"
+    )
+    env = {
+        **os.environ,
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

@@ -117,10 +117,12 @@ def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
 def map_large_blocks() -> None:
     """Have glibc map every block of a megabyte on its own, so that it goes back to the system as soon as it is freed.
 
-    Else glibc learns to keep such blocks between smaller ones, and a kernel grows by hundreds of megabytes.
+    Else glibc learns to keep such blocks between smaller ones, and a kernel grows by hundreds of megabytes. It undoes
+    `keep_freed_memory`, which a stage asks for by environment variables.
     """
     with contextlib.suppress(OSError, AttributeError):  # another system has another way
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # -3 = M_MMAP_THRESHOLD
+        for setting, value in ((-4, 1 << 16), (-3, 1 << 20)):  # M_MMAP_MAX, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(setting, value)
 
 
 def keep_freed_memory() -> None:
