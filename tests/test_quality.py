@@ -107,6 +107,9 @@ def test_table1_has_its_twelve_settings_and_our_numbers_beside_the_published(row
     assert "[" in partly[0]["FD_morphometry"] and partly[1]["FD_morphometry"] == "not measured"
     with pytest.raises(InputError, match="'progan 3'"):
         iq.table1([fd | {"setting": "progan 3"}], ["progan"], "random3d")
+    *twelve, last = iq.table1([*rows, fd | {"setting": "hagan 5"}], ["progan", "hagan"], "random3d")
+    assert twelve == found and last["setting"] == "hagan 5" and not last["published FID_inc"]
+    assert last["FD_random3d"] == found[0]["FD_random3d"] and last["rec_random3d"] == "not measured"
 
 
 def test_the_published_table_obeys_the_law_of_truncation():

@@ -100,22 +100,28 @@ def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
     """Table 1: its twelve settings with the published values and, where the model was trained here, ours beside them.
 
     FD columns are named for the features that were used; precision and recall are those of the features `judge`.
-    Every number of ours is followed by its interval and, after a stroke, by that of real against real.
+    Every number of ours is followed by its interval and, after a stroke, by that of real against real. Settings of
+    `models` that the table does not have follow, without published values.
     """
     found = {(r["setting"], r["features"], r["metric"]): r for r in rows}
-    families, trained = list(dict.fromkeys(r["features"] for r in rows)), {r["setting"] for r in rows}
+    families, trained = (
+        list(dict.fromkeys(r["features"] for r in rows)),
+        list(dict.fromkeys(r["setting"] for r in rows)),
+    )
+    published = read_table(PUBLISHED)
+    lines = {setting(line["model"], float(line["tr"])): line for line in published}
+    own = {name: name.rsplit(" ", 1)[0] for name in trained if name not in lines}
+    own = {name: model for name, model in own.items() if model in models}
+    if stray := sorted(name for name, model in own.items() if model in {line["model"] for line in published}):
+        raise InputError(f"quality: {stray} are no settings of Table 1; accepted are {sorted(lines)}")
     out = []
-    for line in read_table(PUBLISHED):
-        name = setting(line["model"], float(line["tr"]))
+    for name, line in (lines | dict.fromkeys(own, dict.fromkeys(published[0], ""))).items():
         row = {"setting": name, **{k: line[k] for k in ("c_c", "c_g", "alpha", "n_c")}}
         row |= {f"published {k}": line[k] for k in ("FID_inc", "FID_res", "FID_vgs", "prec", "rec")}
         wanted = {COLUMNS.get(f, f"FD_{f}"): (name, f, "FD") for f in families}
         wanted |= {f"prec_{judge}": (name, judge, "precision"), f"rec_{judge}": (name, judge, "recall")}
         none = "not measured" if name in trained else "not trained"
         out.append(row | {key: _cell(found[where]) if where in found else none for key, where in wanted.items()})
-    known = {row["setting"] for row in out}
-    if stray := {r["setting"] for r in rows if r["setting"] not in known and r["setting"].rsplit(" ", 1)[0] in models}:
-        raise InputError(f"quality: {sorted(stray)} are no settings of Table 1; accepted are {sorted(known)}")
     return out
 
 
