@@ -7,9 +7,9 @@ from test_ablation import InThisProcess
 
 from bonelib.core.config import section
 from bonelib.latent.models import Model
-from bonelib.networks import build_generator
 from bonelib.networks.config import HAGANConfig
 from bonelib.networks.hagan import Grid
+from bonelib.networks.registry import build_generator
 from bonelib.scans.dataset import Stacks
 from bonelib.studies import ablation
 from bonelib.studies import hagan_study as study
@@ -76,7 +76,10 @@ def test_samples_have_a_row_with_intervals_below_that_of_further_real_stacks():
     real, far = study.table({"random3d": features}, [f"p{i // 2}" for i in range(16)], volumes, Grid(4, 2, 4), **how)
     assert (real["set"], far["set"]) == (study.REAL, "far") and far["FD"] > 10 * real["FD"]
     assert far["FD low"] <= far["FD"] <= far["FD high"] and far["ellipse overlap"] < real["ellipse overlap"]
-    assert far["jump low"] <= far["jump where parts meet"] <= far["jump high"]
+    assert far["jump low"] <= far["jump"] <= far["jump high"]
+    first, last = study.readable([real | {"stacks": "all"}, far])
+    assert first["stacks"] == "all" and not last["stacks"] and "no interval" in first["FD"]
+    assert last["FD"] == f"{far['FD']:.3g} ({far['FD low']:.3g} to {far['FD high']:.3g})"
 
 
 def test_a_part_matters_where_it_makes_more_of_a_difference_than_a_seed():

@@ -20,6 +20,7 @@ from bonelib.studies.config import HAGANCost, HAGANStudy, Trials
 BLANK = "empty slices"  # the trial whose stacks have some
 REAL = "further real stacks"
 SHOWN = ("FD", "RBF-MMD", "precision", "recall")
+MEASURES = (*SHOWN, "ellipse overlap", "jump")
 HALO, ZEROS = "with a halo", "zeros beyond, as published"
 EACH = "a million voxels more"
 
@@ -117,8 +118,19 @@ def table(features: dict, patients: list[str], volumes: dict, grid: Grid, *, see
         jumps = junction_jump(volumes["other real" if name == REAL else name], grid)
         rng = numpy_rng(seed, "junctions")
         ends = patient_interval(lambda i, v=jumps: float(v[i].mean()), range(len(jumps)), rng=rng, draws=draws)
-        own |= {"jump where parts meet": ends.value, "jump low": float(ends.low), "jump high": float(ends.high)}
+        own |= {"jump": ends.value, "jump low": float(ends.low), "jump high": float(ends.high)}
     return [{"set": name} | own for name, own in rows.items()]
+
+
+def readable(rows: list[dict]) -> list[dict]:
+    """The rows of `table` with a measure and its interval in one cell."""
+
+    def cell(row, name):
+        ends = [row[f"{name} {end}"] for end in ("low", "high")]
+        return f"{row[name]:.3g} " + ("(no interval)" if None in ends else "({:.3g} to {:.3g})".format(*ends))
+
+    others = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.startswith(MEASURES)]
+    return [{key: row.get(key, "") for key in others} | {name: cell(row, name) for name in MEASURES} for row in rows]
 
 
 def over_seeds(rows: list[dict], variants: list[str], measure: str = "FD") -> list[str]:
