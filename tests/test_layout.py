@@ -17,6 +17,7 @@ UPWARD = {
     "studies": {"views"},
 }
 TOOLS = {"corruption", "config", "cost", "crops"}  # used by several studies, and no studies of their own
+TOOLS |= {"ablation", "hagan_cost", "image_quality"}  # studies, whose trials and tables that of HA-GAN takes up
 
 
 def imported(path):
