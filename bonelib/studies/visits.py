@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bonelib import InputError
-from bonelib.core.parallel import workers
-from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.statistics import Interval, patient_interval, patient_mean
@@ -20,9 +18,8 @@ from bonelib.latent.models import Model
 from bonelib.latent.target_optimisation import optimise_to_target
 from bonelib.scans.config import Preprocess
 from bonelib.scans.dataset import Stacks
-from bonelib.scans.phantom import make_radius
 from bonelib.scans.phantom.population import SLOW_CHANGE, Course
-from bonelib.scans.phantom.stacks import coarsened, middle_stack
+from bonelib.scans.phantom.stacks import draw_visits
 from bonelib.studies.config import VisitsAndAtlases
 
 FIRST = 200_000  # patients of the arm are the phantom's from this number on, whom no cohort holds
@@ -50,31 +47,14 @@ def draw_arm(how: VisitsAndAtlases, given: Preprocess, spacing_mm: float, halvin
     """Phantoms with a visit a year, whose trabeculae change by `how.change` of their first thickness every year: the
     first `how.known` visits, and the last.
 
-    Their stacks are of the middle of a scan preprocessed as `given` says, on the grid of the stacks (`spacing_mm`)
-    averaged over blocks of 2^`halvings` voxels a side. Pose, field of view and noise are every visit's own.
+    The grid is that of stacks of `spacing_mm`, preprocessed as `given` says, after so many halvings.
     """
     years = (*map(float, range(how.known)), how.visits - 1.0)
-    course = Course(years, SLOW_CHANGE | {TRAIT: (how.change, how.spread)})
-    coarse, voxel_mm, left = coarsened(given, spacing_mm, halvings, COARSE_MM)
-    with workers() as pool:
-        jobs = [pool.submit(_visits_of, FIRST + k, course, coarse, voxel_mm, seed) for k in range(how.patients)]
-        found = [job.result() for job in jobs]
-    stacks = torch.from_numpy(np.concatenate([stacks for stacks, _ in found]))[:, None]
-    for _ in range(left):
-        stacks = downsample(stacks)
-    density = np.array([density for _, density in found])
-    names = [f"phantom {FIRST + k}" for k in range(how.patients)]
-    return Arm(stacks.unflatten(0, density.shape), years, density, names)
-
-
-def _visits_of(patient: int, course: Course, how: Preprocess, voxel_mm: float, seed: int):
-    """The stacks of a patient (visit, z, y, x), and the densities of the drawn voxels."""
-    stacks, density = [], []
-    for visit in range(1, len(course.years) + 1):
-        bone, truth = make_radius(seed, voxel_mm=voxel_mm, patient=patient, visit=visit, course=course)
-        stacks.append(middle_stack(bone, truth["noise_sd"], how, seed, "noise of visits", patient, visit))
-        density.append(truth[f"true_{TRAIT}"])
-    return np.stack(stacks), density
+    course, numbers = Course(years, SLOW_CHANGE | {TRAIT: (how.change, how.spread)}), range(FIRST, FIRST + how.patients)
+    visits = range(1, len(years) + 1)
+    stacks, truths = draw_visits(numbers, visits, course, given, spacing_mm, halvings, COARSE_MM, seed)
+    density = np.array([[truth[f"true_{TRAIT}"] for truth in of_patient] for of_patient in truths])
+    return Arm(stacks, years, density, [f"phantom {number}" for number in numbers])
 
 
 def invert_visits(volumes: Tensor, known: int, model: Model, inverter: Inverter, how, say=print) -> Tensor:
