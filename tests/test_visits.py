@@ -247,3 +247,5 @@ def test_a_set_has_the_histogram_that_samples_do_not_have(tool):
         made.codes[~made.moved][0], samples[int((samples == made.codes[~made.moved][0]).all(1).nonzero())]
     )
     assert len(target_set.curves(sets)["set"][0]) == 40
+    mean, size = target_set.checked(np.array([1.0, 2.0, 3.0]), np.array([3.0, 1.0, np.nan]), seed=1, draws=10)
+    assert (mean["value"], size["value"], mean["N"]) == (0.5, 1.5, 2)

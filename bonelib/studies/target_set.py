@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.statistics import Interval, half_interval
+from bonelib.evaluation.statistics import Interval, half_interval, patient_mean
 from bonelib.latent.attribute_model import AttributeModel, readings
 from bonelib.latent.target_optimisation import optimise_to_target
 
@@ -92,6 +92,15 @@ def compared(to: Histogram, sets: dict[str, np.ndarray], *, seed: int, draws: in
 
 def _plain(found: Interval) -> dict:
     return {key: value for key, value in found._asdict().items() if key != "patients"}
+
+
+def checked(wanted: np.ndarray, seen: np.ndarray, *, seed: int, draws: int) -> list[dict]:
+    """How far what another instrument sees of a set (n,) lies from what was wanted (n,): two rows, with intervals."""
+    off, bones = np.asarray(seen, float) - wanted, range(len(wanted))
+    ways = {"mean difference from what was asked": off, "mean absolute difference": np.abs(off)}
+    rng = {name: numpy_rng(seed, "checked", name) for name in ways}
+    found = {name: patient_mean(values, bones, rng=rng[name], draws=draws) for name, values in ways.items()}
+    return [{"": name} | _plain(interval) for name, interval in found.items()]
 
 
 def curves(sets: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
