@@ -24,6 +24,7 @@ from bonelib.studies.config import (
     Privacy,
     Quality,
     Trials,
+    VisitsAndAtlases,
 )
 from bonelib.training.config import TRAININGS, Grading, HierarchicalTrain, Published, Train, training_kind
 
@@ -62,6 +63,7 @@ class Profile(Section):
     editing: Editing
     inversion: dict[str, Inversion]
     inverse_problems: InverseProblems
+    visits_and_atlases: VisitsAndAtlases
     cost: Cost
     ablation: Trials
     hagan_study: HAGANStudy

@@ -156,6 +156,11 @@ def with_texture(model: Model, codes: Tensor, textures: np.ndarray) -> Tensor:
     return torch.cat([codes, draws if codes.dim() == 2 else draws[:, None].expand(-1, codes.shape[1], -1)], -1)
 
 
+def with_average_texture(model: Model, codes: Tensor) -> Tensor:
+    """Codes of the generator itself (..., code), followed by the draw of the average texture, if it has any."""
+    return F.pad(codes, (0, texture_length(model.generator)))
+
+
 # Refinement
 
 

@@ -4,8 +4,6 @@
 A code with several styles is (styles, width), from coarse to fine; `synthesize` takes (n, styles, width).
 """
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,9 +21,8 @@ from bonelib.latent.models import Model
 from bonelib.scans.config import Preprocess
 from bonelib.scans.phantom import make_radius
 from bonelib.scans.phantom.population import LIMITS
-from bonelib.scans.phantom.scanner import scan
-from bonelib.scans.preprocessing import preprocess, to_unit
-from bonelib.scans.volumes import Volume, mirrored
+from bonelib.scans.phantom.stacks import coarsened, middle_stack
+from bonelib.scans.volumes import Volume
 
 UNSEEN = 100_000  # twins are patients of the phantom's from this number on, whom no cohort holds
 TRAITS = ("Tt.Ar", "Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
@@ -160,13 +157,11 @@ def paired_phantoms(count: int, mineral: float, how: Preprocess, spacing_mm: flo
     They are stacks from the middle of a scan preprocessed as `how` says, on the grid of the stacks (`spacing_mm`)
     averaged over blocks of 2^`halvings` voxels a side; where that is coarse, they are drawn on voxels of `COARSE_MM`.
     """
-    drawn = min(halvings, int(math.log2(max(1.0, COARSE_MM / spacing_mm))))
-    shape = tuple(n // (how.subsample * 2**drawn) for n in how.shape)
-    coarse = how.model_copy(update=dict(shape=shape, subsample=1, stack_slices=how.stack_slices // 2**drawn))
+    coarse, voxel_mm, left = coarsened(how, spacing_mm, halvings, COARSE_MM)
     with workers() as pool:
-        jobs = [pool.submit(_pair_of_phantoms, k, mineral, coarse, spacing_mm * 2**drawn, seed) for k in range(count)]
+        jobs = [pool.submit(_pair_of_phantoms, k, mineral, coarse, voxel_mm, seed) for k in range(count)]
         stacks = torch.from_numpy(np.concatenate([job.result() for job in jobs]))
-    for _ in range(halvings - drawn):
+    for _ in range(left):
         stacks = downsample(stacks)
     return stacks.reshape(count, 2, *stacks.shape[1:]).transpose(0, 1)
 
@@ -177,8 +172,5 @@ def _pair_of_phantoms(number, mineral, how, voxel_mm, seed) -> np.ndarray:
     volume, truth = make_radius(seed, voxel_mm=voxel_mm, patient=patient)
     poorer = {name: max(mineral * truth[name], LIMITS[name][0]) for name in ("Tb.BMD", "Ct.BMD")}
     for bone in (volume, make_radius(seed, voxel_mm=voxel_mm, patient=patient, **poorer)[0]):
-        seen = scan(bone, numpy_rng(seed, "noise of twins", patient), noise_sd=truth["noise_sd"])
-        voxels = preprocess(mirrored(seen) if seen.side == "left" else seen, how).voxels
-        start = (len(voxels) - how.stack_slices) // 2
-        stacks.append(to_unit(voxels[start : start + how.stack_slices], how.intensity))
-    return np.stack(stacks)[:, None].astype(np.float32)
+        stacks.append(middle_stack(bone, truth["noise_sd"], how, seed, "noise of twins", patient))
+    return np.stack(stacks)[:, None]

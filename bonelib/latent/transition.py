@@ -53,17 +53,21 @@ def geodesic(draw: Callable[[Tensor], Tensor], path: Tensor, steps: int) -> Tens
     ends, inner = path[[0, -1]].detach(), path[1:-1].detach().clone().requires_grad_()
     with torch.no_grad():
         first, last = draw(ends)
-    search = torch.optim.LBFGS([inner], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+    minimise(inner, lambda: energy(torch.cat([first[None], draw(inner), last[None]])), steps)
+    return torch.cat([ends[:1], inner.detach(), ends[1:]])
+
+
+def minimise(free: Tensor, value: Callable[[], Tensor], steps: int) -> None:
+    """Lower `value()` over `free`, in place, by at most `steps` iterations of L-BFGS."""
+    search = torch.optim.LBFGS([free], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def evaluated():
         search.zero_grad()
-        volumes = torch.cat([first[None], draw(inner), last[None]])
-        value = energy(volumes)
-        value.backward()
-        return value
+        found = value()
+        found.backward()
+        return found
 
     search.step(evaluated)
-    return torch.cat([ends[:1], inner.detach(), ends[1:]])
 
 
 def energy(volumes: Tensor) -> Tensor:

@@ -104,6 +104,53 @@ class InverseProblems(Section):
     draws: Annotated[int, Field(ge=2)] = 1000
 
 
+class VisitsAndAtlases(Section):
+    """Visits to come, mean bones, and a test set to a histogram (`studies.visits`, `studies.atlases`, `.target_set`).
+
+    `patients` phantoms have `visits`, one a year; their trabecular density changes by `change` of the first a year, SD
+    over patients `spread`; the last visit is predicted from the first `known`. Codes are refined in `steps`, as in
+    05_inversion but for that. `pair` are two scans of one patient of the cohort; null: the first who has two. Atlases
+    are of `bones`, a stack each. A surrogate of morphometry is fitted to `scans` training scans and reads bones where
+    `ring` of their rays meet cortex; `samples` of the model are its range. Atlases of a number are drawn at `points`
+    quantiles; the intrinsic mean is of `intrinsic` bones, by paths of `path` codes in `iterations`. A set of `set`
+    bones has the histogram of `density`, edges in mg HA/cm3, with `shares`; `verified` are measured by morphometry.
+    `draws` are those of the intervals.
+    """
+
+    patients: Annotated[int, Field(ge=3)] = 40
+    visits: Annotated[int, Field(ge=4)] = 6
+    known: Annotated[int, Field(ge=2)] = 4
+    change: float = -0.05
+    spread: NotNegative = 0.02
+    steps: Count = 100
+    pair: tuple[str, str] | None = None
+    bones: Annotated[int, Field(ge=5)] = 80
+    scans: Count = 60
+    ring: Share = 0.5
+    samples: Annotated[int, Field(ge=20)] = 600
+    points: Annotated[int, Field(ge=2)] = 5
+    intrinsic: Annotated[int, Field(ge=2)] = 8
+    path: Annotated[int, Field(ge=3)] = 6
+    iterations: Count = 30
+    set: Annotated[int, Field(ge=4)] = 60
+    density: Annotated[tuple[Positive, ...], Field(min_length=2)] = (100.0, 130.0, 160.0, 190.0, 220.0)
+    shares: tuple[Positive, ...] = (1.0, 1.0, 1.0, 1.0)
+    verified: Annotated[int, Field(ge=0)] = 24
+    draws: Annotated[int, Field(ge=2)] = 1000
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.known >= self.visits:
+            raise ValueError(f"known {self.known} leaves no visit of {self.visits} to be predicted")
+        if (self.visits - 1) * (abs(self.change) + 4 * self.spread) > 0.9:
+            says = f"{self.change} with an SD of {self.spread} over {self.visits - 1} years may leave no bone"
+            raise ValueError(f"change {says}; accepted is less than 0.9 in all, with 4 SDs")
+        rising = all(a < b for a, b in zip(self.density, self.density[1:], strict=False))
+        if not rising or len(self.shares) != len(self.density) - 1:
+            raise ValueError("density must rise, and shares have one entry between every two of it")
+        return self
+
+
 class Cost(Section):
     """What is timed: both precisions in turns at `stage`, `rounds` times, and each of `stages` once."""
 

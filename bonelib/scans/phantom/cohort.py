@@ -21,16 +21,23 @@ PROGRESS_S = 10.0
 
 
 def make_radius(
-    seed: int, *, voxel_mm: float = NATIVE_MM, patient: int = 1, visit: int = 1, **traits
+    seed: int,
+    *,
+    voxel_mm: float = NATIVE_MM,
+    patient: int = 1,
+    visit: int = 1,
+    course: population.Course = population.COURSE,
+    **traits,
 ) -> tuple[Volume, dict]:
     """True density of one distal radius in mg HA/cm3, before the scanner, and its truth.
 
     About 10.2 mm of bone (168 slices of .0607 mm) with part of the ulna and soft tissue; the field of view varies.
-    `traits` override what is drawn for the patient: names as in `population.TRAITS`, `tb_bmd=105` for Tb.BMD.
+    `traits` override what is drawn for the patient: names as in `population.TRAITS`, `tb_bmd=105` for Tb.BMD;
+    `course` says when visits are, and what changes from one to the next.
     The truth holds the traits asked for (Tt.Ar mm2, Ct.Th, Tb.Th mm, densities mg HA/cm3 as a scan's contour would
     read them) and, under `true_...`, what was drawn. Raises `InputError` for an unknown trait.
     """
-    drawn = draw_visit(seed, patient, visit, voxel_mm, **traits)
+    drawn = draw_visit(seed, patient, visit, voxel_mm, course=course, **traits)
     return drawn.volume, drawn.truth
 
 

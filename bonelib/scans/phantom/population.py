@@ -5,7 +5,9 @@ Means, SDs and age curves: Bern multi-stack reference (Poncioni et al. 2026, hrp
 
 import difflib
 import math
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -99,6 +101,19 @@ TRAITS = (
 )  # fmt: skip
 
 
+class Course(NamedTuple):
+    """When visits are, in years since the first, and mean and SD over patients of what traits change by in a year.
+
+    Of a trait that is not named nothing changes; those that can are Tb.BMD, Ct.BMD and Ct.Th.
+    """
+
+    years: tuple[float, ...] = VISIT_YEARS
+    change: Mapping[str, tuple[float, float]] = SLOW_CHANGE
+
+
+COURSE = Course()
+
+
 def correlation() -> np.ndarray:
     """Within-sex correlation (7, 7) of the traits in `COPULA`."""
     r = np.eye(len(COPULA))
@@ -141,12 +156,16 @@ def sample_patient(seed: int, patient: int, **traits) -> dict:
     return values
 
 
-def at_visit(traits: dict, seed: int, patient: int, visit: int) -> dict:
-    """What one visit adds to a patient: years since the first, pose, noise and slow change as factors."""
+def at_visit(traits: dict, seed: int, patient: int, visit: int, course: Course = COURSE) -> dict:
+    """What one visit adds to a patient: years since the first, pose, noise and slow change as factors.
+
+    Behind the last visit of the course there is one every year.
+    """
     rng = numpy_rng(seed, "visit", patient, visit)
-    pace = numpy_rng(seed, "pace", patient)
-    years = VISIT_YEARS[visit - 1] if visit <= len(VISIT_YEARS) else float(visit - len(VISIT_YEARS) + 1)
-    change = {name: 1 + years * float(pace.normal(*rate)) for name, rate in SLOW_CHANGE.items()}
+    pace, count = numpy_rng(seed, "pace", patient), len(course.years)
+    years = course.years[visit - 1] if visit <= count else course.years[-1] + float(visit - count)
+    rates = {name: float(pace.normal(*course.change.get(name, (0.0, 0.0)))) for name in SLOW_CHANGE}
+    change = {name: 1 + years * rate for name, rate in rates.items()}
 
     def move(kind: str) -> float:
         sd, bound = BETWEEN_VISITS[kind]

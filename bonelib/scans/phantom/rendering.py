@@ -65,12 +65,21 @@ class Drawn(NamedTuple):
     truth: dict
 
 
-def draw_visit(seed: int, patient: int, visit: int, voxel_mm: float, **traits) -> Drawn:
+def draw_visit(
+    seed: int,
+    patient: int,
+    visit: int,
+    voxel_mm: float,
+    *,
+    course: population.Course = population.COURSE,
+    **traits,
+) -> Drawn:
     """One visit of one patient on a grid of `voxel_mm`, with the compartments and bone fraction that are its truth.
 
-    It is drawn in slabs along z, which keeps the working memory small. Raises `InputError` for an unknown trait.
+    When it is, and what has changed by then, is as `course` says. It is drawn in slabs along z, which keeps the
+    working memory small. Raises `InputError` for an unknown trait.
     """
-    bone, now, grid, to_bone = _visit(seed, patient, visit, voxel_mm, traits)
+    bone, now, grid, to_bone = _visit(seed, patient, visit, voxel_mm, traits, course)
     density, compartments, spongy = _voxels(bone, now["change"], to_bone, grid, voxel_mm)
     true = _truth(density, compartments, spongy, bone, now)
     side = bone.traits["side"]
@@ -87,11 +96,11 @@ def draw_window(seed: int, patient: int, visit: int, voxel_mm: float, start, sha
     return Volume(density, (voxel_mm,) * 3, side="right")
 
 
-def _visit(seed, patient, visit, voxel_mm, traits):
+def _visit(seed, patient, visit, voxel_mm, traits, course=population.COURSE):
     """The bone, what it is at this visit, and the grid of its scan with the map to the bone's frame."""
     check_voxel(voxel_mm)
     bone = _bone(int(seed), int(patient), tuple(sorted(traits.items())))
-    now = population.at_visit(bone.traits, seed, patient, visit)
+    now = population.at_visit(bone.traits, seed, patient, visit, course)
     return bone, now, *_placed(bone, now, numpy_rng(seed, "crop", patient, visit), voxel_mm)
 
 
