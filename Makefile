@@ -37,8 +37,7 @@ readme: $(STAMP)
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	python -m pip install -qq --no-compile -r requirements.txt
-	-python -m compileall -qq -j 0 .venv/lib  # on all cores, where pip would use one; some files are templates
+	python -m pip install -qq -r requirements.txt
 	python -m pip install -qq --no-deps -e .
 	touch $@
 
