@@ -8,6 +8,7 @@ import pytest
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.statistics import (
     auc,
+    bounded,
     half_interval,
     pair_mean,
     patient_draws,
@@ -25,6 +26,11 @@ def test_patients_are_drawn_whole():
     rows = patient_draws(lambda i: np.bincount(i, minlength=5), ["b", "a", "b", "c", "b"], rng=rng(), draws=50)
     assert (rows[:, 0] == rows[:, 2]).all() and (rows[:, 0] == rows[:, 4]).all()
     assert (rows[:, 0] + rows[:, 1] + rows[:, 3] == 3).all() and len({tuple(row) for row in rows}) > 5
+
+
+def test_the_ends_of_an_interval_are_no_further_than_a_measure_can_be():
+    assert bounded(-0.04, 0.3, (0.0, 1.0)) == (0.0, 0.3) and bounded(0.2, 1.3, (0.0, math.inf)) == (0.2, 1.3)
+    assert bounded(None, None, (0.0, 1.0)) == (None, None)
 
 
 def test_an_interval_is_as_wide_as_patients_differ():

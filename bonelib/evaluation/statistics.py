@@ -92,6 +92,11 @@ def half_interval(
     return Interval(value, *((float(low), float(high)) if low.ndim == 0 else (low, high)), *counts)
 
 
+def bounded(low: float | None, high: float | None, limits: tuple[float, float]) -> tuple[float | None, float | None]:
+    """The ends of an interval, no further than what a measure can be; None stays None."""
+    return tuple(None if end is None else float(np.clip(end, *limits)) for end in (low, high))
+
+
 def patient_means(values, patients) -> np.ndarray:
     """The mean of each patient's values, in the order of the patients' names; NaN is left out."""
     values, names = np.asarray(values, float), np.asarray(patients)

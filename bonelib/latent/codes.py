@@ -25,7 +25,7 @@ from bonelib.scans.tables import read_table
 from bonelib.scans.volumes import Volume
 
 PROGRESS_S = 20.0
-KEPT = 32  # volumes drawn last, of 8 MB each at laptop size
+KEPT_BYTES = 256 << 20  # of the volumes drawn last: 32 at laptop size
 _kept: WeakKeyDictionary[Module, dict[tuple, np.ndarray]] = WeakKeyDictionary()
 
 
@@ -104,15 +104,15 @@ def decode(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> Volu
 
 
 def _drawn(model: Model, code: Tensor, seed: int, skipped: int) -> np.ndarray:
-    """The volume (z, y, x) of a code in [0, 1]; the last `KEPT` are kept, as paths and figures share their bones."""
+    """The volume (z, y, x) of a code in [0, 1]; the last `KEPT_BYTES` are kept, as paths and figures share bones."""
     kept, key = _kept.setdefault(model.generator, {}), (code.numpy().tobytes(), seed, skipped)
     if key not in kept:
         with torch.inference_mode():
             noise = torch_rng(seed, "noise of codes")
             found = model.generator.synthesize(code[None], model.generator.stages - skipped, noise=noise)
-        while len(kept) >= KEPT:
-            del kept[next(iter(kept))]
         kept[key] = found[0, 0].numpy()
+        while len(kept) > 1 and sum(volume.nbytes for volume in kept.values()) > KEPT_BYTES:
+            del kept[next(iter(kept))]
     return kept[key]
 
 

@@ -13,7 +13,7 @@ from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation import metrics
 from bonelib.evaluation.features import cached, scaled
-from bonelib.evaluation.statistics import half_interval
+from bonelib.evaluation.statistics import bounded, half_interval
 from bonelib.latent.sampling import setting
 from bonelib.scans.tables import read_table
 
@@ -88,9 +88,7 @@ def table(features: dict[str, dict[str, np.ndarray]], patients: list[str], *, se
             found = half_interval(values, names, range(len(fake)), rng=rng, draws=draws)
             counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other), d=real.shape[1])
             for metric, (value, low, high) in zip(reference, found.parts(), strict=True):
-                low, high = (
-                    end if end is None else float(np.clip(end, *LIMITS.get(metric, NONE))) for end in (low, high)
-                )
+                low, high = bounded(low, high, LIMITS.get(metric, NONE))
                 row = dict(setting=name, features=family, metric=metric, value=value, low=low, high=high)
                 rows.append(row | dict(real_against_real=reference[metric]) | counts)
     return rows

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.statistics import Interval, half_interval, patient_mean
+from bonelib.evaluation.statistics import Interval, bounded, half_interval, patient_mean
 from bonelib.latent.attribute_model import AttributeModel, readings
 from bonelib.latent.target_optimisation import optimise_to_target
 
@@ -86,7 +86,9 @@ def compared(to: Histogram, sets: dict[str, np.ndarray], *, seed: int, draws: in
             return to.distance(values[i])
 
         rng = numpy_rng(seed, "histogram", name)
-        rows.append({"": name} | _plain(half_interval(distance, range(len(values)), rng=rng, draws=draws)))
+        found = half_interval(distance, range(len(values)), rng=rng, draws=draws)
+        low, high = bounded(found.low, found.high, (0.0, 1.0))
+        rows.append({"": name} | _plain(found._replace(low=low, high=high)))
     return rows
 
 
