@@ -6,17 +6,19 @@ runs the story 01-09 and the paper of the active profile, with --all the supplem
 profile the active one, in params.yaml.
 
 DVC deletes a stage's outputs before it runs the stage; a mistake in the input must not cost them. It runs one stage
-after another, and small networks do not keep several cores busy: without a GPU, the models are therefore trained,
-inverted and edited side by side, each by a `dvc repro` of its own with its share of the cores.
+after another, and small networks do not keep several cores busy: without a GPU, stages that do not need each other
+therefore run side by side, each by a `dvc repro` of its own with its share of the cores.
 """
 
 import argparse
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -36,6 +38,7 @@ REPRO = ("dvc", "--wait-for-lock", "repro")
 CHILD = {"preexec_fn": die_with_parent} if sys.platform == "linux" else {}  # Windows has no such option
 LOCAL = Path(".dvc/config.local")
 STORY = ["paper"]  # the stage that needs 01-09
+ALONE = {"ablation", "cost", "hagan"}  # stages whose results are times
 SECONDS = Path(__file__).with_name("stage_seconds.json")  # {profile: {stage: seconds}}, as measured on two cores
 
 
@@ -73,83 +76,87 @@ def closing_lines(profile: str) -> str:
     return "\n".join(lines)
 
 
-def by_model(stages: dict, models: list[str]) -> list[list[str]]:
-    """Of the `stages` of dvc.yaml, those that run once for each model: every model's targets, in their order there, in
-    which none needs a later one."""
-    names = [name for name, stage in stages.items() if (stage.get("matrix") or {}).get("model") == "${models}"]
-    return [[f"{name}@{model}" for name in names] for model in models]
+def plan(targets: list[str]) -> dict[str, set[str]]:
+    """{stage: the stages of these that it needs} of all that is stale of what `targets` need, themselves included.
 
-
-def before(targets: list[str], itself: bool = False) -> list[str]:
-    """The stages that `targets` need and that are none of them; with `itself` these too. No targets are all stages."""
+    No targets are all stages. A stage is stale where DVC finds it changed, or where one that it needs is stale.
+    """
     from dvc.repo import Repo
-    from networkx import descendants
+    from networkx import descendants, topological_sort
 
     with Repo() as repo:
-        graph = repo.index.graph
-        own = [stage for stage in graph if stage.addressing in targets or not targets]
-        needed = set(own if itself else ()).union(*(descendants(graph, stage) for stage in own))
-    return [stage.addressing for stage in needed if itself or stage.addressing not in targets]
+        changed, graph = repo.status(), repo.index.graph
+        asked = [stage for stage in graph if stage.addressing in targets or not targets]
+        wanted = {stage for own in asked for stage in (own, *descendants(graph, own))}
+        stale: dict[str, set[str]] = {}
+        for stage in reversed(list(topological_sort(graph))):  # whose edges lead to what is needed
+            if stage in wanted and not stage.addressing.endswith(".dvc"):
+                needs = {need.addressing for need in descendants(graph, stage)} & stale.keys()
+                if needs or stage.addressing in changed:
+                    stale[stage.addressing] = needs
+    return stale
 
 
-def side_by_side(groups: list[list[str]], names: list[str], progress: Progress | None = None) -> int:
-    """Reproduce groups of targets at the same time, each with its share of the cores; every line begins with its name.
+def order(needs: dict[str, set[str]], seconds: dict[str, float]) -> list[str]:
+    """The stages by what waits for them: first those from which the way to the end is longest in seconds."""
+    usual = sum(seconds.values()) / len(seconds) if seconds else 1.0
 
-    What they need from outside of their group must be there (`before`). Returns the first status that is not 0, when
-    all have ended.
+    @cache
+    def way(name: str) -> float:
+        after = (way(other) for other in needs if name in needs[other])
+        return seconds.get(name, usual) + max(after, default=0.0)
+
+    return sorted(needs, key=way, reverse=True)
+
+
+def repro(needs: dict[str, set[str]], lanes: int, progress: Progress) -> int:
+    """Reproduce the stages of a `plan`, at most `lanes` at a time, each by a `dvc repro` of its own and with its share
+    of the cores, as soon as all that it needs is there. Stages that measure times run alone.
+
+    Every line begins with the name of its stage. Returns the first status that is not 0, when all that ran has ended.
     """
-    threads = str(max(1, cores() // len(groups)))
-    env = os.environ | dict.fromkeys(THREAD_SETTINGS, threads)
-    # One item at a time: DVC locks whatever it looks at, also upstream of a target, against the others
-    running = [_started(["--single-item", *targets], env) for targets in groups]
-    speakers = [
-        threading.Thread(target=_speak, args=(process, progress, name))
-        for name, process in zip(names, running, strict=True)
-    ]
-    for speaker in speakers:
-        speaker.start()
-    for speaker in speakers:
-        speaker.join()
-    return next((status for status in [process.wait() for process in running] if status), 0)
+    left, running, ended = order(needs, progress.seconds), set(), queue.SimpleQueue()
+    status = 0
+    while left or running:
+        ready = [name for name in left if not needs[name] & {*left, *running}]
+        ready = [name for name in ready if name.partition("@")[0] not in ALONE] or ([] if running else ready[:1])
+        while ready and len(running) < lanes and not running & ALONE and not status:
+            share = max(1, cores() // min(lanes, len(running) + len(ready)))
+            _start(name := ready.pop(0), share, progress, ended)
+            left.remove(name)
+            running.add(name)
+        if not running:
+            break
+        name, code = ended.get()
+        running.remove(name)
+        status = status or code
+    return status
 
 
-def _started(words, env=None):
-    how = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", env=env)
-    return subprocess.Popen([*REPRO, *words], **how, **CHILD)
+def _start(name, threads, progress, ended):
+    # One item: DVC locks whatever it looks at, also upstream of a target, against the others
+    how = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
+    env = os.environ | dict.fromkeys(THREAD_SETTINGS, str(threads))
+    process = subprocess.Popen([*REPRO, "--single-item", name], env=env, **how, **CHILD)
+    threading.Thread(target=_speak, args=(name, process, progress, ended)).start()
 
 
-def _speak(process, progress, name=""):
-    """Pass on what a process prints, each line with its name, and what is left where a stage begins."""
+def _speak(name, process, progress, ended):
+    """Pass on what a stage prints, each line with its name, and what is left where it begins; then that it ended."""
     for line in process.stdout:
-        print(f"{name}: {line}" if name else line, end="", flush=True)
-        if progress and (says := progress.heard(line, name)):
+        print(f"{name}: {line}", end="", flush=True)
+        if says := progress.heard(line):
             print(says, flush=True)
+    code = process.wait()
+    progress.ended(name)
+    ended.put((name, code))
 
 
-def repro(models: list[str], targets: list[str], progress: Progress | None = None, share: bool | None = None) -> int:
-    """`dvc repro TARGETS`; of the whole story, or with no targets of all, the models' stages side by side if faster.
-
-    `share` says whether they may run so; by default where no target is given.
-    """
-    groups = by_model(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"], models)
-    share = not targets if share is None else share
-    if share and len(groups) > 1 and _cores_alone():
-        shared = before(sum(groups, []))
-        if status := (_dvc(shared, progress) if shared else 0) or side_by_side(groups, models, progress):
-            return status
-    return _dvc(targets, progress)
-
-
-def _dvc(targets, progress=None):
-    process = _started(targets)
-    _speak(process, progress)
-    return process.wait()
-
-
-def _cores_alone():
+def lanes() -> int:
+    """How many stages run at a time: one on a GPU, else two or more, as small networks do not keep cores busy."""
     import torch
 
-    return cores() > 1 and not torch.cuda.is_available()
+    return 1 if torch.cuda.is_available() else min(cores(), max(2, cores() // 4), 4)
 
 
 def choose_profile(name: str, path: Path = Path("params.yaml")) -> None:
@@ -209,10 +216,12 @@ def main() -> int:
     own = Path("scratch/stage_seconds") / f"{profile}.json"  # of an earlier run on this machine
     measured = json.loads(SECONDS.read_text(encoding="utf-8")).get(profile, {})
     measured |= json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
-    stages = [name for name in before(targets, itself=True) if not name.endswith(".dvc")]
-    progress = Progress(stages, measured, len(values["models"]) if _cores_alone() else 1)
+    needs, abreast = plan(targets), lanes()
+    if not needs:
+        print("Data and pipelines are up to date.")
+    progress = Progress(needs, measured, abreast)
     print(f"profile {profile}: {progress.remaining()}", flush=True)
-    status = repro(values["models"], targets, progress, share=not args.targets)
+    status = repro(needs, abreast, progress)
     own.parent.mkdir(parents=True, exist_ok=True)
     write_json(own, progress.seconds)
     if status:

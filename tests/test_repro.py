@@ -1,5 +1,6 @@
-"""`make repro` runs what belongs to one model beside what belongs to another, and nothing before what it needs."""
+"""`make repro` runs what is stale, side by side where nothing waits, and nothing before what it needs."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,49 +13,91 @@ from bonelib.progress import Progress
 ROOT = Path(__file__).parents[1]
 
 
-def test_stages_of_one_model_need_none_of_another():
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    groups = repro.by_model(stages, ["a", "b"])
-    assert groups[0][:2] == ["train@a", "select@a"] and [t.replace("@a", "@b") for t in groups[0]] == groups[1]
-    assert repro.by_model({"one": {"cmd": "true"}, "two": {"matrix": {"size": [1]}}}, ["a"]) == [[]]
+DVC = """
+stages:
+  first: {cmd: touch first, outs: [first]}
+  model:
+    matrix: {model: [a, b]}
+    cmd: touch ${item.model}
+    deps: [first]
+    outs: ["${item.model}"]
+  last: {cmd: touch last, deps: [a, b], outs: [last]}
+  other: {cmd: touch other, outs: [other]}
+"""
 
 
-def test_what_they_share_comes_first(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    models = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]
-    groups = repro.by_model(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"], models)
-    shared = repro.before(sum(groups, []))
-    assert {"preprocess", "superres"} <= set(shared) and not any("@" in name for name in shared)
-    assert f"train@{models[0]}" in repro.before([f"inversion@{models[0]}"])
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """A small repository of DVC, in which the tests run."""
+    monkeypatch.chdir(tmp_path)
+    for command in ("git", "init", "-q"), ("dvc", "init", "-q"):
+        subprocess.run(command, check=True)
+    Path("dvc.yaml").write_text(DVC)
 
 
-def test_groups_run_at_once_and_a_failure_is_told(monkeypatch, capsys):
-    say = "import os, sys; print('share', os.environ['OMP_NUM_THREADS'], *sys.argv[1:]); sys.exit('bad' in sys.argv)"
+def test_a_plan_is_what_is_stale_of_what_is_needed(stages):
+    assert repro.plan(["last"]) == {
+        "first": set(),
+        "model@a": {"first"},
+        "model@b": {"first"},
+        "last": {"first", "model@a", "model@b"},
+    }
+    assert repro.plan([]).keys() == repro.plan(["last"]).keys() | {"other"}
+    assert repro.repro(repro.plan(["model@a"]), 2, Progress([], {})) == 0
+    assert repro.plan(["last"]) == {"model@b": set(), "last": {"model@b"}}
+    assert repro.plan(["model@a"]) == {}
+
+
+def test_the_longest_way_to_the_end_begins_first():
+    needs = {"end": {"a", "b"}, "a": set(), "b": set(), "alone": set()}
+    assert repro.order(needs, {"a": 1, "b": 2, "end": 5, "alone": 4}) == ["b", "a", "end", "alone"]
+    assert repro.order(needs, {"a": 2, "b": 1, "end": 5, "alone": 8}) == ["alone", "a", "b", "end"]
+    assert repro.order({}, {}) == []
+
+
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """ran(needs, lanes): the status, and [(begin, end, stage, threads)] of processes in place of DVC's."""
+    say = (
+        "import os, sys, time; name = sys.argv[-1]; began = time.time(); time.sleep(0.3);"
+        "print(began, time.time(), name, os.environ['OMP_NUM_THREADS'], sep='|'); sys.exit('bad' in name)"
+    )
     monkeypatch.setattr(repro, "REPRO", (sys.executable, "-c", say))
     monkeypatch.setattr(repro, "cores", lambda: 4)
-    assert repro.side_by_side([["x"], ["y", "z"]], ["one", "two"]) == 0
-    assert sorted(capsys.readouterr().out.splitlines()) == [
-        "one: share 2 --single-item x",
-        "two: share 2 --single-item y z",
-    ]
-    assert repro.side_by_side([["x"], ["bad"]], ["one", "two"]) == 1
+
+    def run(needs, lanes, capsys):
+        status = repro.repro(needs, lanes, Progress(needs, {}, lanes))
+        lines = [line.split(": ")[1].split("|") for line in capsys.readouterr().out.splitlines()]
+        return status, {name: (float(began), float(ended), int(share)) for began, ended, name, share in lines}
+
+    return run
 
 
-def test_only_the_whole_pipeline_without_a_gpu_is_shared_out(monkeypatch):
-    ran = []
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(repro, "before", lambda targets: ["first"])
-    monkeypatch.setattr(repro, "side_by_side", lambda groups, names, progress: ran.append(names) or 0)
-    monkeypatch.setattr(repro, "_dvc", lambda targets, progress: ran.append(targets) or 0)
-    monkeypatch.setattr(repro, "_cores_alone", lambda: True)
-    assert repro.repro(["a", "b"], []) == 0 and ran == [["first"], ["a", "b"], []]
-    ran.clear()
-    assert repro.repro(["a", "b"], ["paper"], share=True) == 0 and ran == [["first"], ["a", "b"], ["paper"]]
-    ran.clear()
-    assert repro.repro(["a", "b"], ["train@a"]) == repro.repro(["a"], []) == 0 and ran == [["train@a"], []]
-    ran.clear()
-    monkeypatch.setattr(repro, "_cores_alone", lambda: False)
-    assert repro.repro(["a", "b"], []) == 0 and ran == [[]]
+def test_stages_run_side_by_side_when_what_they_need_is_there(ran, capsys):
+    status, times = ran({"a": set(), "b": {"a"}, "c": {"a"}, "d": {"a"}, "e": {"b", "c", "d"}}, 2, capsys)
+    assert status == 0 and len(times) == 5
+    assert all(times["a"][1] < times[name][0] and times[name][1] < times["e"][0] for name in "bcd")
+    # The first and the last are alone and have all cores; of the three between, two run at a time
+    assert [times[name][2] for name in "abce"] == [4, 2, 2, 4]
+    begun = sorted(times[name][0] for name in "bcd")
+    ended = sorted(times[name][1] for name in "bcd")
+    assert begun[1] < ended[0] < begun[2]
+
+
+def test_a_failure_is_told_and_begins_nothing_more(ran, capsys):
+    status, times = ran({"bad": set(), "good": set(), "next": {"good"}, "after": {"bad"}}, 2, capsys)
+    assert status == 1 and not {"after"} & times.keys()
+
+
+def test_stages_that_measure_times_run_alone(ran, capsys):
+    assert {
+        stage.partition("@")[0] for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    } > repro.ALONE
+    status, times = ran({"cost": set(), "a": set(), "b": set(), "hagan": set()}, 3, capsys)
+    assert status == 0
+    for name in ("cost", "hagan"):
+        began, ended, share = times.pop(name)
+        assert share == 4 and not any(a < ended and began < b for a, b, _ in times.values())
 
 
 def test_dvc_does_without_git_where_there_is_none(tmp_path, monkeypatch):
@@ -71,12 +114,14 @@ def test_dvc_does_without_git_where_there_is_none(tmp_path, monkeypatch):
 
 def test_a_line_says_what_is_left():
     progress = Progress(["a", "b@x", "b@y", "c"], {"a": 30, "c": 150}, abreast=2)
-    assert progress.heard("Stage 'a' didn't change, skipping\n") is None
-    assert progress.heard("Running stage 'b@x':\n", "x") == "b@x: 3 stages left, about 8 min"
-    assert progress.heard("b@x: took 60 s\n", "x") is None
-    assert progress.heard("Running stage 'b@y':\n", "y") == "b@y: 3 stages left, about 4 min"
-    assert progress.heard("Running stage 'c':\n", "x") == "c: 2 stages left, about 5 min"
+    progress.ended("a")
+    assert progress.heard("Running stage 'b@x':\n") == "b@x: 3 stages left, about 4 min"
+    assert progress.heard("b@x: took 60 s\n") is None
+    progress.ended("b@x")
+    assert progress.heard("Running stage 'b@y':\n") == "b@y: 2 stages left, about 2 min"
     assert progress.heard("anything else\n") is None
+    progress.ended("b@y")
+    assert progress.heard("Running stage 'c':\n") == "c: 1 stage left, about 2 min"
     assert Progress(["a"], {}).remaining() == "1 stage left"
 
 
