@@ -84,15 +84,15 @@ def plan(targets: list[str]) -> dict[str, set[str]]:
     from dvc.repo import Repo
     from networkx import descendants, topological_sort
 
-    with Repo() as repo:
-        changed, graph = repo.status(), repo.index.graph
+    with Repo(_wait_for_lock=True) as repo, repo.lock:  # as `dvc --wait-for-lock` does
+        graph = repo.index.graph
         asked = [stage for stage in graph if stage.addressing in targets or not targets]
         wanted = {stage for own in asked for stage in (own, *descendants(graph, own))}
         stale: dict[str, set[str]] = {}
         for stage in reversed(list(topological_sort(graph))):  # whose edges lead to what is needed
             if stage in wanted and not stage.addressing.endswith(".dvc"):
                 needs = {need.addressing for need in descendants(graph, stage)} & stale.keys()
-                if needs or stage.addressing in changed:
+                if needs or stage.status():
                     stale[stage.addressing] = needs
     return stale
 
