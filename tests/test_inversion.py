@@ -164,6 +164,8 @@ def test_an_encoder_trained_on_pairs_knows_unseen_codes(model, data, tmp_path):
     assert np.corrcoef(found.flatten(), codes.flatten())[0, 1] > 0.8
     again = load_inverter(tmp_path, model)
     assert torch.equal(inversion.encode(again.encoder, volumes), found)
+    finer = model._replace(config=model.config | dict(sha256=dict(generator="oracle", superres="another")))
+    assert load_inverter(tmp_path, finer).encoder  # which draws on from what the encoder knows
     other = model._replace(config=model.config | dict(sha256=dict(generator="another")))
     with pytest.raises(InputError, match="other weights"):
         load_inverter(tmp_path, other)

@@ -51,7 +51,7 @@ def train_encoder(
     """
     folder, state = Path(folder), Path(state)
     patients = sorted({row["patient"] for row in data.of("train")})
-    identity = fingerprint(params, model.config["sha256"], data.meta["data_hash"], patients, seed, CODE)
+    identity = fingerprint(params, _learned_from(model.config["sha256"]), data.meta["data_hash"], patients, seed, CODE)
     torch.manual_seed(torch_rng(seed, "encoder weights").initial_seed())
     encoder, latent_discriminator = _new_inverter(params, model)
     average = copy.deepcopy(encoder).requires_grad_(False)
@@ -75,9 +75,14 @@ def train_encoder(
     checkpoint.unpack(weights, **_parts(inverter))
     curves = [dict(zip(CURVES, point, strict=True)) for point in at.curves]
     write_table(folder / "encoder-curves.csv", curves)
-    content = {"run": identity, "encoder": json.loads(params.model_dump_json()), "model": model.config["sha256"]}
+    content = {"run": identity, "encoder": json.loads(params.model_dump_json()), "model": _learned_from(model.config["sha256"])}
     checkpoint.write_json(folder / "encoder.json", content)
     return inverter, curves
+
+
+def _learned_from(weights: dict[str, str]) -> dict[str, str]:
+    """Of the hashes of a model's weights, those that its encoder depends on: super-resolution comes behind them."""
+    return {name: digest for name, digest in weights.items() if not name.startswith("superres")}
 
 
 def known_encoder(folder: str | Path, model: Model) -> tuple[Inverter, list[dict]]:
@@ -92,7 +97,7 @@ def load_inverter(folder: str | Path, model: Model) -> Inverter:
     if not file.is_file():
         raise InputError(f"{file}: no such file; 05_inversion writes it beside encoder.safetensors")
     config = json.loads(file.read_text(encoding="utf-8"))
-    if config["model"] != model.config["sha256"]:
+    if _learned_from(config["model"]) != _learned_from(model.config["sha256"]):
         raise InputError(f"{file}: made for other weights than the model's; run 05_inversion again")
     inverter = _new_inverter(section(EncoderTraining, config["encoder"], f"{file}: encoder"), model)
     checkpoint.unpack(load_file(file.with_suffix(".safetensors")), **_parts(inverter))
