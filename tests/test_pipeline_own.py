@@ -17,7 +17,6 @@ from bonelib.scans.tables import read_table
 CROP = Path(__file__).parents[2] / "shared/data"
 SMALLEST = {  # of what the tiny profile takes longest for, and as few patients held out as can be
     "preprocess__held_out": 0.2,
-    "privacy__overtraining": 8,
     "train__progan__schedule": {"samples": [16, 16], "fade": [0, 8], "batch": [8, 8]},
     "train__progan__snapshots": {"number": 2, "validation": 0.25, "samples": 4, "draws": 10},
 }
@@ -28,7 +27,6 @@ NEEDED = [
     "image_quality",
     "expert_validation",
     "metric_sensitivity",
-    "privacy",
 ]
 
 
@@ -74,7 +72,6 @@ def test_eight_scans_without_any_table_go_through_all_stages(own, tmp_path):
         "07_style_mixing",
         "09_expert_validation",
         "S4_metric_sensitivity",
-        "S5_privacy",
     ):
         assert metrics[stage]
     assert "(no interval)" in done.stdout
