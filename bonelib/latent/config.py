@@ -68,10 +68,10 @@ class Editing(Section):
 
     A surrogate of morphometry is fitted to `scans` training scans; a bone is read where `closed` of its rays meet
     cortex. Ranges come from `samples` of the model, `truncated` as in its section. Effects are measured at `codes`
-    bones over +-`step`, responses up to the largest of `alphas`; `alpha` is that of Figure 7. `targets` can be met,
-    `impossible` ones not; `verified` of the former are measured by morphometry too, and counted apart where `shut`
-    of the slices have a closed cortex. The classifiers of `tries` random networks each learn for `epochs`;
-    curvature is taken at `points`, over `tangents` directions. `draws` are those of the intervals.
+    bones over +-`step`, responses up to the largest of `alphas`; `alpha` is that of Figure 7. `targets` can be met, by
+    up to `starts` walks each, `impossible` ones not; `verified` of the former are measured by morphometry too, and
+    counted apart where `shut` of the slices have a closed cortex. The classifiers of `tries` random networks each learn
+    for `epochs`; curvature is taken at `points`, over `tangents` directions. `draws` are those of the intervals.
     """
 
     scans: Count = 400
@@ -83,6 +83,7 @@ class Editing(Section):
     alpha: Positive = 4.0
     alphas: tuple[Positive, ...] = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
     targets: Count = 200
+    starts: Count = 8
     impossible: Count = 20
     verified: Count = 100
     shut: Share = 0.5

@@ -75,7 +75,11 @@ def train_encoder(
     checkpoint.unpack(weights, **_parts(inverter))
     curves = [dict(zip(CURVES, point, strict=True)) for point in at.curves]
     write_table(folder / "encoder-curves.csv", curves)
-    content = {"run": identity, "encoder": json.loads(params.model_dump_json()), "model": _learned_from(model.config["sha256"])}
+    content = {
+        "run": identity,
+        "encoder": json.loads(params.model_dump_json()),
+        "model": _learned_from(model.config["sha256"]),
+    }
     checkpoint.write_json(folder / "encoder.json", content)
     return inverter, curves
 

@@ -17,14 +17,22 @@ from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import patient_interval
 from bonelib.latent.attribute_model import BATCH, AttributeModel, readings, shifted
 from bonelib.latent.directions import Direction
-from bonelib.latent.target_optimisation import TOLERANCE, Moved, move, optimise_to_target
+from bonelib.latent.target_optimisation import STARTS, TOLERANCE, Moved, move, optimise_to_target
 from bonelib.scans.volumes import Volume
 
 
 def search_targets(
-    tool: AttributeModel, codes: Tensor, groups, sources, n: int, straight: dict[str, Direction], *, seed: int
+    tool: AttributeModel,
+    codes: Tensor,
+    groups,
+    sources,
+    n: int,
+    straight: dict[str, Direction],
+    *,
+    seed: int,
+    starts: int = STARTS,
 ) -> tuple[list[dict], Tensor]:
-    """`n` targets asked of codes in random order, met by the closed loop and, beside it, by one open step.
+    """`n` targets asked of codes in random order, met by the closed loop of `starts` walks and by one open step.
 
     A target is one attribute of `straight`, uniform over its `attainable_range`; all others are to stay. The open step
     goes along that attribute's direction. Rows: number of the code, its patient and source, attribute, start, asked,
@@ -54,7 +62,7 @@ def search_targets(
     )
     opened, parts = readings(tool.read, shifted(codes[index], opened)), []
     for some in torch.arange(n).split(BATCH):
-        parts.append(optimise_to_target(tool, codes[index[some]], wanted[some], seeds=some.tolist()))
+        parts.append(optimise_to_target(tool, codes[index[some]], wanted[some], seeds=some.tolist(), starts=starts))
         print(f"{int(some[-1]) + 1} of {n} targets", flush=True)
     found, rows = Moved(*(torch.cat(values) for values in zip(*parts, strict=True))), []
     for number, ((i, name), target) in enumerate(zip(picked, targets, strict=True)):
