@@ -5,15 +5,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def upsample(x: Tensor) -> Tensor:
-    """Nearest upsampling by two along all axes."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+def upsample(x: Tensor, flat: bool = False) -> Tensor:
+    """Nearest upsampling by two along all axes, or in plane alone."""
+    return F.interpolate(x, scale_factor=(1.0, 2.0, 2.0) if flat else 2, mode="nearest")
 
 
 def downsample(x: Tensor) -> Tensor:
-    """Mean over blocks of 2x2x2 voxels (written as a reshape: deterministic on every device)."""
+    """Mean over blocks of 2x2x2 voxels, of a single slice 2x2 (written as a reshape: deterministic on every device)."""
     n, c, z, y, w = x.shape
-    return x.reshape(n, c, z // 2, 2, y // 2, 2, w // 2, 2).mean(dim=(3, 5, 7))
+    depth = 1 if z == 1 else 2
+    return x.reshape(n, c, z // depth, depth, y // 2, 2, w // 2, 2).mean(dim=(3, 5, 7))
+
+
+def smeared(x: Tensor) -> Tensor:
+    """Every voxel replaced by the mean of its block, on the same grid."""
+    return upsample(downsample(x), x.shape[2] == 1)
 
 
 def haar(x: Tensor) -> Tensor:

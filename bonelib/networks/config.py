@@ -15,8 +15,11 @@ class _Generator(Section):
 
     `noise` starts the scales of the noise inputs. `base_convs` are convolutions before the first stage. Of Table 1 are
     `untruncated` and `truncation`, the two settings in which a model is compared; of Figures C.9 and C.10 is `sweep`.
+    Not in the paper: `flat` draws slices, whose `base` has one: kernels are 1x3x3, and stages double the plane alone.
     """
 
+    base: Shape = BASE
+    flat: bool = False
     widths: tuple[Count, ...] = PUBLISHED_WIDTHS
     latent: Count = 512
     noise: NotNegative = 0.0
@@ -28,6 +31,16 @@ class _Generator(Section):
     def _without_null(cls, values):
         # A model folder may hold null under the keys of other kinds, which once shared this class
         return {key: value for key, value in values.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _one_slice(self):
+        if self.flat and self.base[0] != 1:
+            raise ValueError(f"base {self.base} of a flat network must begin with 1, its only slice")
+        return self
+
+    def slices(self, stages: int) -> int:
+        """Of what is drawn after so many stages."""
+        return self.base[0] if self.flat else self.base[0] << stages
 
     def network(self) -> dict:
         """What the network of this kind is made with; the rest is how it is sampled."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonelib.core.pyramid import downsample, haar, unhaar, upsample
-from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
+from bonelib.networks.layers import CHANNELS_LAST, FLAT, FULL, Conv, Dense
 
 SLOPE = 0.2  # of the leaky rectifier
 
@@ -29,7 +29,8 @@ class Critic(nn.Module):
     of these widths before the score, the first of which sees what the last layer would; `haar` looks at the
     Haar bands of the volume, on a grid half as fine, as the generator's `haar` makes them; `statistics` (stages, 2,
     bands), the mean and SD of every band at every stage, standardise the input; `condition` numbers (n, condition) that
-    a volume should agree with shift the output of every convolution but the last.
+    a volume should agree with shift the output of every convolution but the last; `flat` looks at slices, as the
+    generator's `flat` draws them.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Critic(nn.Module):
         haar=False,
         statistics=None,
         condition=0,
+        flat=False,
         dtype=torch.float32,
     ):
         super().__init__()
+        self.flat, full = flat, FLAT if flat else FULL
         self.stages, self.haar = len(widths) - 1 + haar, haar
         bands = 8 if haar else 1
         if statistics is None:
@@ -53,13 +56,13 @@ class Critic(nn.Module):
         self.blocks = nn.ModuleList(
             nn.ModuleList(
                 [
-                    *(Conv(fine, fine, dtype=dtype) for _ in range(convs - 1)),
-                    Conv(fine, coarse, stride=2, dtype=dtype),
+                    *(Conv(fine, fine, full, dtype=dtype) for _ in range(convs - 1)),
+                    Conv(fine, coarse, full, stride=2, dtype=dtype),
                 ]
             )
             for coarse, fine in zip(widths[:-1], widths[1:], strict=True)
         )
-        kernels = [(3, 3, 3) if whole is None else tuple(whole), *[(1, 1, 1)] * len(head)]
+        kernels = [full if whole is None else tuple(whole), *[(1, 1, 1)] * len(head)]
         how = dict(padding="zeros" if whole is None else "none", dtype=dtype)
         *hidden, self.out = (
             Conv(i, o, kernel, gain=gain, **how)
@@ -138,7 +141,10 @@ class Critic(nn.Module):
 
         first = (*self.head, self.out)[0]
         patches = [
-            (n >> stage) - k + 1 + 2 * p for n, k, p in zip(x.shape[2:], first.weight.shape[2:], first.pad, strict=True)
+            (n >> halved) - k + 1 + 2 * p
+            for n, halved, k, p in zip(
+                x.shape[2:], (0 if self.flat else stage, stage, stage), first.weight.shape[2:], first.pad, strict=True
+            )
         ]
         gradient = self.out.transposed(x.new_full((len(x), 1, *patches), 1 / math.prod(patches)))
         for conv in reversed(self.head):
@@ -147,7 +153,8 @@ class Critic(nn.Module):
         for s in range(1, doublings + 1):
             if s == doublings and old_mask is not None:
                 old = _leaky_relu_backward(gradient, old_mask) * (1 - fade)
-                skip = upsample(self._from_network_grid(self.from_image[stage - 2].transposed(old), stage - 1)) / 8
+                skip = self._from_network_grid(self.from_image[stage - 2].transposed(old), stage - 1)
+                skip = upsample(skip, self.flat) / (4 if self.flat else 8)
                 gradient = gradient * fade
             for conv in reversed(self.blocks[s - 1]):
                 gradient = back(conv, gradient)

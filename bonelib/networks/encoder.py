@@ -9,7 +9,7 @@ from bonelib.core.pyramid import haar
 from bonelib.networks.config import BASE, Generator, HAGANConfig
 from bonelib.networks.critic import Critic
 from bonelib.networks.hagan import HAGANEncoder
-from bonelib.networks.layers import CHANNELS_LAST, Conv, Dense
+from bonelib.networks.layers import CHANNELS_LAST, FLAT, FULL, Conv, Dense
 from bonelib.networks.numerics import compute_dtype
 
 SLOPE = 0.2  # of the leaky rectifier
@@ -25,7 +25,8 @@ class Encoder(nn.Module):
     StyleGAN, whose codes come out of a leaky rectifier too; none for a ProGAN, whose codes are Gaussian.
 
     Not in the paper: `norm` "instance" (Fetty et al. 2020, with four dense layers); `haar` looks at the eight bands of
-    the volume, on a grid half as fine; `statistics` (2, bands), their mean and SD, standardise the input.
+    the volume, on a grid half as fine; `statistics` (2, bands), their mean and SD, standardise the input; `flat` reads
+    slices.
     """
 
     def __init__(
@@ -38,11 +39,12 @@ class Encoder(nn.Module):
         haar=False,
         padding="zeros",
         statistics=None,
+        flat=False,
         dtype=torch.float32,
     ):
         super().__init__()
         self.haar, self.instance = haar, norm == "instance"
-        bands, how = 8 if haar else 1, dict(padding=padding, dtype=dtype)
+        bands, how = 8 if haar else 1, dict(kernel=FLAT if flat else FULL, padding=padding, dtype=dtype)
         if statistics is None:
             statistics = torch.tensor([[0.0], [1.0]]).expand(2, bands)
         self.register_buffer("statistics", statistics.clone())
@@ -107,7 +109,7 @@ def build_encoder(
         how = dict(features=generator.widths[-1], widths=generator.encoder, latent=generator.latent)
         return HAGANEncoder(**generator.parts(), **how, dtype=compute_dtype(precision))
     how = dense, norm, haar, generator.padding, statistics, compute_dtype(precision)
-    return Encoder(BASE, generator.widths, generator.code, *how)
+    return Encoder(generator.base, generator.widths, generator.code, *how[:-1], generator.flat, how[-1])
 
 
 def trunk(generator: nn.Module) -> nn.Module:

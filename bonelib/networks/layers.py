@@ -11,6 +11,7 @@ from bonelib.networks import numerics
 from bonelib.networks.numerics import Operation
 
 CHANNELS_LAST = torch.channels_last_3d
+FULL, FLAT = (3, 3, 3), (1, 3, 3)  # kernels of volumes and of slices
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad: tuple[int, int, int]) -> Tensor:
@@ -23,21 +24,27 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad: t
 def _fold_upsampling(weight: Tensor) -> Tensor:
     """The kernel (in, out, 4, 4, 4) whose stride-2 transposed convolution equals nearest upsampling by two
     followed by convolution with `weight` (out, in, 3, 3, 3): 8 instead of 27 products per voxel, and no
-    upsampled tensor."""
+    upsampled tensor. An axis along which the kernel is one voxel long stays as it is."""
     folded = weight.flip(2, 3, 4).transpose(0, 1)
-    for axis in (2, 3, 4):
+    for axis in (a for a in (2, 3, 4) if weight.shape[a] > 1):
         before, after = [0] * 6, [0] * 6
         before[2 * (4 - axis)] = after[2 * (4 - axis) + 1] = 1
         folded = F.pad(folded, before) + F.pad(folded, after)
     return folded
 
 
+def _along(kernel: tuple[int, int, int], n: int, rest: int) -> int | tuple[int, ...]:
+    """`n` along the axes that a kernel extends over, and `rest` along the others; one number where all are alike."""
+    return n if all(k > 1 for k in kernel) or n == rest else tuple(n if k > 1 else rest for k in kernel)
+
+
 class Conv(nn.Module):
     """A 3D convolution with equalised learning rate: weights drawn from N(0, 1), scaled by 1/sqrt(fan in) when used
     (Karras et al. 2017, section 4.1; Angermann et al. 2023, Appendix B).
 
-    `kernel` is (z, y, x). `stride` 2 halves the grid, `upsample` doubles it first (nearest; kernel 3 only).
-    `padding` is "zeros", "replicate" or "none".
+    `kernel` is (z, y, x). `stride` 2 halves the grid, `upsample` doubles it first (nearest; kernel 3 only), both along
+    the axes alone that the kernel extends over: `FLAT` makes a network of slices. `padding` is "zeros", "replicate" or
+    "none".
     """
 
     def __init__(
@@ -57,7 +64,8 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.scale = gain / math.sqrt(inputs * math.prod(kernel))
         self.pad = tuple(0 if padding == "none" else k // 2 for k in kernel)
-        self.stride, self.upsample, self.replicate, self.dtype = stride, upsample, padding == "replicate", dtype
+        self.upsample, self.replicate, self.dtype = upsample, padding == "replicate", dtype
+        self.stride, self.doubling, self.margin = (_along(kernel, n, rest) for n, rest in ((stride, 1), (2, 1), (1, 0)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x, self.bias)
@@ -71,7 +79,8 @@ class Conv(nn.Module):
             x = F.pad(x, [p for p in reversed(pad) for _ in range(2)], mode="replicate")
             pad = (0, 0, 0)
         if self.upsample:  # the padded border, doubled, is cut off again
-            operation = Operation("transposed convolution", 2, (3 if self.replicate else 1,) * 3)
+            cut = tuple(p * (3 if self.replicate else 1) for p in self.pad)
+            operation = Operation("transposed convolution", self.doubling, cut)
             return numerics.apply(operation, x, _fold_upsampling(weight), bias)
         return convolve(x, weight, bias, self.stride, pad)
 
@@ -81,7 +90,7 @@ class Conv(nn.Module):
         if self.stride == 1:  # again a convolution, of the mirrored kernel
             pad = tuple(k - 1 - p for k, p in zip(weight.shape[2:], self.pad, strict=True))
             return convolve(gradient, weight.transpose(0, 1).flip(2, 3, 4), None, 1, pad)
-        return numerics.apply(Operation("transposed convolution", self.stride, self.pad, 1), gradient, weight)
+        return numerics.apply(Operation("transposed convolution", self.stride, self.pad, self.margin), gradient, weight)
 
 
 def _lr_multiplier(stored: Tensor, rate: float) -> Tensor:

@@ -45,7 +45,7 @@ class Operation(NamedTuple):
     kind: str  # "convolution", "transposed convolution" or "product": a convolution with kernels of one voxel
     stride: int | tuple[int, int, int] = 1
     padding: tuple[int, int, int] = (0, 0, 0)
-    output_padding: int = 0
+    output_padding: int | tuple[int, int, int] = 0
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.kind == "convolution":

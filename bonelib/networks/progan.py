@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from bonelib.core.pyramid import unhaar, upsample
 from bonelib.core.random import Rng, sample_per_rank
-from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense, PixelNorm, silu
+from bonelib.networks.layers import CHANNELS_LAST, FLAT, FULL, AddNoise, Conv, Dense, PixelNorm, silu
 
 
 class ProGAN(nn.Module):
@@ -35,18 +35,22 @@ class ProGAN(nn.Module):
         base_convs=0,
         haar=False,
         padding="zeros",
+        flat=False,
         dtype=torch.float32,
     ):
         super().__init__()
+        self.flat, kernel = flat, FLAT if flat else FULL
         self.base, self.latent, self.stages = tuple(base), latent, len(widths) - 1 + haar
         self.haar = haar
         self.dense = Dense(latent, widths[0] * base[0] * base[1] * base[2])
-        self.ground = nn.ModuleList(Conv(widths[0], widths[0], padding=padding, dtype=dtype) for _ in range(base_convs))
+        how = dict(kernel=kernel, padding=padding, dtype=dtype)
+        self.ground = nn.ModuleList(Conv(widths[0], widths[0], **how) for _ in range(base_convs))
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
-        self.first = nn.ModuleList(Conv(i, o, upsample=True, padding=padding, dtype=dtype) for i, o in pairs)
-        self.second = nn.ModuleList(Conv(o, o, padding=padding, dtype=dtype) for _, o in pairs)
+        self.first = nn.ModuleList(Conv(i, o, upsample=True, **how) for i, o in pairs)
+        self.second = nn.ModuleList(Conv(o, o, **how) for _, o in pairs)
         self.to_image = nn.ModuleList(
-            Conv(o, 8 if haar else 1, gain=1.0, padding=padding, dtype=dtype) for o in widths[0 if haar else 1 :]
+            Conv(o, 8 if haar else 1, kernel, gain=1.0, padding=padding, dtype=dtype)
+            for o in widths[0 if haar else 1 :]
         )
         scales = [nn.Parameter(noise * torch.randn(2, o)) for _, o in pairs]
         self.noise_scale = nn.ParameterList(scales) if noise else None
@@ -82,7 +86,7 @@ class ProGAN(nn.Module):
             x = self._behind(self.second[s](x), s, 1, noise)
         image = self._image(x, stage)
         if fade < 1 and stage > 1:
-            image = fade * image + (1 - fade) * upsample(self._image(before, stage - 1))
+            image = fade * image + (1 - fade) * upsample(self._image(before, stage - 1), self.flat)
         return image
 
     def _image(self, x: Tensor, stage: int) -> Tensor:

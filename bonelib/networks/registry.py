@@ -28,7 +28,7 @@ GENERATORS = {ProGANConfig: ProGAN, StyleGANConfig: StyleGAN, HAGANConfig: HAGAN
 
 def build_generator(params: Generator | HAGANConfig, *, haar: bool = False, precision: str = "float32"):
     """The generator that a section of `networks.config` describes."""
-    how = dict(base=BASE, dtype=compute_dtype(precision)) | ({"haar": True} if haar else {}) | params.network()
+    how = dict(dtype=compute_dtype(precision)) | ({"haar": True} if haar else {}) | params.network()
     return GENERATORS[type(params)](**how)
 
 
@@ -40,19 +40,21 @@ def build_critic(
     precision: str = "float32",
     statistics: torch.Tensor | None = None,
 ) -> Critic | HAGANCritic:
-    """The critic that a section describes; that of a HA-GAN needs the section of its `generator` too.
+    """The critic that a section describes, of what the `generator` draws (by default volumes of the usual base).
 
     `statistics` (stages, 2, bands) are used if it standardises.
     """
     if isinstance(params, HAGANCriticNet):
         return HAGANCritic(**generator.parts(), **params.model_dump(), dtype=compute_dtype(precision))
+    base = BASE if generator is None else generator.base
     return Critic(
         params.widths,
         params.convs,
-        BASE if params.whole else None,
+        base if params.whole else None,
         params.head,
         haar,
         statistics if params.standardise else None,
+        flat=generator is not None and generator.flat,
         dtype=compute_dtype(precision),
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from bonelib import InputError
 from bonelib.core.pyramid import unhaar, upsample
 from bonelib.core.random import Rng, sample_per_rank, torch_rng
-from bonelib.networks.layers import CHANNELS_LAST, AddNoise, Conv, Dense, ModulatedConv
+from bonelib.networks.layers import CHANNELS_LAST, FLAT, FULL, AddNoise, Conv, Dense, ModulatedConv
 
 MAPPING = 6  # dense layers from z to w: m1 ... m5 and w
 PER_STAGE = 3  # styles, one for each convolution: c_1 before the upsampling, c_3 and c_5 behind it
@@ -42,7 +42,8 @@ class StyleGAN(nn.Module):
     follow the first layer's style (on the coarsest grid they cost next to nothing, and four of them see all of the
     bone); `haar` lets each stage draw the eight Haar bands of its volume on the grid before
     it, the first one on that of the constant;
-    `padding` "replicate" repeats the border of a grid instead of adding zeros (what that costs: see `ProGAN`).
+    `padding` "replicate" repeats the border of a grid instead of adding zeros (what that costs: see `ProGAN`); `flat`
+    draws slices, (n, 1, 1, y, x): kernels are 1x3x3, and grids are doubled in plane alone.
     """
 
     def __init__(
@@ -57,15 +58,17 @@ class StyleGAN(nn.Module):
         base_convs=0,
         haar=False,
         padding="zeros",
+        flat=False,
         dtype=torch.float32,
     ):
         super().__init__()
+        self.flat, kernel = flat, FLAT if flat else FULL
         self.latent, self.stages, self.haar = latent, len(widths) - 1 + haar, haar
         self.layers = PER_STAGE * (len(widths) - 1)
         outputs = [latent] * (MAPPING - 1) + [style]
         self.mapping = nn.ModuleList(Dense(latent, o, gain=GAIN, rate=mapping_rate) for o in outputs)
         self.constant = nn.Parameter(torch.randn(widths[0], *base))
-        how = dict(gain=GAIN, rate=affine_rate, padding=padding, dtype=dtype)
+        how = dict(gain=GAIN, rate=affine_rate, kernel=kernel, padding=padding, dtype=dtype)
         self.ground = nn.ModuleList(ModulatedConv(style, widths[0], widths[0], **how) for _ in range(base_convs))
         self.convs = nn.ModuleList(
             ModulatedConv(style, inputs, o, upsample=doubles, **how)
@@ -75,7 +78,8 @@ class StyleGAN(nn.Module):
         self.noise_scale = nn.ParameterList(torch.tensor(float(noise)) for _ in self.convs)
         self.add_noise = AddNoise()
         self.to_image = nn.ModuleList(
-            Conv(o, 8 if haar else 1, gain=1.0, padding=padding, dtype=dtype) for o in widths[0 if haar else 1 :]
+            Conv(o, 8 if haar else 1, kernel, gain=1.0, padding=padding, dtype=dtype)
+            for o in widths[0 if haar else 1 :]
         )
         self.register_buffer("mean_style", torch.zeros(style))
         self.centre()
@@ -125,7 +129,7 @@ class StyleGAN(nn.Module):
             x = F.leaky_relu(x, SLOPE, inplace=True)
         image = self._image(x, stage)
         if fade < 1 and stage > 1:
-            image = fade * image + (1 - fade) * upsample(self._image(before, stage - 1))
+            image = fade * image + (1 - fade) * upsample(self._image(before, stage - 1), self.flat)
         return image
 
     def _image(self, x: Tensor, stage: int) -> Tensor:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from bonelib import InputError
 from bonelib.core.config import Count, Hash, NotNegative, Positive, Section, Share, section
-from bonelib.networks.config import BASE, CriticNet, Generator, HAGANConfig, HAGANCriticNet
+from bonelib.networks.config import CriticNet, Generator, HAGANConfig, HAGANCriticNet
 from bonelib.scans.config import Augment
 
 
@@ -56,11 +56,13 @@ class Train(Section):
     """One model and how it is trained.
 
     Not in the paper: `loss` relativistic, which pairs real and generated volumes and holds the critic's slope at both
-    towards zero with the weight `penalty` (its gamma); `ema`, the half-life of the generator's running average in
+    towards zero with the weight `penalty` (its gamma), or nonsaturating, of every volume by itself with the slope held
+    at real ones (R1); `ema`, the half-life of the generator's running average in
     updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes, on grids half as fine;
     `autocorrelation`, the weight of `losses.autocorrelation_difference` in the generator's loss while the rate falls
-    towards the end, and `histogram`, that of `losses.histogram_distance` all along; `adaptive` augmentation; and
-    `snapshots` to choose from.
+    towards the end, and `histogram`, that of `losses.histogram_distance` all along; `mixing`, the share
+    of volumes drawn with the styles of two latents, and `path_length`, the weight of its regulariser (Karras et al. 2019
+    and 2020), of a StyleGAN; `adaptive` augmentation; and `snapshots` to choose from.
     """
 
     generator: Generator
@@ -69,11 +71,13 @@ class Train(Section):
     augment: Augment | None = Augment()
     n_critic: Count = 5
     rate: Positive = 4e-3
-    loss: Literal["wasserstein", "relativistic"] = "wasserstein"
+    loss: Literal["wasserstein", "relativistic", "nonsaturating"] = "wasserstein"
     penalty: Annotated[float, Field(ge=0)] = 10.0
     drift: Annotated[float, Field(ge=0)] = 1e-3
     autocorrelation: NotNegative = 0.0
     histogram: NotNegative = 0.0
+    mixing: Share = 0.0
+    path_length: NotNegative = 0.0
     clip: Positive = 2.0
     ema: Annotated[float, Field(ge=0)] = 0.0
     haar: bool = False
@@ -87,6 +91,10 @@ class Train(Section):
         needed = n if self.haar else n + 1
         if not len(self.generator.widths) == len(self.critic.widths) == needed:
             raise ValueError(f"{n} stages{' of haar' * self.haar} need {needed} widths in generator and critic")
+        if self.haar and self.generator.flat:
+            raise ValueError("haar halves the grid along z, which a flat generator has not")
+        if (self.mixing or self.path_length) and self.generator.kind != "stylegan":
+            raise ValueError(f"mixing and path_length are of styles; a {self.generator.kind} has none")
         if self.adaptive and self.loss != "relativistic":
             raise ValueError(f"adaptive is steered by pairs of scores, which loss relativistic has and {self.loss} not")
         if self.snapshots and plan.fade[-1] > (1 - self.snapshots.part) * plan.samples[-1]:
@@ -101,7 +109,7 @@ class Train(Section):
     @property
     def slices(self) -> int:
         """Of the volumes that the generator draws in the end."""
-        return BASE[0] << len(self.schedule.samples)
+        return self.generator.slices(len(self.schedule.samples))
 
     @property
     def step(self) -> int:

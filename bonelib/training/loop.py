@@ -26,7 +26,7 @@ from bonelib import InputError, core, networks, training
 from bonelib.core.cli import command
 from bonelib.core.config import fingerprint, read_params
 from bonelib.core.provenance import code_hash
-from bonelib.core.pyramid import downsample, upsample
+from bonelib.core.pyramid import downsample, smeared
 from bonelib.core.random import RankShard, torch_rng
 from bonelib.networks.registry import build_critic, build_generator
 from bonelib.scans import dataset
@@ -39,6 +39,7 @@ from bonelib.training.run import Progress
 
 STRIP = 8  # fixed latents whose samples are kept along the training
 STRIP_PER_STAGE = 2
+PATHS_EVERY, PATH_DECAY = 4, 0.01  # updates between two of the path lengths, and how fast their mean moves
 ROLLBACK_POINTS = 20  # in a training
 WATCHED = 16  # train and held-out stacks on which the critic's gap is read
 # A state made by other code is not continued
@@ -134,7 +135,8 @@ def _build(params: Train, data: Stacks, seed: int, device: torch.device) -> dict
     statistics = torch.stack([band_statistics(data.pooled(some, stages - s - 1), params.haar) for s in range(stages)])
     torch.manual_seed(torch_rng(seed, "weights").initial_seed())
     generator = build_generator(params.generator, haar=params.haar, precision=params.precision)
-    critic = build_critic(params.critic, haar=params.haar, precision=params.precision, statistics=statistics)
+    of_critic = dict(generator=params.generator, statistics=statistics)
+    critic = build_critic(params.critic, haar=params.haar, precision=params.precision, **of_critic)
     generator, critic = generator.to(device), critic.to(device)
     average = copy.deepcopy(generator).requires_grad_(False)
     adam_g = torch.optim.Adam(generator.parameters(), lr=params.rate, betas=(0.0, 0.98), eps=1e-7, fused=True)
@@ -177,7 +179,8 @@ def _update_critic(trained: _Trained, at: Progress, now: schedule.Moment) -> tup
     draws = RankShard(torch_rng(seed, "critic", at.steps), ranks.rank, ranks.size)
     latent = generator.sample_latent(params.n_critic * batch, draws).to(ranks.device)
     with torch.no_grad():
-        fakes = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
+        styles = losses.mixed_styles(params.mixing, generator, latent, draws, now.stage)
+        fakes = generator.synthesize(styles, now.stage, now.fade, draws)
     sign = 0.0
     for fake in fakes.split(batch):
         x = _real(trained, now, "train", at.seen + ranks.rank, batch, ranks.size)
@@ -196,16 +199,30 @@ def _update_generator(trained: _Trained, at: Progress, now: schedule.Moment, x: 
     draws = RankShard(torch_rng(trained.seed, "generator", at.steps), ranks.rank, ranks.size)
     latent = generator.sample_latent(now.batch // ranks.size, draws).to(ranks.device)
     critic.requires_grad_(False)
-    fake = generator.synthesize(generator.to_styles(latent), now.stage, now.fade, draws)
+    styles = losses.mixed_styles(params.mixing, generator, latent, draws, now.stage)
+    fake = generator.synthesize(styles, now.stage, now.fade, draws)
     pair = _changed(trained, at, x, "real beside it"), _changed(trained, at, fake, "to be improved")
     loss = losses.of_generator(params, critic, *pair, now.stage, now.fade)
     if params.autocorrelation and now.decaying:
         loss = loss + params.autocorrelation * losses.autocorrelation_difference(x, fake)
     if params.histogram:
         loss = loss + params.histogram * losses.histogram_distance(x, fake)
+    if params.path_length and at.steps % PATHS_EVERY == 0:
+        loss = loss + params.path_length * PATHS_EVERY * _path_penalty(trained, at, now, draws)
     at.count(run.update(trained.objects["adam_g"], loss, params.clip, ranks))
     critic.requires_grad_(True)
     return loss
+
+
+def _path_penalty(trained: _Trained, at: Progress, now: schedule.Moment, draws) -> Tensor:
+    """How far path lengths of half a batch are from their running mean, which is the same on every rank."""
+    generator, ranks = trained.objects["generator"], trained.ranks
+    latent = generator.sample_latent(max(1, now.batch // ranks.size // 2), draws).to(ranks.device)
+    mean = at.own.get("path", 0.0)
+    lengths = losses.path_lengths(generator, generator.to_styles(latent), draws, now.stage, now.fade)
+    (length,) = distributed.all_reduce_mean((lengths.mean(),), ranks)
+    at.own["path"] = mean + PATH_DECAY * (length - mean) if mean else length
+    return (lengths - at.own["path"]).square().mean()
 
 
 def _changed(trained: _Trained, at: Progress, volumes: Tensor, purpose: str) -> Tensor:
@@ -221,7 +238,7 @@ def _real(trained: _Trained, now: schedule.Moment, split: str, first: int, count
     stacks = augmented(stacks, first, trained.seed, params.augment, every)
     if stacks.shape[2] > trained.slices >> (len(params.schedule.samples) - now.stage):
         stacks = downsample(stacks)
-    return now.fade * stacks + (1 - now.fade) * upsample(downsample(stacks)) if now.fade < 1 else stacks
+    return now.fade * stacks + (1 - now.fade) * smeared(stacks) if now.fade < 1 else stacks
 
 
 @torch.no_grad()

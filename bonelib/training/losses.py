@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bonelib.core.random import RankShard, sample_per_rank
+from bonelib.core.random import RankShard, Rng, sample_per_rank
 from bonelib.networks.superres import TexturePrior
 from bonelib.training.config import Train
 
@@ -17,8 +17,14 @@ def of_critic(
     Wasserstein is eq. (1), with slopes held at one between real and generated volumes, (n,). Relativistic compares
     real and generated volumes in pairs, and holds the slopes at zero where the volumes are, (2 n,): with weight
     `penalty` this is gamma / 2 (R1 + R2) of Huang et al. 2024. It leaves a constant of the scores free, and the drift
-    term takes it.
+    term takes it. Nonsaturating is the logistic loss of single volumes; slopes are held at zero where they are real (R1
+    of Mescheder et al. 2018), (n,).
     """
+    if how.loss == "nonsaturating":
+        on_real, on_fake = critic(torch.cat([real, fake]), stage, fade).split(len(real))
+        slope = slopes(critic.input_gradient(real, stage, fade))
+        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean() + how.penalty * slope.square().mean()
+        return loss, on_real, on_fake, slope
     both = torch.cat([real, fake])
     on_real, on_fake = critic(both, stage, fade).split(len(real))
     if how.loss == "relativistic":
@@ -37,6 +43,8 @@ def of_generator(how: Train, critic, real: Tensor, fake: Tensor, stage: int, fad
     on_fake = critic(fake, stage, fade)
     if how.loss == "wasserstein":
         return generator_loss(on_fake)
+    if how.loss == "nonsaturating":
+        return F.softplus(-on_fake).mean()
     with torch.no_grad():
         on_real = critic(real, stage, fade)
     return relativistic(on_fake, on_real)
@@ -61,6 +69,33 @@ def critic_loss(on_real: Tensor, on_fake: Tensor, slope: Tensor, *, penalty: flo
 def generator_loss(on_fake: Tensor) -> Tensor:
     """Eq. (2)."""
     return -on_fake.mean()
+
+
+def mixed_styles(share: float, generator, latent: Tensor, rng: Rng, stage: int) -> Tensor:
+    """The styles of latents (n, latent); a `share` of them have those of other latents from a random layer on.
+
+    Mixing regularisation (Karras et al. 2019, section 3.1). The layer is one of those that `stage` uses. With share 0
+    they are (n, style), one for all layers, and nothing is drawn; else (n, layers, style).
+    """
+    styles = generator.to_styles(latent)
+    if not share:
+        return styles
+    other = generator.to_styles(generator.sample_latent(len(latent), rng).to(latent))
+    mixed, place = sample_per_rank(torch.rand, len(latent), 2, rng=rng).to(latent).unbind(1)
+    used = generator.layers * stage // generator.stages
+    first = torch.where(mixed < share, 1 + (place * (used - 1)).long(), generator.layers)
+    own = torch.arange(generator.layers, device=latent.device) < first[:, None]
+    return torch.where(own[..., None], styles[:, None], other[:, None])
+
+
+def path_lengths(generator, styles: Tensor, rng: Rng, stage: int, fade: float) -> Tensor:
+    """How much volumes change with their styles, (n,): of a random direction of the volume the gradient by the styles,
+    the root mean square over layers of its norm (Karras et al. 2020, section 3.2), differentiable once more."""
+    styles = styles if styles.dim() == 3 else styles[:, None].expand(-1, generator.layers, -1)
+    volumes = generator.synthesize(styles, stage, fade, rng)
+    direction = sample_per_rank(torch.randn, *volumes.shape, rng=rng).to(volumes) / volumes[0].numel() ** 0.5
+    (slope,) = torch.autograd.grad((volumes * direction).sum(), styles, create_graph=True)
+    return (slope.square().sum((1, 2)) / slope.shape[1] + 1e-12).sqrt()
 
 
 LAGS = tuple((z, y, x) for z in (0, 1) for y in (-2, -1, 0, 1, 2) for x in (0, 1, 2) if (z, y, x) > (0, 0, 0))

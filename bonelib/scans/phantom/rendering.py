@@ -96,6 +96,18 @@ def draw_window(seed: int, patient: int, visit: int, voxel_mm: float, start, sha
     return Volume(density, (voxel_mm,) * 3, side="right")
 
 
+def draw_centred(seed: int, patient: int, voxel_mm: float, shape, **traits) -> Drawn:
+    """The first visit of a patient in a field of `shape` voxels (z, y, x) about the middle of its scan, as a right bone.
+
+    Fields of all patients are alike, and none is cropped.
+    """
+    bone, now, grid, to_bone = _visit(seed, patient, 1, voxel_mm, traits | {"side": "right"})
+    first = torch.tensor([(n - wanted) // 2 for n, wanted in zip(grid, shape, strict=True)])
+    parts = _voxels(bone, now["change"], lambda index: to_bone(index + first), list(shape), voxel_mm)
+    truth = _truth(*parts, bone, now)
+    return Drawn(Volume(parts[0], (voxel_mm,) * 3, side="right"), *parts[1:], truth)
+
+
 def _visit(seed, patient, visit, voxel_mm, traits, course=population.COURSE):
     """The bone, what it is at this visit, and the grid of its scan with the map to the bone's frame."""
     check_voxel(voxel_mm)

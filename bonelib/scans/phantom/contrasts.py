@@ -1,0 +1,103 @@
+"""Slices of phantoms in two contrasts: mineral as the scanner shows it, and the soft tissue of the same anatomy.
+
+The second one stands for T2-weighted magnetic resonance: fat and yellow marrow are bright, muscle is dark, bone and
+tendon are black. It has its own blur, noise and smooth bias field; no scan of a person was looked at.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+
+from bonelib.core.parallel import workers
+from bonelib.core.random import numpy_rng
+from bonelib.scans.dataset import Stacks
+from bonelib.scans.phantom.anatomy import BOX, HEIGHT_MM
+from bonelib.scans.phantom.random_fields import sample, smooth_noise
+from bonelib.scans.phantom.rendering import OUTSIDE, draw_centred
+from bonelib.scans.phantom.scanner import scan
+from bonelib.scans.preprocessing import to_unit
+from bonelib.scans.volumes import Volume
+
+FIRST = 300_000  # patients are the phantom's from this number on, whom no cohort holds
+CONTRASTS = ("mineral", "soft tissue")
+FIELD_MM = (HEIGHT_MM, 35.47, 28.38)  # (z, y, x), 23 x 80 x 64 voxels of .443 mm; the wrist's coordinates end there
+INTENSITY = (-500.0, 1500.0)  # mg HA/cm3 at 0 and 1
+BRIGHTEST = 1.25  # signal of the second contrast at 1; that of fat is 1
+# Signal of what surrounds the bones, by its density in mg HA/cm3 (`anatomy`): air, fat, septa, muscle, tendon, bone
+SOFT = ((-398.6, -60.0, -50.0, -35.0, 5.0, 12.0, 15.0, 20.0, 150.0), (0.0, 1.0, 1.0, 0.8, 0.36, 0.34, 0.22, 0.1, 0.03))
+MARROW = (0.65, 0.95)  # signal of marrow, from patient to patient: X-rays do not tell it
+BONE = 0.03
+BLUR_MM, NOISE = 0.25, 0.035  # Gaussian SD, and SD of either channel of the noise
+BIAS, BIAS_MM = 0.15, 25.0  # SD of the logarithm of the field, and its length
+FEMALE = 0.15  # share of women (Fetty et al. 2020: 15 of 100)
+
+
+class Slices(NamedTuple):
+    """Both contrasts of patients, as stacks of one slice: row 2 k is mineral, row 2 k + 1 soft tissue of the same
+    anatomy. Beside scan, patient and split, rows have contrast, sex, and position, from 0 (distal) to 1."""
+
+    stacks: Stacks
+    people: list[dict]
+
+
+def draw_pair(seed: int, number: int, sex: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Both contrasts (2, z, y, x) of a patient in [0, 1] on a grid of `shape` over `FIELD_MM`, float32.
+
+    They are drawn on half the voxels, blurred there, and averaged.
+    """
+    drawn = draw_centred(seed, number, HEIGHT_MM / shape[0] / 2, [2 * n for n in shape], sex=sex)
+    mineral = scan(drawn.volume, numpy_rng(seed, "noise of slices", number), noise_sd=drawn.truth["noise_sd"])
+    soft = soft_tissue(drawn.volume, drawn.compartments, drawn.bone, seed, number)
+    signal = _noisy(_averaged(soft), numpy_rng(seed, "noise of soft tissue", number)) / BRIGHTEST
+    return np.stack([to_unit(_averaged(mineral.voxels), INTENSITY), signal.clip(0, 1)]).astype(np.float32)
+
+
+def soft_tissue(density: Volume, compartments: np.ndarray, bone: np.ndarray, seed: int, number: int) -> np.ndarray:
+    """Signal (z, y, x) of the second contrast without noise, fat at 1, of true density, compartments and bone fraction."""
+    rng = numpy_rng(seed, "soft tissue", number)
+    marrow = rng.uniform(*MARROW)
+    within = marrow + (BONE - marrow) * bone
+    signal = np.where(compartments == OUTSIDE, np.interp(density.voxels, *SOFT), within)
+    signal = gaussian_filter(signal, [BLUR_MM / mm for mm in density.spacing], mode="nearest")
+    field = smooth_noise(rng, BOX, BIAS_MM)
+    axes = [torch.linspace(low, high, n) for low, high, n in zip(*BOX, signal.shape, strict=True)]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    return signal * np.exp(BIAS * sample(field, points)[0].numpy())
+
+
+def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], held_out: int = 4) -> Slices:
+    """Paired slices of `patients`, `FEMALE` of them women; every `held_out`th one is held out."""
+    sexes = ["F" if int(FEMALE * (i + 1) + 1e-9) > int(FEMALE * i + 1e-9) else "M" for i in range(patients)]
+    with workers() as pool:
+        jobs = [pool.submit(draw_pair, seed, FIRST + i, sex, shape) for i, sex in enumerate(sexes)]
+        volumes = np.concatenate([job.result() for job in jobs]).astype(np.float16)
+    rows, people = [], []
+    for i, sex in enumerate(sexes):
+        person = {"patient": f"phantom {FIRST + i}", "sex": sex}
+        person["split"] = "held-out" if (i + 1) % held_out == 0 else "train"
+        people.append(person)
+        for z in range(shape[0]):
+            for c, contrast in enumerate(CONTRASTS):
+                place = {"scan": f"{person['patient']} {contrast}", "volume": 2 * i + c, "start": z}
+                rows.append(person | place | {"contrast": contrast, "position": z / (shape[0] - 1)})
+    meta = {
+        "spacing_mm": [mm / n for mm, n in zip(FIELD_MM, shape, strict=True)],
+        "intensity": list(INTENSITY), "shape": list(shape), "stack_slices": 1, "unit": "mgHA",
+        "data_hash": hashlib.sha256(volumes.tobytes()).hexdigest()[:16],
+    }  # fmt: skip
+    return Slices(Stacks(volumes, rows, meta), people)
+
+
+def _averaged(fine: np.ndarray) -> np.ndarray:
+    """Means over blocks of 2x2x2 voxels."""
+    z, y, x = (n // 2 for n in fine.shape)
+    return fine.reshape(z, 2, y, 2, x, 2).mean((1, 3, 5))
+
+
+def _noisy(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The magnitude of a complex signal with Gaussian noise in both channels (Rice)."""
+    noise = NOISE * rng.standard_normal((2, *signal.shape))
+    return np.hypot(signal + noise[0], noise[1])
