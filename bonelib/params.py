@@ -24,6 +24,7 @@ from bonelib.studies.config import (
     Privacy,
     Quality,
     Trials,
+    TwoContrasts,
     VisitsAndAtlases,
 )
 from bonelib.training.config import TRAININGS, Grading, HierarchicalTrain, Published, Train, training_kind
@@ -64,6 +65,7 @@ class Profile(Section):
     inversion: dict[str, Inversion]
     inverse_problems: InverseProblems
     visits_and_atlases: VisitsAndAtlases
+    two_contrasts: TwoContrasts
     cost: Cost
     ablation: Trials
     hagan_study: HAGANStudy

@@ -186,6 +186,32 @@ def hidden(network: nn.Sequential, codes: Tensor) -> Tensor:
     return network[:-1](codes)
 
 
+class Way(NamedTuple):
+    """Along what codes are moved: to a space where an attribute has a unit `normal` (h,), and back."""
+
+    forward: Callable[[Tensor], Tensor]
+    reverse: Callable[[Tensor], Tensor]
+    normal: Tensor
+
+
+def straight(direction: Direction) -> Way:
+    """The space of the codes themselves."""
+    return Way(lambda codes: codes, lambda codes: codes, direction.vector)
+
+
+def bent(network: nn.Sequential, back: nn.Module) -> Way:
+    """The last hidden layer of a classifier, and the network that leads back."""
+    weight = network[-1].weight[0]
+    return Way(lambda codes: hidden(network, codes), back, weight / weight.norm())
+
+
+def formula3(way: Way, codes: Tensor, mean: Tensor, tau: float, alpha: float) -> Tensor:
+    """Codes (n, d) moved by formula (3) of Fetty et al.: drawn to the `mean` code (d,) by the truncation `tau`, then
+    moved by `alpha` along the normal. On a straight way this is mean + tau (w - mean) + alpha normal."""
+    inner, centre = way.forward(codes), way.forward(mean[None])
+    return way.reverse(centre + tau * (inner - centre) + alpha * way.normal)
+
+
 def compare_linear_nonlinear(
     codes: Tensor, values: Tensor, *, seed: int, tries: int, epochs: int, points: int, tangents: int
 ) -> dict:

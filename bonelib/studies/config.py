@@ -4,9 +4,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from bonelib.core.config import Count, NotNegative, Positive, Section, Share, Voxel
+from bonelib.core.config import Count, Hash, NotNegative, Positive, Section, Shape, Share, Voxel
+from bonelib.latent.config import EncoderTraining, Refinement
 from bonelib.networks.config import GENERATORS, CriticNet, Generator
-from bonelib.training.config import HierarchicalTrain, training_section
+from bonelib.training.config import HierarchicalTrain, Train, training_section
 
 
 class Quality(Section):
@@ -181,6 +182,49 @@ class Trials(Section):
     def _trains(self):
         for name, changes in self.variants.items():
             training_section(changed(self.base, changes), name)
+        return self
+
+
+class TwoContrasts(Section):
+    """Slices of phantoms in two contrasts (`studies.two_contrasts`).
+
+    `patients` phantoms, every fourth held out and the share `women` of them women, have paired slices of `shape`
+    (z, y, x) each. `train` is the generator of
+    slices, `encoder` its encoder; with `published`, a hash (see `bonelib.published`), both come with the repository,
+    and `trials`, short trainings of other losses, with them. Codes are of `known` training patients at `positions`
+    heights, and of `unknown` held-out ones, refined as `refine` says. `samples` are drawn for distances, whose truncation
+    is `truncation`, also that of formula (3); networks are the best of `tries`, trained for `epochs`; curvature is taken
+    at `points`, over `tangents`. `walks` have `walk_points` each. `pair` are two registered scans of one's own, the
+    first in mg HA/cm3. `draws` are those of the intervals.
+    """
+
+    published: Hash | None = None
+    patients: Annotated[int, Field(ge=8)] = 100
+    women: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    shape: Shape = (23, 80, 64)
+    train: Train
+    trials: Trials | None = None
+    encoder: EncoderTraining
+    refine: Refinement = Refinement(loss="norms", optimiser="radam", rate=1e-3, betas=(0.9, 0.999), steps=350)
+    known: Annotated[int, Field(ge=4)] = 75
+    unknown: Annotated[int, Field(ge=2)] = 25
+    positions: Annotated[int, Field(ge=3)] = 9
+    samples: Annotated[int, Field(ge=8)] = 1000
+    truncation: Annotated[float, Field(gt=0, le=1)] = 0.7
+    tries: Count = 20
+    epochs: Count = 60
+    points: Count = 1000
+    tangents: Count = 512
+    walks: Annotated[int, Field(ge=2)] = 1000
+    walk_points: Annotated[int, Field(ge=2)] = 8
+    pair: tuple[str, str] | None = None
+    draws: Annotated[int, Field(ge=2)] = 1000
+
+    @model_validator(mode="after")
+    def _voxels_are_cubes(self):
+        z, y, x = self.shape
+        if abs(y / z - 80 / 23) > 0.2 or abs(x / y - 0.8) > 0.01:
+            raise ValueError(f"shape {self.shape} must be about 23 : 80 : 64, the field of the wrist in cubic voxels")
         return self
 
 

@@ -32,7 +32,6 @@ MARROW = (0.65, 0.95)  # signal of marrow, from patient to patient: X-rays do no
 BONE = 0.03
 BLUR_MM, NOISE = 0.25, 0.035  # Gaussian SD, and SD of either channel of the noise
 BIAS, BIAS_MM = 0.15, 25.0  # SD of the logarithm of the field, and its length
-FEMALE = 0.15  # share of women (Fetty et al. 2020: 15 of 100)
 
 
 class Slices(NamedTuple):
@@ -68,9 +67,9 @@ def soft_tissue(density: Volume, compartments: np.ndarray, bone: np.ndarray, see
     return signal * np.exp(BIAS * sample(field, points)[0].numpy())
 
 
-def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], held_out: int = 4) -> Slices:
-    """Paired slices of `patients`, `FEMALE` of them women; every `held_out`th one is held out."""
-    sexes = ["F" if int(FEMALE * (i + 1) + 1e-9) > int(FEMALE * i + 1e-9) else "M" for i in range(patients)]
+def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: float, held_out: int = 4) -> Slices:
+    """Paired slices of `patients`, the share `women` of them women; every `held_out`th one is held out."""
+    sexes = ["F" if int(women * (i + 1) + 1e-9) > int(women * i + 1e-9) else "M" for i in range(patients)]
     with workers() as pool:
         jobs = [pool.submit(draw_pair, seed, FIRST + i, sex, shape) for i, sex in enumerate(sexes)]
         volumes = np.concatenate([job.result() for job in jobs]).astype(np.float16)
