@@ -192,10 +192,10 @@ class TwoContrasts(Section):
     (z, y, x) each. `train` is the generator of
     slices, `encoder` its encoder; with `published`, a hash (see `bonelib.published`), both come with the repository,
     and `trials`, short trainings of other losses, with them. Codes are of `known` training patients at `positions`
-    heights, and of `unknown` held-out ones, refined as `refine` says. `samples` are drawn for distances, whose truncation
-    is `truncation`, also that of formula (3); networks are the best of `tries`, trained for `epochs`; curvature is taken
-    at `points`, over `tangents`. `walks` have `walk_points` each. `pair` are two registered scans of one's own, the
-    first in mg HA/cm3. `draws` are those of the intervals.
+    heights, and of `unknown` held-out ones, refined as `refine` says. `samples` are drawn for distances, with and
+    without `truncation`, which is also that of formula (3); networks are the best of `tries`, trained for `epochs`;
+    curvature is taken at `points`, over `tangents`. `walks` have `walk_points` each. `pair` are two registered scans of
+    one's own, the first in mg HA/cm3. `draws` are those of the intervals.
     """
 
     published: Hash | None = None

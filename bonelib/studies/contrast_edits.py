@@ -157,7 +157,9 @@ def walks(other, way: Way, positions: int, mm: float, share: float, draw: Draw, 
         slopes = slope_of(way, codes, starts[kept])
         spread = float((way.forward(codes.flatten(0, 1)) @ way.normal).std())
         steps.append({"contrast": contrast} | interval(slopes, people, "step", **numbers) | {"SD of codes": spread})
-        one = walk(way, codes, images, starts[kept], float(slopes.mean()), draw, lambda a, b, c=contrast: error(a, b, c))
+        one = walk(
+            way, codes, images, starts[kept], float(slopes.mean()), draw, lambda a, b, c=contrast: error(a, b, c)
+        )
         for j, z in enumerate(starts[kept] - starts[kept][len(kept) // 2]):
             for what, values in (("moved", one.centre[:, j]), ("not moved", one.still[:, j])):
                 row = {"contrast": contrast, "": what, "mm": round(float(z * mm), 2)}
@@ -181,7 +183,8 @@ def cliff(curve: np.ndarray) -> tuple[int, float]:
     """The layer whose injection is the last to matter, counted from 0, and how many times larger the error is behind it
     than before: the largest rise of an error curve (layers + 1,)."""
     place = int(np.diff(curve).argmax())
-    return place, float(curve[place + 1] / curve[place])
+    with np.errstate(divide="ignore"):  # of a code that draws the true slice itself
+        return place, float(np.divide(curve[place + 1], curve[place]))
 
 
 def injections(other, styles: Callable[[Tensor], Tensor], draw: Draw, error: Error, **numbers):

@@ -38,7 +38,9 @@ def counted(people: list[dict], slices: int) -> list[dict]:
     for split in ("train", "held-out"):
         own = [person for person in people if person["split"] == split]
         women = sum(person["sex"] == "F" for person in own)
-        rows.append({"split": split, "patients": len(own), "women": women, "slices of each contrast": len(own) * slices})
+        rows.append(
+            {"split": split, "patients": len(own), "women": women, "slices of each contrast": len(own) * slices}
+        )
     return rows
 
 
@@ -284,7 +286,9 @@ def unlabelled(model: Model, told: dict[str, Told]) -> list[dict]:
     rows = []
     for attribute, models in told.items():
         cosines = (found @ models.plane.vector).abs()
-        rows.append({"attribute": attribute, "largest cosine": float(cosines.max()), "direction": int(cosines.argmax()) + 1})
+        rows.append(
+            {"attribute": attribute, "largest cosine": float(cosines.max()), "direction": int(cosines.argmax()) + 1}
+        )
     chance = numpy_rng(0, "chance").standard_normal((1000, SEFA, found.shape[1]))
     chance = (chance[:, :, 0] / np.linalg.norm(chance, axis=2)).__abs__().max(1).mean()
     return [*rows, {"attribute": "by chance", "largest cosine": float(chance), "direction": ""}]

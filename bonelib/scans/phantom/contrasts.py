@@ -55,7 +55,7 @@ def draw_pair(seed: int, number: int, sex: str, shape: tuple[int, int, int]) -> 
 
 
 def soft_tissue(density: Volume, compartments: np.ndarray, bone: np.ndarray, seed: int, number: int) -> np.ndarray:
-    """Signal (z, y, x) of the second contrast without noise, fat at 1, of true density, compartments and bone fraction."""
+    """Signal (z, y, x) of the second contrast without noise, fat at 1; `bone` is the bone fraction of voxels."""
     rng = numpy_rng(seed, "soft tissue", number)
     marrow = rng.uniform(*MARROW)
     within = marrow + (BONE - marrow) * bone

@@ -97,7 +97,7 @@ def draw_window(seed: int, patient: int, visit: int, voxel_mm: float, start, sha
 
 
 def draw_centred(seed: int, patient: int, voxel_mm: float, shape, **traits) -> Drawn:
-    """The first visit of a patient in a field of `shape` voxels (z, y, x) about the middle of its scan, as a right bone.
+    """The first visit of a patient, as a right bone, in a field of `shape` voxels (z, y, x) about its middle.
 
     Fields of all patients are alike, and none is cropped.
     """
