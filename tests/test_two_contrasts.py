@@ -1,4 +1,4 @@
-"""Slices in two contrasts: phantoms, networks of slices, losses, and codes that are moved, where the truth is planted."""
+"""Slices in two contrasts: phantoms, networks of slices, losses, and codes that are moved, with planted truth."""
 
 import numpy as np
 import pytest

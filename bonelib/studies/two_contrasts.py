@@ -259,8 +259,8 @@ def regression(known: Coded, other: Coded, how: TwoContrasts, *, seed: int) -> l
 def bending(told: dict[str, Told], known: Coded, how: TwoContrasts, *, seed: int) -> list[dict]:
     """How bent the networks' decision surfaces are: a row an attribute; curvature is in 1 / unit of the codes.
 
-    `p` is that of D'Agostino and Pearson for normal mean curvatures; `in spreads` is the median of the largest principal
-    curvature times the spread of the codes: at 1, the surface turns within the cloud of codes.
+    `p` is that of D'Agostino and Pearson for normal mean curvatures; `in spreads` is the median of the largest
+    principal curvature times the spread of the codes: at 1, the surface turns within the cloud of codes.
     """
     rows, spread = [], float((known.codes - known.codes.mean(0)).norm(dim=1).mean())
     for attribute, found in told.items():
@@ -290,7 +290,7 @@ def unlabelled(model: Model, told: dict[str, Told]) -> list[dict]:
             {"attribute": attribute, "largest cosine": float(cosines.max()), "direction": int(cosines.argmax()) + 1}
         )
     chance = numpy_rng(0, "chance").standard_normal((1000, SEFA, found.shape[1]))
-    chance = (chance[:, :, 0] / np.linalg.norm(chance, axis=2)).__abs__().max(1).mean()
+    chance = np.abs(chance[:, :, 0] / np.linalg.norm(chance, axis=2)).max(1).mean()
     return [*rows, {"attribute": "by chance", "largest cosine": float(chance), "direction": ""}]
 
 
