@@ -60,9 +60,9 @@ class Train(Section):
     at real ones (R1); `ema`, the half-life of the generator's running average in
     updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes, on grids half as fine;
     `autocorrelation`, the weight of `losses.autocorrelation_difference` in the generator's loss while the rate falls
-    towards the end, and `histogram`, that of `losses.histogram_distance` all along; of a StyleGAN `mixing`, the share of
-    volumes drawn with the styles of two latents, and `path_length`, the weight of its regulariser (Karras et al. 2019 and
-    2020); `adaptive` augmentation; and `snapshots` to choose from.
+    towards the end, and `histogram`, that of `losses.histogram_distance` all along; of a StyleGAN `mixing`, the share
+    of volumes drawn with the styles of two latents, and `path_length`, the weight of its regulariser (Karras et al.
+    2019 and 2020); `adaptive` augmentation; and `snapshots` to choose from.
     """
 
     generator: Generator
