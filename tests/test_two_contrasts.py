@@ -253,7 +253,7 @@ def test_what_is_planted_in_codes_is_told_apart_in_unknown_patients():
     told = {name: study.tell(known, other, name, how, seed=1) for name in study.ATTRIBUTES}
     for one in told.values():
         row = one.row
-        assert row["logistic"] == 1 and row["unknown, balanced"] == 1 and row["unknown, patients"] == 6
+        assert row["logistic"] == 1 and row["unknown.balanced"] == 1 and row["unknown.patients"] == 6
         assert row["taken"] == directions.chosen(row["R2 of the way back"], row["network"], row["logistic"])
     assert told["sex"].row["N left out"] == 4 * 10 and abs(float(told["sex"].plane.vector[3])) > 0.9
     assert study.regression(known, other, how, seed=1)[0]["R2 of unknown patients"] > 0.95

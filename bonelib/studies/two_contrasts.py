@@ -228,9 +228,9 @@ def tell(known: Coded, other: Coded, attribute: str, how: TwoContrasts, *, seed:
     patients = np.array([r["patient"] for r in other.rows])[tested]
     rng = numpy_rng(seed, "told", attribute)
     found = patient_mean(right[tested].astype(float), patients, rng=rng, draws=how.draws)
-    row |= {f"unknown, {key}": value for key, value in found._asdict().items()}
+    row |= {f"unknown.{key}": value for key, value in found._asdict().items()}
     sides = [right[tested & (truth == side)].mean() for side in (False, True) if (tested & (truth == side)).any()]
-    return Told(plane, deep.network, back.network, row | {"unknown, balanced": float(np.mean(sides))})
+    return Told(plane, deep.network, back.network, row | {"unknown.balanced": float(np.mean(sides))})
 
 
 def evenly_apart(names: np.ndarray, classes: np.ndarray | None = None) -> list[str]:
