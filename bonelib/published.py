@@ -12,6 +12,9 @@ python -m bonelib.published out/laptop/models/stylegan stylegan --audit out/lapt
 python -m bonelib.published out/laptop/grading grader --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published out/laptop/codes/progan encoder-progan --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published out/laptop/codes/stylegan encoder-stylegan --audit out/laptop/metrics/S5_privacy.json
+python -m bonelib.published scratch/state/laptop/two_contrasts/slices slices
+
+The last one, generator and encoder of S9, learns of phantoms alone, whatever the cohort is, and needs no audit.
 """
 
 import argparse
@@ -39,6 +42,7 @@ PARTS = {
     "grader": {"grader.safetensors", "config.json"},
     "encoder": {"encoder.safetensors", "encoder.json", "encoder-curves.csv", "refinement.json"},
 }
+PARTS["slices"] = PARTS["model"] | PARTS["encoder"] | {"trials.csv"}  # of S9: a generator with its encoder
 REMOTE = "published"  # in .dvc/config
 GRID = ("spacing_mm", "intensity", "shape")  # what a model and the stacks beside it must share
 
@@ -63,38 +67,33 @@ def fetch(name: str, given: dict, folder: str | Path, data: dict) -> Train | Hie
 
 def kind_of(folder: Path) -> str:
     """Which of `PARTS` a folder holds; raises `InputError` where it is none."""
+    if all((folder / f"{WEIGHTS[kind]}.safetensors").is_file() for kind in ("model", "encoder")):
+        return "slices"
     for kind, weights in WEIGHTS.items():
         if (folder / f"{weights}.safetensors").is_file():
             return kind
     raise InputError(f"{folder}: not a whole model folder; accepted are those of a model, a grader or an encoder")
 
 
-def publish(folder: str | Path, name: str, audit: str | Path, say=print) -> str:
+def publish(folder: str | Path, name: str, audit: str | Path | None = None, say=print) -> str:
     """Put a model, a grader or an encoder into the store of the repository in the working folder; returns its hash.
 
     `audit` is the metrics file of the stage `privacy` of the same run. Of the folders of a grader and an encoder, what
     belongs to the scans of that run stays behind. Raises `InputError` for a folder that is not whole, a file that is
-    too large to be committed, and weights that may not be published (`require_release`, `require_phantoms`).
+    too large to be committed, and weights that may not be published (`require_release`, `require_phantoms`). Slices
+    need no `audit`, but must be of phantoms.
     """
     folder, target = Path(folder), pointer(name).with_suffix("")
     kind = kind_of(folder)
     config = _checked(folder, kind)
     for path in sorted(folder.iterdir()):
-        if kind == "model" and path.name not in PARTS[kind]:
+        if kind in ("model", "slices") and path.name not in PARTS[kind]:
             raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(PARTS[kind]))}")
         if path.name in PARTS[kind] and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
-    try:
-        values = json.loads(Path(audit).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{audit}: not the metrics of the stage `privacy`; weights are audited first") from None
-    if kind == "model":
-        from bonelib.latent.models import load_model
-
-        load_model(folder)
-        says = require_release(values, folder.resolve().name, config["sha256"])
-    else:
-        says = require_phantoms(values, folder, Path(audit))
+    says = "it was trained on phantoms and holds no person" if kind == "slices" else _audited(folder, kind, config, audit)
+    if kind == "slices" and config["data"].get("phantoms") is not True:
+        raise InputError(f"{folder}: config.json: data: not of phantoms; only what learned from phantoms passes")
     say(f"{name}: {says}")
     before = published_hash(name) if pointer(name).is_file() else None
     shutil.rmtree(target, ignore_errors=True)
@@ -105,6 +104,20 @@ def publish(folder: str | Path, name: str, audit: str | Path, say=print) -> str:
     after = put(name)
     _name_in_params(Path("params.yaml"), kind, name, before, after, say)
     return after
+
+
+def _audited(folder: Path, kind: str, config: dict, audit: str | Path | None) -> str:
+    """Why an audit lets weights pass."""
+    try:
+        values = json.loads(Path(audit or "no audit").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{audit}: not the metrics of the stage `privacy`; weights are audited first") from None
+    if kind != "model":
+        return require_phantoms(values, folder, Path(audit))
+    from bonelib.latent.models import load_model
+
+    load_model(folder)
+    return require_release(values, folder.resolve().name, config["sha256"])
 
 
 def put(name: str) -> str:
@@ -187,7 +200,7 @@ def _name_in_params(path: Path, kind: str, name: str, before: str | None, after:
     """
     text = path.read_text(encoding="utf-8")
     if kind != "model":
-        key = "grading" if kind == "grader" else "inversion.MODEL.encoder"
+        key = {"grader": "grading", "slices": "two_contrasts"}.get(kind, "inversion.MODEL.encoder")
         if before is None or before not in text:
             say(f"{path}: write `published: {after}` into {key} of the profile published")
             return
@@ -202,9 +215,9 @@ def _name_in_params(path: Path, kind: str, name: str, before: str | None, after:
 
 
 def is_model(one: Path) -> bool:
-    """Whether a pointer of published/ is that of a model, and not of a grader or an encoder."""
-    listing = json.loads(stored(one)[0].read_text(encoding="utf-8"))
-    return any(item["relpath"] == "generator.safetensors" for item in listing)
+    """Whether a pointer of published/ is that of a model, and not of a grader, an encoder or slices."""
+    names = {item["relpath"] for item in json.loads(stored(one)[0].read_text(encoding="utf-8"))}
+    return "generator.safetensors" in names and "encoder.safetensors" not in names
 
 
 @command
@@ -212,7 +225,7 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("folder", type=Path)
     cli.add_argument("name", help="of the model, as in `models` of params.yaml")
-    cli.add_argument("--audit", type=Path, required=True, help="metrics/S5_privacy.json of these weights")
+    cli.add_argument("--audit", type=Path, help="metrics/S5_privacy.json of these weights; slices need none")
     args = cli.parse_args()
     found = publish(args.folder, args.name, args.audit)
     print(f"{args.folder} is published as {args.name}, {found}; commit dvc-store/, published/ and params.yaml")

@@ -230,3 +230,20 @@ def test_a_model_that_is_replaced_leaves_nothing(inside, tmp_path):
         and len(after) == len(before)
         and after != before
     )
+
+
+def test_slices_are_published_with_their_encoder_if_they_are_of_phantoms(inside, tmp_path, capsys):
+    run_of_phantoms(tmp_path / "out")
+    folder = tmp_path / "slices"
+    shutil.copytree(tmp_path / "out/models/mine", folder)
+    for name in ("encoder.safetensors", "encoder.json", "encoder-curves.csv"):
+        shutil.copy(tmp_path / "out/codes/mine" / name, folder / name)
+    with pytest.raises(InputError, match="config.json: data: not of phantoms"):
+        published.publish(folder, "slices")
+    config = json.loads((folder / "config.json").read_text())
+    checkpoint.write_json(folder / "config.json", config | {"data": config["data"] | {"phantoms": True}})
+    found = published.publish(folder, "slices")
+    assert f"write `published: {found}` into two_contrasts" in capsys.readouterr().out
+    to = store.fetch_files("slices", found, tmp_path / "fetched", "two_contrasts.published")
+    assert known_encoder(to, load_model(to))[0].encoder is not None
+    assert published.kind_of(to) == "slices" and not published.is_model(store.pointer("slices"))

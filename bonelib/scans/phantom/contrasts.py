@@ -84,7 +84,7 @@ def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: fl
                 rows.append(person | place | {"contrast": contrast, "position": z / (shape[0] - 1)})
     meta = {
         "spacing_mm": [mm / n for mm, n in zip(FIELD_MM, shape, strict=True)],
-        "intensity": list(INTENSITY), "shape": list(shape), "stack_slices": 1, "unit": "mgHA",
+        "intensity": list(INTENSITY), "shape": list(shape), "stack_slices": 1, "unit": "mgHA", "phantoms": True,
         "data_hash": hashlib.sha256(volumes.tobytes()).hexdigest()[:16],
     }  # fmt: skip
     return Slices(Stacks(volumes, rows, meta), people)
