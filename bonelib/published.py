@@ -91,7 +91,9 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None, say=
             raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(PARTS[kind]))}")
         if path.name in PARTS[kind] and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
-    says = "it was trained on phantoms and holds no person" if kind == "slices" else _audited(folder, kind, config, audit)
+    says = (
+        "it was trained on phantoms and holds no person" if kind == "slices" else _audited(folder, kind, config, audit)
+    )
     if kind == "slices" and config["data"].get("phantoms") is not True:
         raise InputError(f"{folder}: config.json: data: not of phantoms; only what learned from phantoms passes")
     say(f"{name}: {says}")

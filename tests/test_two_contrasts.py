@@ -15,6 +15,7 @@ from bonelib.networks.layers import FLAT, Conv
 from bonelib.networks.registry import build_critic, build_generator
 from bonelib.scans.phantom import contrasts
 from bonelib.scans.phantom.rendering import TRABECULAR, draw_centred
+from bonelib.scans.volumes import Volume, write_volume
 from bonelib.studies import contrast_edits as edits
 from bonelib.studies import two_contrasts as study
 from bonelib.training import losses
@@ -69,6 +70,28 @@ def test_slices_come_in_pairs_of_patients_who_are_in_one_split():
         "women": 2,
         "slices of each contrast": 24,
     }
+
+
+def test_two_scans_of_ones_own_are_read_on_the_grid_of_the_slices(tmp_path):
+    """A square of mineral off the middle, on finer voxels, comes out where it was, and only where both scans fit."""
+    values = np.full((30, 160, 130), -500.0, np.float32)
+    values[:, 40:80, 30:70] = 900.0
+    files = []
+    for name, voxels in (
+        ("a", values),
+        ("b", np.where(values > 0, 80.0, 400.0).astype(np.float32)),
+        ("c", values[:-1]),
+    ):
+        files.append(str(tmp_path / f"{name}.nii.gz"))
+        write_volume(Volume(voxels, (0.3, 0.3, 0.3)), files[-1])
+    data, rows = contrasts.given_pair((files[0], files[1]), SHAPE)
+    mineral, soft = data.pooled(rows[:2], 0)[:, 0, 0].float()
+    found = np.argwhere(mineral.numpy() > 0.5).mean(0)
+    wanted = [(59.5 - 79.5) * 0.3 / (35.47 / 40) + 19.5, (49.5 - 64.5) * 0.3 / (28.38 / 32) + 15.5]
+    assert found == pytest.approx(wanted, abs=0.6) and float(mineral.max()) == pytest.approx(0.7, abs=0.01)
+    assert float(soft.max()) == pytest.approx(1, abs=0.01) and float(soft.min()) == pytest.approx(0.2, abs=0.01)
+    with pytest.raises(InputError, match="c.nii.gz has the grid"):
+        contrasts.given_pair((files[0], files[2]), SHAPE)
 
 
 # Networks of slices

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, map_coordinates
 
+from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.scans.dataset import Stacks
@@ -19,7 +20,7 @@ from bonelib.scans.phantom.random_fields import sample, smooth_noise
 from bonelib.scans.phantom.rendering import OUTSIDE, draw_centred
 from bonelib.scans.phantom.scanner import scan
 from bonelib.scans.preprocessing import to_unit
-from bonelib.scans.volumes import Volume
+from bonelib.scans.volumes import Volume, read_volume
 
 FIRST = 300_000  # patients are the phantom's from this number on, whom no cohort holds
 CONTRASTS = ("mineral", "soft tissue")
@@ -88,6 +89,32 @@ def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: fl
         "data_hash": hashlib.sha256(volumes.tobytes()).hexdigest()[:16],
     }  # fmt: skip
     return Slices(Stacks(volumes, rows, meta), people)
+
+
+def given_pair(files: tuple[str, str], shape: tuple[int, int, int]) -> tuple[Stacks, list[dict]]:
+    """Two registered scans of one person as paired slices: mineral, read in mg HA/cm3 where the file does not say
+    otherwise, and soft tissue, of which the brightest voxels (1 %) become 1. Both are read about their middles, on the
+    field and grid of the phantom's slices. Raises `InputError` for scans that are not there, or of two grids."""
+    scans = [read_volume(file, unit=unit) for file, unit in zip(files, ("mgHA", "native"), strict=True)]
+    if scans[0].shape != scans[1].shape:
+        says = f"{files[1]} has the grid {scans[1].shape}; accepted is that of {files[0]}, {scans[0].shape}"
+        raise InputError(f"two_contrasts.pair: {says}")
+    mm = [length / n for length, n in zip(FIELD_MM, shape, strict=True)]
+    fields = []
+    for scanned in scans:
+        ratio = [new / old for new, old in zip(mm, scanned.spacing, strict=True)]
+        smooth = gaussian_filter(np.asarray(scanned.voxels, np.float32), [max(0.0, (r - 1) / 2) for r in ratio])
+        each = zip(shape, ratio, smooth.shape, strict=True)
+        places = [(np.arange(n) - (n - 1) / 2) * r + (m - 1) / 2 for n, r, m in each]
+        fields.append(map_coordinates(smooth, np.meshgrid(*places, indexing="ij"), order=1, mode="nearest"))
+    brightest = max(float(np.quantile(fields[1], 0.99)), 1e-9)
+    volumes = np.stack([to_unit(fields[0], INTENSITY), (fields[1] / brightest).clip(0, 1)]).astype(np.float16)
+    rows = [
+        {"patient": "own", "scan": files[c], "volume": c, "start": z, "split": "own", "contrast": contrast}
+        for z in range(shape[0])
+        for c, contrast in enumerate(CONTRASTS)
+    ]
+    return Stacks(volumes, rows, {"spacing_mm": mm, "intensity": list(INTENSITY), "stack_slices": 1}), rows
 
 
 def _averaged(fine: np.ndarray) -> np.ndarray:
