@@ -119,6 +119,16 @@ def test_the_ablations_train_without_what_they_leave_out(tmp_path, edit):
     assert any(key.startswith("low") for key in same) != edit.get("low", True)
 
 
+def test_snapshots_are_left_to_choose_from(tmp_path):
+    train(tmp_path, snapshots=dict(number=3, samples=4))
+    kept = sorted((tmp_path / "model/candidates").iterdir())
+    assert [int(path.stem) for path in kept] == [12, 20, 24]  # from the middle to the end
+    last, final = load_file(kept[-1]), load_file(tmp_path / "model/generator.safetensors")
+    assert all(torch.equal(last[key], final[key]) for key in final)
+    train(tmp_path, samples=8)
+    assert not (tmp_path / "model/candidates").exists()
+
+
 def test_the_model_is_drawn_grown_and_inverted_as_any_other(tmp_path):
     train(tmp_path, samples=8)
     model = load_model(tmp_path / "model")

@@ -123,7 +123,8 @@ class HierarchicalTrain(Section):
     `samples` real volumes are seen in all, 80,000 batches. `lambdas` weigh eqs. (6) and (7). `low` False leaves out
     G^L and D^L, `encode` False the encoder, `random` False draws r of the partition T_v alone: the ablations of Table
     IV. Not in the paper: `clip`, the largest norm of a gradient; `ema`, the half-life of the generator's running
-    average in updates (0 is none); `final_decay`, the part at the end in which all rates fall; and `augment`.
+    average in updates (0 is none); `final_decay`, the part at the end in which all rates fall; `augment`; and
+    `snapshots` of the generator to choose from.
     """
 
     generator: HAGANConfig
@@ -143,9 +144,9 @@ class HierarchicalTrain(Section):
     ema: NotNegative = 0.0
     final_decay: Share = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    snapshots: Snapshots | None = None
 
     haar: ClassVar[bool] = False  # what a `Train` section has and this one has not
-    snapshots: ClassVar[None] = None
 
     @model_validator(mode="after")
     def _halvings(self):
@@ -170,8 +171,8 @@ class HierarchicalTrain(Section):
         return self.batch
 
     def lasting(self, samples: int) -> "HierarchicalTrain":
-        """The same for `samples` in all."""
-        return self.model_copy(update={"samples": samples})
+        """The same for `samples` in all, without snapshots."""
+        return self.model_copy(update={"samples": samples, "snapshots": None})
 
 
 TRAININGS = {"progan": Train, "stylegan": Train, "hagan": HierarchicalTrain}  # by the kind of their generator

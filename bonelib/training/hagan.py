@@ -21,7 +21,7 @@ from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.training import checkpoint, distributed, run
 from bonelib.training.config import HierarchicalTrain
 from bonelib.training.distributed import Ranks
-from bonelib.training.model_folder import Strip, own_grid, start_networks, write_model
+from bonelib.training.model_folder import Strip, keep_snapshot, kept_snapshots, own_grid, start_networks, write_model
 from bonelib.training.run import Progress
 
 STRIP = 8  # fixed latents whose samples are kept along the training
@@ -42,6 +42,7 @@ class Trained(NamedTuple):
     objects: dict
     seed: int
     ranks: Ranks
+    state: Path | None = None
 
 
 class Part(NamedTuple):
@@ -68,11 +69,11 @@ def train_hagan(
 ) -> dict:
     """Train a HA-GAN and write it to `folder`; returns the final entry of its curves.
 
-    Writes what a progressive training writes (see `loop.train_progressive`, also for the arguments), without
-    candidates, and with encoder.safetensors. Interrupted, the same call goes on from the newest state in `state`, bit
-    for bit. Raises `InputError` where the stacks are not of the grid that the generator draws.
+    Writes what a progressive training writes (see `loop.train_progressive`, also for the arguments), and
+    encoder.safetensors. Interrupted, the same call goes on from the newest state in `state`, bit for bit. Raises
+    `InputError` where the stacks are not of the grid that the generator draws.
     """
-    folder, meta = Path(folder), data.meta
+    folder, state, meta = Path(folder), Path(state), data.meta
     ranks = ranks or distributed.single_process()
     if params.batch % ranks.size:
         says = f"found {params.batch}, which {ranks.size} processes cannot share equally"
@@ -87,10 +88,10 @@ def train_hagan(
     began = start_networks(objects, ("generator", "critic", "encoder"), start, heard)
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     at = run.run(
-        partial(_step, Trained(params, data, objects, seed, ranks)),
+        partial(_step, Trained(params, data, objects, seed, ranks, state)),
         objects,
         end=params.samples,
-        state=Path(state),
+        state=state,
         fingerprint=identity,
         name="HA-GAN",
         say=say,
@@ -101,7 +102,7 @@ def train_hagan(
     )
     if ranks.rank == 0:
         kept = dict(average=objects["average"], critic=objects["critic"], growth=objects["growth"].kept)
-        kept |= dict(candidates=[], began=began, superres=superres if coarser else None)
+        kept |= dict(candidates=kept_snapshots(at, state), began=began, superres=superres if coarser else None)
         more = {"encoder": objects["encoder"]} if params.encode else {}
         checkpoint.write_json(folder / "record.json", run.record(at, seed, ranks.device))
         write_model(folder, params, meta, **kept, run=identity, at=at, columns=CURVES, more=more)
@@ -142,12 +143,13 @@ def _step(trained: Trained, at: Progress) -> dict[str, float]:
     for name, rate in rates.items():
         if name in objects:
             objects[name].param_groups[0]["lr"] = rate * decay
-    real = _real(trained, at)
+    real, begun = _real(trained, at), at.seen
     at.seen += params.batch
     losses = update_all(trained, at, real)
     run.update_ema(objects["average"], objects["generator"], params.ema, at.steps)
     read = distributed.all_reduce_mean(losses, ranks)
     _keep_strip(trained, at)
+    keep_snapshot(params, objects["average"], at, begun, trained.state, ranks)
     gap = _overfit(trained, at) if at.point_due else 0.0
     return dict(zip(CURVES[1:], (at.steps + 1, *read, gap), strict=True))
 
