@@ -120,11 +120,12 @@ class Train(Section):
 class HierarchicalTrain(Section):
     """A HA-GAN and how it is trained; defaults are the published values (Sun et al. 2022, section III-E).
 
-    `samples` real volumes are seen in all, 80,000 batches. `lambdas` weigh eqs. (6) and (7). `low` False leaves out
-    G^L and D^L, `encode` False the encoder, `random` False draws r of the partition T_v alone: the ablations of Table
-    IV. Not in the paper: `clip`, the largest norm of a gradient; `ema`, the half-life of the generator's running
-    average in updates (0 is none); `final_decay`, the part at the end in which all rates fall; `augment`; and
-    `snapshots` of the generator to choose from.
+    `samples` real volumes are seen in all, 80,000 batches. `lambdas` weigh eqs. (6) and (7), `class_weight` the loss of
+    the auxiliary classifier in that of a conditional generator, which published code has. `low` False leaves out G^L
+    and D^L, `encode` False the encoder, `random` False draws r of the partition T_v alone: the ablations of Table IV.
+    Not in the paper: `clip`, the largest norm of a gradient; `ema`, the half-life of the generator's running average in
+    updates (0 is none); `final_decay`, the part at the end in which all rates fall; `augment`; and `snapshots` of the
+    generator to choose from.
     """
 
     generator: HAGANConfig
@@ -136,6 +137,7 @@ class HierarchicalTrain(Section):
     encoder_rate: Positive = 1e-4
     betas: tuple[Share, Share] = (0.0, 0.999)
     lambdas: tuple[NotNegative, NotNegative] = (5.0, 5.0)
+    class_weight: NotNegative = 0.1
     low: bool = True
     encode: bool = True
     random: bool = True

@@ -46,12 +46,13 @@ class Trained(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The real volumes of one step: whole, on the grid of A, and the sub-volume of start r."""
+    """The real volumes of one step: whole, on the grid of A, and the sub-volume of start r; and their classes (n,)."""
 
     whole: Tensor
     low: Tensor
     high: Tensor
     r: int
+    labels: Tensor | None = None
 
 
 def train_hagan(
@@ -83,6 +84,7 @@ def train_hagan(
     found = (data.meta["stack_slices"], *data.volumes.shape[2:])
     if found != wanted:
         raise InputError(f"params.yaml: generator: it draws {wanted} voxels, but the stacks have {found}")
+    check_classes(data, params.generator.classes)
     objects = build(params, seed, ranks.device)
     heard = say if ranks.rank == 0 else lambda *_: None
     began = start_networks(objects, ("generator", "critic", "encoder"), start, heard)
@@ -107,6 +109,14 @@ def train_hagan(
         checkpoint.write_json(folder / "record.json", run.record(at, seed, ranks.device))
         write_model(folder, params, meta, **kept, run=identity, at=at, columns=CURVES, more=more)
     return dict(zip(CURVES, at.curves[-1], strict=True)) if at.curves else {}
+
+
+def check_classes(data: Stacks, count: int) -> None:
+    """Raise `InputError` unless every stack has one of `count` classes, numbered from 0, where there are any."""
+    for row in data.rows if count else ():
+        if row.get("class") not in range(count):
+            says = f"found class {row.get('class')!r}; accepted are 0 to {count - 1}, as generator.classes is {count}"
+            raise InputError(f"stacks.csv: scan {row['scan']}: {says}")
 
 
 def build(params: HierarchicalTrain, seed: int, device: torch.device) -> dict:
@@ -165,18 +175,21 @@ def _real(trained: Trained, at: Progress) -> Part:
     """The real volumes of a step that belong to this rank; r is the same on all."""
     params, grid = trained.params, trained.objects["generator"].grid
     first, every = at.seen + trained.ranks.rank, trained.ranks.size
-    whole = _volumes(trained, "train", first, params.batch // every, every)
+    whole, labels = _volumes(trained, "train", first, params.batch // every, every)
     whole = augmented(whole, first, trained.seed, params.augment, every)
     draws = torch_rng(trained.seed, "sub-volume", at.steps)
     starts = range(grid.starts) if params.random else grid.partition()
     r = starts[int(torch.randint(len(starts), (), generator=draws))]
-    return Part(whole, _coarse(whole, grid.scale), grid.high(whole, r), r)
+    return Part(whole, _coarse(whole, grid.scale), grid.high(whole, r), r, labels)
 
 
-def _volumes(trained: Trained, split: str, first: int, count: int, every: int = 1) -> Tensor:
-    rows = trained.data.of(split)
+def _volumes(trained: Trained, split: str, first: int, count: int, every: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Volumes and, of a conditional model, their classes."""
+    rows, device = trained.data.of(split), trained.ranks.device
     chosen = [rows[i] for i in order(len(rows), first, count, trained.seed, every)]
-    return trained.data.pooled(chosen, 0).to(trained.ranks.device).float()
+    conditional = trained.params.generator.classes > 0
+    labels = torch.tensor([row["class"] for row in chosen], device=device) if conditional else None
+    return trained.data.pooled(chosen, 0).to(device).float(), labels
 
 
 def _coarse(x: Tensor, scale: int) -> Tensor:
@@ -197,14 +210,17 @@ def _update_critic(trained: Trained, at: Progress, real: Part) -> tuple[Tensor, 
     params, generator, critic = trained.params, trained.objects["generator"], trained.objects["critic"]
     with torch.no_grad():
         a = generator.features(_latents(trained, "discriminators", at))
-        pairs = [(real.high, generator.draw_part(a, real.r), partial(critic.score_high, r=real.r))]
+        pairs = [(real.high, generator.draw_part(a, real.r), partial(critic.judge_high, r=real.r))]
         if params.low:
-            pairs.append((real.low, generator.draw_low(a), critic.score_low))
+            pairs.append((real.low, generator.draw_low(a), critic.judge_low))
         del a
     loss, distance = 0.0, 0.0
-    for x, fake, score in pairs:
-        on_real, on_fake = score(torch.cat([x, fake])).chunk(2)
+    for x, fake, judge in pairs:
+        logits, classes = judge(torch.cat([x, fake]))
+        on_real, on_fake = logits.chunk(2)
         loss = loss + F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
+        if classes is not None:  # of real volumes alone, as published code has it
+            loss = loss + F.cross_entropy(classes[: len(x)], real.labels)
         distance = distance + (on_real.mean() - on_fake.mean()).detach() / len(pairs)
     at.count(_update(trained, "adam_c", loss))
     return loss.detach(), distance
@@ -213,11 +229,16 @@ def _update_critic(trained: Trained, at: Progress, real: Part) -> tuple[Tensor, 
 def _update_generator(trained: Trained, at: Progress, r: int) -> Tensor:
     """One update of the generator, which raises log D of what it draws (not saturating, as published code has it)."""
     params, generator, critic = trained.params, trained.objects["generator"], trained.objects["critic"]
-    a = generator.features(_latents(trained, "generator", at))
+    latent = _latents(trained, "generator", at)
+    a = generator.features(latent)
     critic.requires_grad_(False)
-    loss = F.softplus(-critic.score_high(generator.draw_part(a, r), r)).mean()
+    judged = [critic.judge_high(generator.draw_part(a, r), r)]
     if params.low:
-        loss = loss + F.softplus(-critic.score_low(generator.draw_low(a))).mean()
+        judged.append(critic.judge_low(generator.draw_low(a)))
+    loss = sum(F.softplus(-logits).mean() for logits, _ in judged)
+    if generator.classes:
+        wanted = latent[:, generator.latent :].argmax(1)
+        loss = loss + params.class_weight * sum(F.cross_entropy(classes, wanted) for _, classes in judged)
     at.count(_update(trained, "adam_g", loss))
     critic.requires_grad_(True)
     return loss.detach()
@@ -231,7 +252,7 @@ def _update_encoder(trained: Trained, at: Progress, real: Part) -> tuple[Tensor,
     at.count(_update(trained, "adam_eh", params.lambdas[0] * by_features))
     with torch.no_grad():
         features = encoder.features(real.whole)
-    a = generator.features(encoder.encode(features))
+    a = generator.features(generator.of_class(encoder.encode(features), real.labels))
     by_code = F.l1_loss(generator.draw_part(a, real.r), real.high)
     loss = by_code + F.l1_loss(generator.draw_low(a), real.low) if params.low else by_code
     at.count(_update(trained, "adam_eg", params.lambdas[1] * loss))
@@ -248,7 +269,7 @@ def _update(trained: Trained, name: str, loss: Tensor) -> bool:
 def _overfit(trained: Trained, at: Progress) -> float:
     """How much higher the discriminators score training volumes than held-out ones."""
     critic = trained.objects["critic"].eval()
-    scores = [critic(_volumes(trained, split, at.seen, WATCHED)).mean().item() for split in ("train", "held-out")]
+    scores = [critic(_volumes(trained, split, at.seen, WATCHED)[0]).mean().item() for split in ("train", "held-out")]
     critic.train()
     return scores[0] - scores[1]
 
