@@ -154,7 +154,7 @@ def test_a_conditional_critic_learns_the_classes_and_the_generator_obeys_it(tmp_
     """Class k is a volume whose brightness is k: both discriminators learn it, and so does what is drawn."""
     data = classed()
     bright = np.stack(
-        [np.full(v.shape, 0.2 + 0.3 * row["class"]) + 0.02 * v for v, row in zip(data.volumes, data.rows)]
+        [np.full(v.shape, 0.2 + 0.3 * row["class"]) + 0.02 * v for v, row in zip(data.volumes, data.rows, strict=True)]
     )
     data = Stacks(bright.astype(np.float16), data.rows, data.meta)
     edit = dict(samples=1200, rate=3e-3, critic_rate=3e-3, class_weight=3.0, ema=20, encode=False)
