@@ -97,5 +97,5 @@ def test_phantoms_are_drawn_measured_and_lie_on_the_grid_of_the_generator(monkey
 
 
 def test_bones_must_be_left_to_learn_from():
-    with pytest.raises(InputError, match="walked 8 of 12 patients leaves fewer than 8"):
+    with pytest.raises(InputError, match="walked 8 of 12 patients leaves fewer than 5"):
         section(HAGANUses, dict(patients=12, walked=8), "uses")

@@ -226,7 +226,7 @@ class HAGANUses(Section):
     `reach`. `draws` are those of the intervals.
     """
 
-    patients: Annotated[int, Field(ge=10)] = 240
+    patients: Annotated[int, Field(ge=8)] = 240
     walked: Annotated[int, Field(ge=2)] = 16
     points: Annotated[int, Field(ge=2)] = 5
     walks: Annotated[tuple[str, ...], Field(min_length=1)] = ("Tt.Ar", "Tb.BMD", "Ct.Th")
@@ -235,8 +235,8 @@ class HAGANUses(Section):
 
     @model_validator(mode="after")
     def _fits(self):
-        if self.patients - self.walked < 8:
-            raise ValueError(f"walked {self.walked} of {self.patients} patients leaves fewer than 8 to learn from")
+        if self.patients - self.walked < 5:
+            raise ValueError(f"walked {self.walked} of {self.patients} patients leaves fewer than 5 to learn from")
         return self
 
 
