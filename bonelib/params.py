@@ -18,6 +18,7 @@ from bonelib.studies.config import (
     Cost,
     Experts,
     HAGANStudy,
+    HAGANUses,
     InverseProblems,
     Ladder,
     PhantomCheck,
@@ -69,6 +70,7 @@ class Profile(Section):
     cost: Cost
     ablation: Trials
     hagan_study: HAGANStudy
+    hagan_uses: HAGANUses
     experts: Experts
 
     @model_validator(mode="after")

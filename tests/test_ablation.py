@@ -81,6 +81,9 @@ def test_trials_are_run_once(tmp_path, monkeypatch):
 class InThisProcess:
     """A pool that runs what it is given at once."""
 
+    def __init__(self, also=()):
+        pass
+
     def __enter__(self):
         return self
 

@@ -119,6 +119,77 @@ def test_the_ablations_train_without_what_they_leave_out(tmp_path, edit):
     assert any(key.startswith("low") for key in same) != edit.get("low", True)
 
 
+def test_snapshots_are_left_to_choose_from(tmp_path):
+    train(tmp_path, snapshots=dict(number=3, samples=4))
+    kept = sorted((tmp_path / "model/candidates").iterdir())
+    assert [int(path.stem) for path in kept] == [12, 20, 24]  # from the middle to the end
+    last, final = load_file(kept[-1]), load_file(tmp_path / "model/generator.safetensors")
+    assert all(torch.equal(last[key], final[key]) for key in final)
+    train(tmp_path, samples=8)
+    assert not (tmp_path / "model/candidates").exists()
+
+
+CONDITIONAL = {**SMALL, "generator": {**SMALL["generator"], "classes": 3}}
+
+
+def classed(where=lambda i: i % 3):
+    data = stacks()
+    return Stacks(data.volumes, [row | {"class": where(i)} for i, row in enumerate(data.rows)], data.meta)
+
+
+def test_a_conditional_latent_ends_in_its_class_which_truncation_leaves():
+    generator = hagan.build(training_section(CONDITIONAL, "train"), 3, torch.device("cpu"))["generator"]
+    latent = generator.sample_latent(300, torch.Generator().manual_seed(1))
+    classes = latent[:, 8:]
+    assert latent.shape == (300, 11) and torch.equal(classes.sum(1), torch.ones(300)) and classes.sum(0).min() > 70
+    cut = generator.to_styles(latent, 0.5)
+    assert torch.equal(cut[:, 8:], classes) and cut[:, :8].abs().max() <= 0.5 and generator.synthesize(cut[:2]).numel()
+    other = generator.of_class(latent, torch.full((300,), 2))
+    assert torch.equal(other[:, :8], latent[:, :8]) and torch.equal(other[:, 10], torch.ones(300))
+    with torch.no_grad():
+        assert not torch.equal(generator.synthesize(latent[:1]), generator.synthesize(other[:1] + latent[:1]))
+
+
+def test_a_conditional_critic_learns_the_classes_and_the_generator_obeys_it(tmp_path):
+    """Class k is a volume whose brightness is k: both discriminators learn it, and so does what is drawn."""
+    data = classed()
+    bright = np.stack(
+        [np.full(v.shape, 0.2 + 0.3 * row["class"]) + 0.02 * v for v, row in zip(data.volumes, data.rows, strict=True)]
+    )
+    data = Stacks(bright.astype(np.float16), data.rows, data.meta)
+    edit = dict(samples=1200, rate=3e-3, critic_rate=3e-3, class_weight=3.0, ema=20, encode=False)
+    how = training_section({**CONDITIONAL, **edit}, "train")
+    loop.train(how, data, tmp_path / "model", state=tmp_path / "state", seed=3, **quiet)
+    model = load_model(tmp_path / "model")
+    x = data.pooled(data.rows, 0).float()
+    wanted = torch.tensor([row["class"] for row in data.rows])
+    with torch.no_grad():
+        for judged in (model.critic.judge_high(x[:, :, :8], 0)[1], model.critic.judge_low(hagan._coarse(x, 4))[1]):
+            assert (judged.argmax(1) == wanted).float().mean() > 0.8
+        latent = model.generator.sample_latent(12, torch.Generator().manual_seed(1))
+        drawn = [model.generator.synthesize(model.generator.of_class(latent, torch.full((12,), k))) for k in range(3)]
+    means = [float(v.mean()) for v in drawn]
+    assert means[0] + 0.1 < means[1] < means[2] - 0.1, means
+
+
+def test_stacks_without_the_classes_of_the_generator_are_refused(tmp_path):
+    how = training_section(CONDITIONAL, "train")
+    for data, found in ((stacks(), "None"), (classed(lambda i: i), "3")):
+        with pytest.raises(InputError, match=f"found class {found}; accepted are 0 to 2"):
+            loop.train(how, data, tmp_path, state=tmp_path / "state", seed=3, **quiet)
+
+
+def test_the_encoder_of_a_conditional_generator_is_trained_with_true_classes(tmp_path):
+    how = training_section({**CONDITIONAL, "samples": 8}, "train")
+    last = loop.train(how, classed(), tmp_path / "model", state=tmp_path / "state", seed=3, **quiet)
+    assert last["seen"] == 8 and 0 < last["by_code"] < 1
+    inverter, _ = train_encoder(
+        EncoderTraining(prior="normal", samples=8, batch=4), load_model(tmp_path / "model"), classed(),
+        tmp_path / "codes", state=tmp_path / "e", seed=1, **quiet,
+    )  # fmt: skip
+    assert inversion.encode(inverter.encoder, torch.rand(2, 1, 16, 24, 16)).shape == (2, 11)
+
+
 def test_the_model_is_drawn_grown_and_inverted_as_any_other(tmp_path):
     train(tmp_path, samples=8)
     model = load_model(tmp_path / "model")

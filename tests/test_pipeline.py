@@ -97,9 +97,14 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "S4_metric_sensitivity/sensitivity",
         "S5_privacy/scores_progan",
         "S7_hagan/samples_coronal",
+        "S7_hagan/full_size_axial",
         "S7_hagan/seams",
         "S7_hagan/map",
         "S7_hagan/memory",
+        "S8_hagan_uses/encoded",
+        "S8_hagan_uses/explained",
+        "S8_hagan_uses/walks",
+        "S8_hagan_uses/walked",
         "S9_two_contrasts/pairs",
         "S9_two_contrasts/transfer",
         "S9_two_contrasts/walk",
@@ -155,6 +160,15 @@ def test_the_pipeline_compares_hagan_with_what_it_is_without_its_parts(pipeline)
     for name in ("hagan", "progan"):
         assert metrics[f"slope.{name}.MB at the largest"] > metrics[f"slope.{name}.MB at the smallest"] > 0
     assert metrics["iteration.plain.GFLOP"] > metrics["iteration.here.GFLOP"] > 0
+
+
+@pytest.mark.pipeline
+def test_the_pipeline_reads_attributes_off_codes_and_walks_to_what_is_asked(pipeline):
+    metrics = json.loads((pipeline / "out/tiny/metrics/S8_hagan_uses.json").read_text())
+    for name in ("Tt.Ar", "Tb.BMD", "BV/TV", "Ct.Th"):
+        assert metrics[f"explained.{name}.patients"] <= metrics["patients"] == 8
+    assert metrics["explained.Tt.Ar.R2 low"] <= metrics["explained.Tt.Ar.R2"] <= metrics["explained.Tt.Ar.R2 high"]
+    assert metrics["walk.Tt.Ar.N"] <= 2 and "walk.Tt.Ar.slope" in metrics
 
 
 @pytest.mark.pipeline

@@ -73,12 +73,12 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
-def _context():
+def _context(also: tuple[str, ...]):
     """How workers are started: from a process that has imported once what all of them need, or anew."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload([*PRELOADED, *also])
     return context
 
 
@@ -95,14 +95,15 @@ def _end_with_owner() -> None:
 
 
 @contextlib.contextmanager
-def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
+def workers(count: int | None = None, also: tuple[str, ...] = ()) -> Iterator[ProcessPoolExecutor]:
     """A pool of `count` worker processes (one for each of `cores` by default) of one thread each.
 
-    What is still waiting when the block is left by an error is given up.
+    `also` are modules that all of them need beside `PRELOADED`; the first pool of a process says so for all. What is
+    still waiting when the block is left by an error is given up.
     """
     before = {name: os.environ.get(name) for name in THREAD_SETTINGS}
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))  # inherited by what workers start from, at the first task
-    pool = ProcessPoolExecutor(count or cores(), _context(), _begin)
+    pool = ProcessPoolExecutor(count or cores(), _context(also), _begin)
     try:
         yield pool
     finally:

@@ -53,6 +53,16 @@ def ridge(codes: Tensor, values: Tensor, groups=None) -> tuple[Direction, float]
     return Direction((weights / slope).float(), slope, float(offset)), max(scores)
 
 
+def ridge_left_out(codes: Tensor, values: Tensor, groups=None) -> Tensor:
+    """What `ridge` says of each of `values` (n,), fitted to other groups, its penalty chosen among these as well."""
+    names = np.arange(len(codes)) if groups is None else np.asarray(groups)
+    fold, found = _folds(len(codes), groups), torch.empty(len(codes), dtype=values.dtype)
+    for k in range(FOLDS):
+        inside = fold != k
+        found[~inside] = ridge(codes[inside], values[inside], names[inside.numpy()])[0].value(codes[~inside]).to(found)
+    return found
+
+
 def ridges(codes: Tensor, values: Tensor, names) -> tuple[dict[str, Direction], list[dict]]:
     """The ridge direction of every attribute, {name: direction} of values (n, names), and rows with their R2.
 

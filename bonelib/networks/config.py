@@ -84,7 +84,8 @@ class StyleGANConfig(_Generator):
 
 class HAGANConfig(Section):
     """The published networks of HA-GAN for volumes of 128^3, but for their `base`, which is (4, 4, 4) there; they
-    double the grid `stages` times (see `networks.hagan.HAGAN`). `encoder` are the channels of E^G.
+    double the grid `stages` times (see `networks.hagan.HAGAN`). `encoder` are the channels of E^G, `classes` those of
+    the conditional variant.
 
     Truncations bound the normal distribution of the latents, as in a ProGAN.
     """
@@ -99,6 +100,7 @@ class HAGANConfig(Section):
     latent: Count = 1024
     division: Count = 8
     halo: bool = True
+    classes: Annotated[int, Field(ge=0)] = 0
     untruncated: Positive = 5.0
     truncation: Positive = 1.8
     sweep: tuple[Positive, ...] = (2.6, 1.8, 1.0, 0.2)
@@ -118,7 +120,7 @@ class HAGANConfig(Section):
     @property
     def code(self) -> int:
         """Numbers of a code."""
-        return self.latent
+        return self.latent + self.classes
 
     def network(self) -> dict:
         """What the generator is made with."""

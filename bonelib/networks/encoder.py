@@ -106,7 +106,7 @@ def build_encoder(
     if isinstance(generator, HAGANConfig):
         if dense or norm != "none":
             raise InputError(f"encoder: dense {dense}, norm {norm}: that of a HA-GAN accepts dense 0 and norm none")
-        how = dict(features=generator.widths[-1], widths=generator.encoder, latent=generator.latent)
+        how = dict(features=generator.widths[-1], widths=generator.encoder, latent=generator.code)
         return HAGANEncoder(**generator.parts(), **how, dtype=compute_dtype(precision))
     how = dense, norm, haar, generator.padding, statistics, compute_dtype(precision)
     return Encoder(generator.base, generator.widths, generator.code, *how[:-1], generator.flat, how[-1])

@@ -61,6 +61,8 @@ class HAGAN(nn.Module):
     sub-volume has, `halo` whether its borders are drawn from one more cell of A on each side; without, as published,
     zeros stand beyond them in training and not later, when the whole volume is drawn.
 
+    With `classes`, the conditional variant of section IV-C, a latent ends in that many numbers of which one is 1.
+
     Stages as other generators have them: the last is the fine volume, that of A's grid what G^L draws, and others are
     block means. There are no noise inputs.
     """
@@ -75,14 +77,15 @@ class HAGAN(nn.Module):
         latent=1024,
         division=8,
         halo=True,
+        classes=0,
         dtype=torch.float32,
     ):
         super().__init__()
-        self.base, self.stages, self.latent, self.halo = tuple(base), stages, latent, halo
+        self.base, self.stages, self.latent, self.halo, self.classes = tuple(base), stages, latent, halo, classes
         self.low_stage = stages - len(fine) - 1
         self.grid = grid_of(base, stages, fine, division)
         how = dict(dtype=dtype)
-        self.dense = nn.Linear(latent, widths[0] * base[0] * base[1] * base[2])
+        self.dense = nn.Linear(latent + classes, widths[0] * base[0] * base[1] * base[2])
         doubles = [False, *(i < self.low_stage for i in range(len(widths) - 1))]
         self.common = nn.ModuleList(
             Block(i, o, upsample=up, **how) for i, o, up in zip((widths[0], *widths), widths, doubles, strict=False)
@@ -95,12 +98,21 @@ class HAGAN(nn.Module):
         self.fine_image = PlainConv((widths[-1], *fine)[-1], 1, upsample=True, **how)
 
     def sample_latent(self, n: int, rng: Rng) -> Tensor:
-        """`n` latents from N(0, I), shape (n, latent)."""
-        return sample_per_rank(torch.randn, n, self.latent, rng=rng)
+        """`n` latents from N(0, I), (n, latent), and behind each its class, all equally often, where there are any."""
+        latent = sample_per_rank(torch.randn, n, self.latent, rng=rng)
+        if not self.classes:
+            return latent
+        return self.of_class(latent, (self.classes * sample_per_rank(torch.rand, n, 1, rng=rng)[:, 0]).long())
+
+    def of_class(self, latent: Tensor, labels: Tensor | None) -> Tensor:
+        """Latents (n, ...) as those of classes `labels` (n,), in place of their own; without classes as they are."""
+        if not self.classes:
+            return latent
+        return torch.cat([latent[:, : self.latent], F.one_hot(labels, self.classes).to(latent)], 1)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """The latents, folded into +-`truncation` as those of a ProGAN (None leaves them)."""
-        return fold_normal(latent, truncation)
+        return torch.cat([fold_normal(latent[:, : self.latent], truncation), latent[:, self.latent :]], 1)
 
     def features(self, styles: Tensor) -> Tensor:
         """A = G^A(z), (n, channel, z, y, x)."""

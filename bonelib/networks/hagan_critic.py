@@ -15,7 +15,8 @@ class HAGANCritic(nn.Module):
 
     `high` are the channels of D^H behind each halving of a sub-volume, `head` those of the two layers behind; `low`
     those of D^L. Along an axis of 2 to 6 voxels a halving takes kernels of 2, so that thin sub-volumes can be halved as
-    often as wide ones. All layers are spectrally normed; there is no other norm.
+    often as wide ones. All layers are spectrally normed; there is no other norm. Of `classes` both say logits as well,
+    from the layer that the logit of being real comes from (the auxiliary classifier of section IV-C).
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class HAGANCritic(nn.Module):
         high=(32, 64, 128, 256, 512),
         head=(128, 64),
         low=(64, 128, 256),
+        classes=0,
         dtype=torch.float32,
     ):
         super().__init__()
@@ -41,28 +43,40 @@ class HAGANCritic(nn.Module):
         layers.append(PlainConv(high[-1], head[0], tuple(shape), pad=(0, 0, 0), **how))
         self.high = nn.ModuleList(layers)
         self.dense, self.out = SpectralDense(head[0] + 1, head[1]), SpectralDense(head[1], 1)
+        self.class_of = SpectralDense(head[1], classes) if classes else None
         strided = dict(kernel=(4, 4, 4), stride=(2, 2, 2), **how)
         self.low = nn.ModuleList(PlainConv(i, o, **strided) for i, o in zip((1, *low), low, strict=False))
         last = tuple(n << (stages - self.doublings) >> len(low) for n in base)
-        self.low.append(PlainConv(low[-1], 1, last, pad=(0, 0, 0), **how))
+        self.low.append(PlainConv(low[-1], 1 + classes, last, pad=(0, 0, 0), **how))
 
-    def score_high(self, x: Tensor, r: int, seen=lambda active: None) -> Tensor:
-        """D^H(x, r): logits (n,) of sub-volumes of start r; `seen` is shown the output of every rectified layer."""
+    def judge_high(self, x: Tensor, r: int, seen=lambda active: None) -> tuple[Tensor, Tensor | None]:
+        """D^H(x, r): logits (n,) of sub-volumes of start r, and of their classes (n, classes) where there are any;
+        `seen` is shown the output of every rectified layer."""
         x = _inside(x)
         for layer in self.high:
             x = F.leaky_relu(layer(x), SLOPE, inplace=True)
             seen(x)
         x = x.float().flatten(1)
         x = torch.cat([x, x.new_full((len(x), 1), self.grid.share(r))], 1)
-        return self.out(F.leaky_relu(self.dense(x), SLOPE))[:, 0]
+        x = F.leaky_relu(self.dense(x), SLOPE)
+        return self.out(x)[:, 0], self.class_of(x) if self.class_of else None
 
-    def score_low(self, x: Tensor, seen=lambda active: None) -> Tensor:
-        """D^L(x): logits (n,) of volumes on the grid of A."""
+    def judge_low(self, x: Tensor, seen=lambda active: None) -> tuple[Tensor, Tensor | None]:
+        """D^L(x): the same of volumes on the grid of A."""
         x = _inside(x)
         for layer in self.low[:-1]:
             x = F.leaky_relu(layer(x), SLOPE, inplace=True)
             seen(x)
-        return self.low[-1](x).float().flatten(1).mean(1)
+        x = self.low[-1](x).float().flatten(2).mean(2)
+        return x[:, 0], x[:, 1:] if self.class_of else None
+
+    def score_high(self, x: Tensor, r: int, seen=lambda active: None) -> Tensor:
+        """The logits (n,) of `judge_high`."""
+        return self.judge_high(x, r, seen)[0]
+
+    def score_low(self, x: Tensor, seen=lambda active: None) -> Tensor:
+        """The logits (n,) of `judge_low`."""
+        return self.judge_low(x, seen)[0]
 
     def forward(self, volumes: Tensor) -> Tensor:
         """The score (n,) of whole volumes: half the logit of D^L, half the mean of D^H over all sub-volumes."""

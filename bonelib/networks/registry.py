@@ -45,7 +45,8 @@ def build_critic(
     `statistics` (stages, 2, bands) are used if it standardises.
     """
     if isinstance(params, HAGANCriticNet):
-        return HAGANCritic(**generator.parts(), **params.model_dump(), dtype=compute_dtype(precision))
+        how = dict(classes=generator.classes, dtype=compute_dtype(precision))
+        return HAGANCritic(**generator.parts(), **params.model_dump(), **how)
     base = BASE if generator is None else generator.base
     return Critic(
         params.widths,

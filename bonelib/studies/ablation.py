@@ -25,6 +25,7 @@ PILOT = 34  # steps of the training that tells how long one takes
 LEAST_SD = 0.1  # of the first component's SD, to which the others are raised before they scale anything
 LEVELS = np.linspace(0.2, 0.6, 41)  # of intensity, at one of which most real cortices are closed
 HOLE = 0.06  # of a slice, that a closed cortex encloses at least
+OF_TRAININGS = ("sklearn.linear_model", "torch._dynamo")  # else imported by every process anew, in seconds
 
 
 def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) -> tuple[list[dict], dict]:
@@ -63,7 +64,7 @@ def trials(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=prin
     What is done is not done again by equal code: each trial's model, row and volumes lie in `folder`.
     """
     data = on_grid(how, data)
-    with workers() as pool:
+    with workers(also=OF_TRAININGS) as pool:
         jobs = {}
         for name, own in [(name, seed + i) for i in range(how.seeds) for name in how.variants]:
             params = training_section(changed(how.base, how.variants[name]), name)

@@ -262,6 +262,28 @@ class HAGANStudy(Section):
     cost: HAGANCost = HAGANCost()
 
 
+class HAGANUses(Section):
+    """What the codes of HA-GAN's encoder are used for.
+
+    `patients` are phantoms that no network has seen; the last `walked` of them are left out of what the walks go by. Of
+    each of `walks`, an attribute, `points` values are asked, from its quantile `reach` among the bones to that of 1 -
+    `reach`. `draws` are those of the intervals.
+    """
+
+    patients: Annotated[int, Field(ge=8)] = 240
+    walked: Annotated[int, Field(ge=2)] = 16
+    points: Annotated[int, Field(ge=2)] = 5
+    walks: Annotated[tuple[str, ...], Field(min_length=1)] = ("Tt.Ar", "Tb.BMD", "Ct.Th")
+    reach: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    draws: Annotated[int, Field(ge=2)] = 1000
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.patients - self.walked < 5:
+            raise ValueError(f"walked {self.walked} of {self.patients} patients leaves fewer than 5 to learn from")
+        return self
+
+
 def changed(base: dict, changes: dict) -> dict:
     """A nested dictionary with some values replaced; `changes` is nested alike, and an empty one replaces all."""
     both = dict(base)

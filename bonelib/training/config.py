@@ -128,10 +128,12 @@ class Train(Section):
 class HierarchicalTrain(Section):
     """A HA-GAN and how it is trained; defaults are the published values (Sun et al. 2022, section III-E).
 
-    `samples` real volumes are seen in all, 80,000 batches. `lambdas` weigh eqs. (6) and (7). `low` False leaves out
-    G^L and D^L, `encode` False the encoder, `random` False draws r of the partition T_v alone: the ablations of Table
-    IV. Not in the paper: `clip`, the largest norm of a gradient; `ema`, the half-life of the generator's running
-    average in updates (0 is none); `final_decay`, the part at the end in which all rates fall; and `augment`.
+    `samples` real volumes are seen in all, 80,000 batches. `lambdas` weigh eqs. (6) and (7), `class_weight` the loss of
+    the auxiliary classifier in that of a conditional generator, which published code has. `low` False leaves out G^L
+    and D^L, `encode` False the encoder, `random` False draws r of the partition T_v alone: the ablations of Table IV.
+    Not in the paper: `clip`, the largest norm of a gradient; `ema`, the half-life of the generator's running average in
+    updates (0 is none); `final_decay`, the part at the end in which all rates fall; `augment`; and `snapshots` of the
+    generator to choose from.
     """
 
     generator: HAGANConfig
@@ -143,6 +145,7 @@ class HierarchicalTrain(Section):
     encoder_rate: Positive = 1e-4
     betas: tuple[Share, Share] = (0.0, 0.999)
     lambdas: tuple[NotNegative, NotNegative] = (5.0, 5.0)
+    class_weight: NotNegative = 0.1
     low: bool = True
     encode: bool = True
     random: bool = True
@@ -151,9 +154,9 @@ class HierarchicalTrain(Section):
     ema: NotNegative = 0.0
     final_decay: Share = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    snapshots: Snapshots | None = None
 
     haar: ClassVar[bool] = False  # what a `Train` section has and this one has not
-    snapshots: ClassVar[None] = None
 
     @model_validator(mode="after")
     def _halvings(self):
@@ -178,8 +181,8 @@ class HierarchicalTrain(Section):
         return self.batch
 
     def lasting(self, samples: int) -> "HierarchicalTrain":
-        """The same for `samples` in all."""
-        return self.model_copy(update={"samples": samples})
+        """The same for `samples` in all, without snapshots."""
+        return self.model_copy(update={"samples": samples, "snapshots": None})
 
 
 TRAININGS = {"progan": Train, "stylegan": Train, "hagan": HierarchicalTrain}  # by the kind of their generator

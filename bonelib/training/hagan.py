@@ -21,7 +21,7 @@ from bonelib.scans.dataset import Stacks, augmented, order
 from bonelib.training import checkpoint, distributed, run
 from bonelib.training.config import HierarchicalTrain
 from bonelib.training.distributed import Ranks
-from bonelib.training.model_folder import Strip, own_grid, start_networks, write_model
+from bonelib.training.model_folder import Strip, keep_snapshot, kept_snapshots, own_grid, start_networks, write_model
 from bonelib.training.run import Progress
 
 STRIP = 8  # fixed latents whose samples are kept along the training
@@ -42,15 +42,17 @@ class Trained(NamedTuple):
     objects: dict
     seed: int
     ranks: Ranks
+    state: Path | None = None
 
 
 class Part(NamedTuple):
-    """The real volumes of one step: whole, on the grid of A, and the sub-volume of start r."""
+    """The real volumes of one step: whole, on the grid of A, and the sub-volume of start r; and their classes (n,)."""
 
     whole: Tensor
     low: Tensor
     high: Tensor
     r: int
+    labels: Tensor | None = None
 
 
 def train_hagan(
@@ -68,11 +70,11 @@ def train_hagan(
 ) -> dict:
     """Train a HA-GAN and write it to `folder`; returns the final entry of its curves.
 
-    Writes what a progressive training writes (see `loop.train_progressive`, also for the arguments), without
-    candidates, and with encoder.safetensors. Interrupted, the same call goes on from the newest state in `state`, bit
-    for bit. Raises `InputError` where the stacks are not of the grid that the generator draws.
+    Writes what a progressive training writes (see `loop.train_progressive`, also for the arguments), and
+    encoder.safetensors. Interrupted, the same call goes on from the newest state in `state`, bit for bit. Raises
+    `InputError` where the stacks are not of the grid that the generator draws.
     """
-    folder, meta = Path(folder), data.meta
+    folder, state, meta = Path(folder), Path(state), data.meta
     ranks = ranks or distributed.single_process()
     if params.batch % ranks.size:
         says = f"found {params.batch}, which {ranks.size} processes cannot share equally"
@@ -82,15 +84,16 @@ def train_hagan(
     found = (data.meta["stack_slices"], *data.volumes.shape[2:])
     if found != wanted:
         raise InputError(f"params.yaml: generator: it draws {wanted} voxels, but the stacks have {found}")
+    check_classes(data, params.generator.classes)
     objects = build(params, seed, ranks.device)
     heard = say if ranks.rank == 0 else lambda *_: None
     began = start_networks(objects, ("generator", "critic", "encoder"), start, heard)
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     at = run.run(
-        partial(_step, Trained(params, data, objects, seed, ranks)),
+        partial(_step, Trained(params, data, objects, seed, ranks, state)),
         objects,
         end=params.samples,
-        state=Path(state),
+        state=state,
         fingerprint=identity,
         name="HA-GAN",
         say=say,
@@ -101,11 +104,19 @@ def train_hagan(
     )
     if ranks.rank == 0:
         kept = dict(average=objects["average"], critic=objects["critic"], growth=objects["growth"].kept)
-        kept |= dict(candidates=[], began=began, superres=superres if coarser else None)
+        kept |= dict(candidates=kept_snapshots(at, state), began=began, superres=superres if coarser else None)
         more = {"encoder": objects["encoder"]} if params.encode else {}
         checkpoint.write_json(folder / "record.json", run.record(at, seed, ranks.device))
         write_model(folder, params, meta, **kept, run=identity, at=at, columns=CURVES, more=more)
     return dict(zip(CURVES, at.curves[-1], strict=True)) if at.curves else {}
+
+
+def check_classes(data: Stacks, count: int) -> None:
+    """Raise `InputError` unless every stack has one of `count` classes, numbered from 0, where there are any."""
+    for row in data.rows if count else ():
+        if row.get("class") not in range(count):
+            says = f"found class {row.get('class')!r}; accepted are 0 to {count - 1}, as generator.classes is {count}"
+            raise InputError(f"stacks.csv: scan {row['scan']}: {says}")
 
 
 def build(params: HierarchicalTrain, seed: int, device: torch.device) -> dict:
@@ -142,12 +153,13 @@ def _step(trained: Trained, at: Progress) -> dict[str, float]:
     for name, rate in rates.items():
         if name in objects:
             objects[name].param_groups[0]["lr"] = rate * decay
-    real = _real(trained, at)
+    real, begun = _real(trained, at), at.seen
     at.seen += params.batch
     losses = update_all(trained, at, real)
     run.update_ema(objects["average"], objects["generator"], params.ema, at.steps)
     read = distributed.all_reduce_mean(losses, ranks)
     _keep_strip(trained, at)
+    keep_snapshot(params, objects["average"], at, begun, trained.state, ranks)
     gap = _overfit(trained, at) if at.point_due else 0.0
     return dict(zip(CURVES[1:], (at.steps + 1, *read, gap), strict=True))
 
@@ -163,18 +175,21 @@ def _real(trained: Trained, at: Progress) -> Part:
     """The real volumes of a step that belong to this rank; r is the same on all."""
     params, grid = trained.params, trained.objects["generator"].grid
     first, every = at.seen + trained.ranks.rank, trained.ranks.size
-    whole = _volumes(trained, "train", first, params.batch // every, every)
+    whole, labels = _volumes(trained, "train", first, params.batch // every, every)
     whole = augmented(whole, first, trained.seed, params.augment, every)
     draws = torch_rng(trained.seed, "sub-volume", at.steps)
     starts = range(grid.starts) if params.random else grid.partition()
     r = starts[int(torch.randint(len(starts), (), generator=draws))]
-    return Part(whole, _coarse(whole, grid.scale), grid.high(whole, r), r)
+    return Part(whole, _coarse(whole, grid.scale), grid.high(whole, r), r, labels)
 
 
-def _volumes(trained: Trained, split: str, first: int, count: int, every: int = 1) -> Tensor:
-    rows = trained.data.of(split)
+def _volumes(trained: Trained, split: str, first: int, count: int, every: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Volumes and, of a conditional model, their classes."""
+    rows, device = trained.data.of(split), trained.ranks.device
     chosen = [rows[i] for i in order(len(rows), first, count, trained.seed, every)]
-    return trained.data.pooled(chosen, 0).to(trained.ranks.device).float()
+    conditional = trained.params.generator.classes > 0
+    labels = torch.tensor([row["class"] for row in chosen], device=device) if conditional else None
+    return trained.data.pooled(chosen, 0).to(device).float(), labels
 
 
 def _coarse(x: Tensor, scale: int) -> Tensor:
@@ -195,14 +210,17 @@ def _update_critic(trained: Trained, at: Progress, real: Part) -> tuple[Tensor, 
     params, generator, critic = trained.params, trained.objects["generator"], trained.objects["critic"]
     with torch.no_grad():
         a = generator.features(_latents(trained, "discriminators", at))
-        pairs = [(real.high, generator.draw_part(a, real.r), partial(critic.score_high, r=real.r))]
+        pairs = [(real.high, generator.draw_part(a, real.r), partial(critic.judge_high, r=real.r))]
         if params.low:
-            pairs.append((real.low, generator.draw_low(a), critic.score_low))
+            pairs.append((real.low, generator.draw_low(a), critic.judge_low))
         del a
     loss, distance = 0.0, 0.0
-    for x, fake, score in pairs:
-        on_real, on_fake = score(torch.cat([x, fake])).chunk(2)
+    for x, fake, judge in pairs:
+        logits, classes = judge(torch.cat([x, fake]))
+        on_real, on_fake = logits.chunk(2)
         loss = loss + F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
+        if classes is not None:  # of real volumes alone, as published code has it
+            loss = loss + F.cross_entropy(classes[: len(x)], real.labels)
         distance = distance + (on_real.mean() - on_fake.mean()).detach() / len(pairs)
     at.count(_update(trained, "adam_c", loss))
     return loss.detach(), distance
@@ -211,11 +229,16 @@ def _update_critic(trained: Trained, at: Progress, real: Part) -> tuple[Tensor, 
 def _update_generator(trained: Trained, at: Progress, r: int) -> Tensor:
     """One update of the generator, which raises log D of what it draws (not saturating, as published code has it)."""
     params, generator, critic = trained.params, trained.objects["generator"], trained.objects["critic"]
-    a = generator.features(_latents(trained, "generator", at))
+    latent = _latents(trained, "generator", at)
+    a = generator.features(latent)
     critic.requires_grad_(False)
-    loss = F.softplus(-critic.score_high(generator.draw_part(a, r), r)).mean()
+    judged = [critic.judge_high(generator.draw_part(a, r), r)]
     if params.low:
-        loss = loss + F.softplus(-critic.score_low(generator.draw_low(a))).mean()
+        judged.append(critic.judge_low(generator.draw_low(a)))
+    loss = sum(F.softplus(-logits).mean() for logits, _ in judged)
+    if generator.classes:
+        wanted = latent[:, generator.latent :].argmax(1)
+        loss = loss + params.class_weight * sum(F.cross_entropy(classes, wanted) for _, classes in judged)
     at.count(_update(trained, "adam_g", loss))
     critic.requires_grad_(True)
     return loss.detach()
@@ -229,7 +252,7 @@ def _update_encoder(trained: Trained, at: Progress, real: Part) -> tuple[Tensor,
     at.count(_update(trained, "adam_eh", params.lambdas[0] * by_features))
     with torch.no_grad():
         features = encoder.features(real.whole)
-    a = generator.features(encoder.encode(features))
+    a = generator.features(generator.of_class(encoder.encode(features), real.labels))
     by_code = F.l1_loss(generator.draw_part(a, real.r), real.high)
     loss = by_code + F.l1_loss(generator.draw_low(a), real.low) if params.low else by_code
     at.count(_update(trained, "adam_eg", params.lambdas[1] * loss))
@@ -246,7 +269,7 @@ def _update(trained: Trained, name: str, loss: Tensor) -> bool:
 def _overfit(trained: Trained, at: Progress) -> float:
     """How much higher the discriminators score training volumes than held-out ones."""
     critic = trained.objects["critic"].eval()
-    scores = [critic(_volumes(trained, split, at.seen, WATCHED)).mean().item() for split in ("train", "held-out")]
+    scores = [critic(_volumes(trained, split, at.seen, WATCHED)[0]).mean().item() for split in ("train", "held-out")]
     critic.train()
     return scores[0] - scores[1]
 

@@ -12,7 +12,6 @@ run again.
 import argparse
 import copy
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -34,7 +33,15 @@ from bonelib.scans.dataset import Stacks, augmented, band_statistics, load_stack
 from bonelib.training import adaptive, checkpoint, distributed, hagan, losses, run, schedule
 from bonelib.training.config import HierarchicalTrain, Train, training_section
 from bonelib.training.distributed import Ranks
-from bonelib.training.model_folder import CURVES, Strip, own_grid, start_networks, write_model
+from bonelib.training.model_folder import (
+    CURVES,
+    Strip,
+    keep_snapshot,
+    kept_snapshots,
+    own_grid,
+    start_networks,
+    write_model,
+)
 from bonelib.training.run import Progress
 
 STRIP = 8  # fixed latents whose samples are kept along the training
@@ -117,9 +124,8 @@ def train_progressive(
         time_left=partial(schedule.seconds_left, params.schedule),
     )
     if ranks.rank == 0:
-        candidates = [_snapshot(state, seen) for seen in at.own.get("snapshots", ())]
         parts = dict(average=objects["average"], critic=objects["critic"], growth=objects["growth"].kept)
-        parts |= dict(candidates=candidates, began=began, superres=superres if coarser else None)
+        parts |= dict(candidates=kept_snapshots(at, state), began=began, superres=superres if coarser else None)
         checkpoint.write_json(folder / "record.json", run.record(at, seed, ranks.device))
         write_model(folder, params, meta, **parts, run=identity, at=at)
     return dict(zip(CURVES, at.curves[-1], strict=True)) if at.curves else {}
@@ -163,7 +169,7 @@ def _step(trained: _Trained, at: Progress) -> dict[str, float]:
     if params.adaptive:
         at.own["p"] = adaptive.update_probability(at.own.get("p", 0.0), sign, at.seen - begun, params.adaptive)
     _keep_strip(trained, at, now)
-    _keep_snapshot(trained, at, begun)
+    keep_snapshot(params, objects["average"], at, begun, trained.state, trained.ranks)
     gap = _overfit(trained, at, now) if at.point_due else 0.0
     values = (at.steps + 1, now.stage, round(now.fade, 4), *read, sign, at.own.get("p", 0.0), gap)
     return dict(zip(CURVES[1:], values, strict=True))
@@ -263,24 +269,6 @@ def _keep_strip(trained: _Trained, at: Progress, now: schedule.Moment) -> None:
     noise = torch_rng(trained.seed, "strip noise")
     volumes = average.synthesize(average.to_styles(latent), now.stage, now.fade, noise)
     trained.objects["growth"].kept[f"{at.seen:010d}"] = volumes[:, 0].half().cpu()
-
-
-def _keep_snapshot(trained: _Trained, at: Progress, begun: int) -> None:
-    """The generator's running average, where the schedule asks for a snapshot; a new training removes older ones."""
-    wanted, plan = trained.params.snapshots, trained.params.schedule
-    if trained.ranks.rank == 0 and at.steps == 0:
-        shutil.rmtree(trained.state / "snapshots", ignore_errors=True)
-    if wanted:
-        due = [schedule.snapshots(plan, wanted.number, wanted.part, seen) for seen in (begun, at.seen)]
-        if due[1] > due[0]:
-            at.own["snapshots"] = [*at.own.get("snapshots", ()), at.seen]
-            if trained.ranks.rank == 0:
-                weights = trained.objects["average"].state_dict()
-                checkpoint.save_tensors(_snapshot(trained.state, at.seen), weights)
-
-
-def _snapshot(state: Path, seen: int) -> Path:
-    return state / "snapshots" / f"{seen:010d}.safetensors"
 
 
 @command

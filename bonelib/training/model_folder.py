@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from bonelib import InputError
 from bonelib.scans.dataset import Stacks, halved, set_apart
-from bonelib.training import checkpoint
+from bonelib.training import checkpoint, schedule
 from bonelib.training.config import HierarchicalTrain, Train
+from bonelib.training.distributed import Ranks
 from bonelib.training.run import Progress, write_curves
 
 CURVES = ("seen", "update", "stage", "fade", "critic_loss", "distance", "slope", "generator_loss")
@@ -39,6 +40,31 @@ def own_grid(params: Train | HierarchicalTrain, data: Stacks, superres: str | Pa
         raise InputError(f"{superres}: no superres.safetensors; the stages end on a grid too coarse to do without")
     data = halved(data, coarser)
     return set_apart(data, params.snapshots.validation) if params.snapshots else data, coarser
+
+
+def keep_snapshot(
+    params: Train | HierarchicalTrain, average: nn.Module, at: Progress, begun: int, state: Path, ranks: Ranks
+) -> None:
+    """The generator's running average, where the plan asks for a snapshot in a step that began at `begun` samples; a
+    new training removes older ones."""
+    wanted, plan = params.snapshots, params.plan
+    if ranks.rank == 0 and at.steps == 0:
+        shutil.rmtree(state / "snapshots", ignore_errors=True)
+    if wanted:
+        due = [schedule.snapshots(plan, wanted.number, wanted.part, seen) for seen in (begun, at.seen)]
+        if due[1] > due[0]:
+            at.own["snapshots"] = [*at.own.get("snapshots", ()), at.seen]
+            if ranks.rank == 0:
+                checkpoint.save_tensors(_snapshot(state, at.seen), average.state_dict())
+
+
+def kept_snapshots(at: Progress, state: Path) -> list[Path]:
+    """The files of the snapshots that a training has kept in `state`."""
+    return [_snapshot(state, seen) for seen in at.own.get("snapshots", ())]
+
+
+def _snapshot(state: Path, seen: int) -> Path:
+    return state / "snapshots" / f"{seen:010d}.safetensors"
 
 
 def start_networks(objects: dict, names: tuple[str, ...], start: str | Path | None, say) -> dict[str, str]:
