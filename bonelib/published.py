@@ -91,12 +91,7 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None, say=
             raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(PARTS[kind]))}")
         if path.name in PARTS[kind] and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
-    says = (
-        "it was trained on phantoms and holds no person" if kind == "slices" else _audited(folder, kind, config, audit)
-    )
-    if kind == "slices" and config["data"].get("phantoms") is not True:
-        raise InputError(f"{folder}: config.json: data: not of phantoms; only what learned from phantoms passes")
-    say(f"{name}: {says}")
+    say(f"{name}: {_of_phantoms(folder, config) if kind == 'slices' else _audited(folder, kind, config, audit)}")
     before = published_hash(name) if pointer(name).is_file() else None
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -106,6 +101,13 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None, say=
     after = put(name)
     _name_in_params(Path("params.yaml"), kind, name, before, after, say)
     return after
+
+
+def _of_phantoms(folder: Path, config: dict) -> str:
+    """Why weights whose data say that they are phantoms pass without an audit."""
+    if config["data"].get("phantoms") is not True:
+        raise InputError(f"{folder}: config.json: data: not of phantoms; only what learned from phantoms passes")
+    return "it was trained on phantoms and holds no person"
 
 
 def _audited(folder: Path, kind: str, config: dict, audit: str | Path | None) -> str:

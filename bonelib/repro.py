@@ -79,14 +79,19 @@ def closing_lines(profile: str) -> str:
 def plan(targets: list[str]) -> dict[str, set[str]]:
     """{stage: the stages of these that it needs} of all that is stale of what `targets` need, themselves included.
 
-    No targets are all stages. A stage is stale where DVC finds it changed, or where one that it needs is stale.
+    No targets are all stages; `train` stands for train@progan and all others of its kind. A stage is stale where DVC
+    finds it changed, or where one that it needs is stale. Raises `InputError` for a target that is no stage.
     """
     from dvc.repo import Repo
     from networkx import descendants, topological_sort
 
     with Repo(_wait_for_lock=True) as repo, repo.lock:  # as `dvc --wait-for-lock` does
         graph = repo.index.graph
-        asked = [stage for stage in graph if stage.addressing in targets or not targets]
+        names = {stage: {stage.addressing, stage.addressing.partition("@")[0]} for stage in graph}
+        known = {name for own in names.values() for name in own if not name.endswith(".dvc")}
+        if strange := [name for name in targets if name not in known]:
+            raise InputError(f"dvc.yaml: no stage {strange[0]!r}; accepted are {', '.join(sorted(known))}")
+        asked = [stage for stage, own in names.items() if own & set(targets) or not targets]
         wanted = {stage for own in asked for stage in (own, *descendants(graph, own))}
         stale: dict[str, set[str]] = {}
         for stage in reversed(list(topological_sort(graph))):  # whose edges lead to what is needed

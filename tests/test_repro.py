@@ -43,6 +43,9 @@ def test_a_plan_is_what_is_stale_of_what_is_needed(stages):
         "last": {"first", "model@a", "model@b"},
     }
     assert repro.plan([]).keys() == repro.plan(["last"]).keys() | {"other"}
+    assert repro.plan(["model"]).keys() == {"first", "model@a", "model@b"}
+    with pytest.raises(InputError, match="no stage 'lost'; accepted are first, last, model, model@a"):
+        repro.plan(["last", "lost"])
     assert repro.repro(repro.plan(["model@a"]), 2, Progress([], {})) == 0
     assert repro.plan(["last"]) == {"model@b": set(), "last": {"model@b"}}
     assert repro.plan(["model@a"]) == {}

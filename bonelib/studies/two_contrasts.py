@@ -19,7 +19,7 @@ from bonelib.latent.directions import Direction
 from bonelib.latent.inversion import Inverter, draw_codes, encode, evenly_spaced, losses, refine
 from bonelib.latent.models import Model, draw
 from bonelib.scans.dataset import Stacks
-from bonelib.scans.phantom.contrasts import CONTRASTS
+from bonelib.scans.phantom.contrasts import CONTRASTS, INTENSITY
 from bonelib.studies.config import TwoContrasts
 
 MINERAL, SOFT = CONTRASTS
@@ -159,10 +159,10 @@ def slice_by_slice(data: Stacks, volumes: list[int], model: Model, inverter: Inv
 
 
 def error(drawn: Tensor, real: Tensor, contrast: str) -> Tensor:
-    """Of slices (n, 1, 1, y, x) in [0, 1]: mean absolute error in mg HA/cm3 of mineral, where 1 is 2000 mg HA/cm3 above
-    0; of soft tissue the root mean square error as if the range were [-1, 1] (Fetty et al. 2020), (n,)."""
+    """Of slices (n, 1, 1, y, x) in [0, 1]: of mineral the mean absolute error in mg HA/cm3 (`INTENSITY`), of soft tissue
+    the root mean square error as if the range were [-1, 1] (Fetty et al. 2020), (n,)."""
     off = (drawn - real).flatten(1)
-    return 2000.0 * off.abs().mean(1) if contrast == MINERAL else 2 * off.square().mean(1).sqrt()
+    return float(np.ptp(INTENSITY)) * off.abs().mean(1) if contrast == MINERAL else 2 * off.square().mean(1).sqrt()
 
 
 def by_patient(measures: dict[str, Tensor], patients, *, seed: int, draws: int, **more) -> list[dict]:
