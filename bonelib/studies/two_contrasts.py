@@ -159,8 +159,8 @@ def slice_by_slice(data: Stacks, volumes: list[int], model: Model, inverter: Inv
 
 
 def error(drawn: Tensor, real: Tensor, contrast: str) -> Tensor:
-    """Of slices (n, 1, 1, y, x) in [0, 1]: of mineral the mean absolute error in mg HA/cm3 (`INTENSITY`), of soft tissue
-    the root mean square error as if the range were [-1, 1] (Fetty et al. 2020), (n,)."""
+    """Of slices (n, 1, 1, y, x) in [0, 1]: of mineral the mean absolute error in mg HA/cm3 (`INTENSITY`), of soft
+    tissue the root mean square error as if the range were [-1, 1] (Fetty et al. 2020), (n,)."""
     off = (drawn - real).flatten(1)
     return float(np.ptp(INTENSITY)) * off.abs().mean(1) if contrast == MINERAL else 2 * off.square().mean(1).sqrt()
 
