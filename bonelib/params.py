@@ -15,6 +15,7 @@ from bonelib.latent.config import Editing, Inversion, Mixing, Transition
 from bonelib.networks.config import SuperRes
 from bonelib.scans.config import Cohort, Phantom, Preprocess
 from bonelib.studies.config import (
+    Augmentation,
     Cost,
     Experts,
     HAGANStudy,
@@ -71,6 +72,7 @@ class Profile(Section):
     ablation: Trials
     hagan_study: HAGANStudy
     hagan_uses: HAGANUses
+    augmentation: Augmentation
     experts: Experts
 
     @model_validator(mode="after")

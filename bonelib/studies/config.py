@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from bonelib.core.config import Count, Hash, NotNegative, Positive, Section, Shape, Share, Voxel
 from bonelib.latent.config import EncoderTraining, Refinement
 from bonelib.networks.config import GENERATORS, CriticNet, Generator
-from bonelib.training.config import HierarchicalTrain, Train, training_section
+from bonelib.training.config import Grading, HierarchicalTrain, Train, training_section
 
 
 class Quality(Section):
@@ -77,6 +77,18 @@ class Privacy(Section):
     steps: Count = 300
     rate: Positive = 0.05
     tolerated: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    draws: Annotated[int, Field(ge=2)] = 1000
+
+
+class Augmentation(Section):
+    """Graders trained with and without generated bones, which are `share` of a training set; `seeds` of each.
+
+    `draws` are those of the intervals.
+    """
+
+    grading: Grading
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seeds: Count = 5
     draws: Annotated[int, Field(ge=2)] = 1000
 
 

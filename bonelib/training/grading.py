@@ -171,7 +171,7 @@ def _fold(how, data, inside, asked, state, name, identity, seed, say) -> tuple[d
     if whole:
         say(f"{name}: kept from an earlier run", flush=True)
         return checkpoint.load_file(folder / "done.safetensors"), meta["predicted"]
-    net = _trained(how, data, inside, folder, name, identity, seed, say)
+    net = train_network(how, data, inside, folder, name, identity, seed, say)
     predicted = {s["scan"]: exceedance_probabilities(net, data.volumes[s["volume"]], how.depth).tolist() for s in asked}
     checkpoint.save_tensors(folder / "done.safetensors", net.state_dict())
     sha256 = checkpoint.digest(folder / "done.safetensors")
@@ -179,7 +179,8 @@ def _fold(how, data, inside, asked, state, name, identity, seed, say) -> tuple[d
     return net.state_dict(), predicted
 
 
-def _trained(how: Grading, data: Stacks, scans: list[dict], state, name, identity, seed, say) -> ResNet:
+def train_network(how: Grading, data: Stacks, scans: list[dict], state, name, identity, seed, say) -> ResNet:
+    """A network that grades, of scans as in `scans_of`; it goes on bit for bit from what is in the folder `state`."""
     torch.manual_seed(torch_rng(seed, "grading weights", name).initial_seed())
     net = build_grader(how, data.meta["intensity"])
     adam = torch.optim.AdamW(net.parameters(), lr=how.rate, weight_decay=how.decay)
