@@ -104,15 +104,17 @@ def draw(model: Model, n: int, seed: int, truncation: float | None = None) -> np
 def growth_strip(folder: str | Path, seed: int) -> list[tuple[str, np.ndarray]]:
     """The fixed latents of a training: (what it is, volumes (n, z, y, x)) of every grid, coarsest first.
 
-    Volumes of the stages were kept while they trained, the last of each is taken; those of the super-resolution are
-    drawn over the final ones, with the average texture.
+    Volumes of the stages were kept while they trained, the last of each is taken; super-resolution draws the middle
+    quarter of the final ones, with the average texture.
     """
     stages = {}
     for seen, values in sorted(load_file(Path(folder) / "growth.safetensors").items()):
         stages[values.shape[1]] = (f"after {int(seen)} samples", values.numpy())
     strip = [stages[depth] for depth in sorted(stages)]
     if "superres" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
-        strip.append(("super-resolution", enlarge(load_superres(folder), strip[-1][1], seed)))
+        depth = strip[-1][1].shape[1]
+        middle = strip[-1][1][:, (3 * depth) // 8 : -(-5 * depth // 8)]
+        strip.append(("middle, super-resolution", enlarge(load_superres(folder), middle, seed)))
     return strip
 
 
