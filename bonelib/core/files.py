@@ -1,9 +1,22 @@
 """Files that appear whole or not at all, and their hashes."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from bonelib import InputError
+
+
+@contextlib.contextmanager
+def of_file(path: str | Path) -> Iterator[None]:
+    """Let the sentence of an `InputError` that is raised within begin with the file that it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def write_whole(path: Path, write) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 from bonelib import InputError
 from bonelib.scans.formats import read_mask
 from bonelib.scans.grids import canonical
-from bonelib.scans.listing import find_table
-from bonelib.scans.tables import read_user_table, write_table
+from bonelib.scans.tables import find_table, read_user_table, write_table
 from bonelib.scans.volumes import Volume
 
 TRAITS = ("Tt.Ar", "Tt.BMD", "Tb.BMD", "Ct.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "DA", "Conn.D", "Ct.Th", "Ct.Po")

@@ -12,7 +12,7 @@ from bonelib.scans import identity
 from bonelib.scans.dicom import NO_DICOM, dicom_files, frames
 from bonelib.scans.formats import ENDINGS, format_of
 from bonelib.scans.grids import plain_name
-from bonelib.scans.tables import read_user_table
+from bonelib.scans.tables import TABLE, find_table, read_user_table
 
 GRADES = ("", "1", "2", "3", "4", "5")  # motion grades; empty is not graded
 SITES = ("", "radius", "tibia")
@@ -20,8 +20,6 @@ DISTAL = ("", "first", "last")
 SCANS = ("file", "patient", "visit", "grade", "side", "site", "distal")
 PEOPLE = ("patient", "sex", "age")
 SEXES = {"": "", "f": "F", "female": "F", "w": "F", "m": "M", "male": "M", "o": "", "other": ""}
-TABLE = r"(?i)(?:{})(?:\.tsv|\.csv|\.txt|\.tsv\.txt|\.csv\.txt)"
-SHEET = r"(?i)(?:{})\.(?:xlsx?|ods|numbers)"
 MASK = re.compile(
     r"(?:^|[_\-. ])(?:masks?|segm?|segmentations?|labels?(?:tr|ts)?|labelmaps?|contours?|roi|gobj)(?=$|[_\-. \d])",
     re.IGNORECASE,
@@ -161,18 +159,6 @@ def _stem(path: Path) -> str:
 
 def _counted(skipped: Counter, before: str) -> str:
     return before + ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items())) if skipped else ""
-
-
-def find_table(source: Path, name: str) -> Path | None:
-    """The table of that name in a folder, whatever its capitals and ending."""
-    files = sorted(p for p in source.iterdir() if p.is_file())
-    found = [p for p in files if re.fullmatch(TABLE.format(name), p.name)]
-    sheets = [p for p in files if re.fullmatch(SHEET.format(name), p.name)]
-    if sheets and not found:
-        raise InputError(f"{sheets[0]}: this kind of table is not read; save it as {name}.csv or {name}.tsv")
-    if len(found) > 1:
-        raise InputError(f"{source}: both {found[0].name} and {found[1].name} are there; leave one of them")
-    return found[0] if found else None
 
 
 def _from_paths(source: Path, scans: list[Path]) -> list[dict[str, str]]:

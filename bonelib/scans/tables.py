@@ -18,6 +18,8 @@ SYNONYMS = {  # other names of known columns, as `_plain` leaves them
     **dict.fromkeys(("session", "sessionid"), "visit"),
     "gender": "sex",
 }
+TABLE = r"(?i)(?:{})(?:\.tsv|\.csv|\.txt|\.tsv\.txt|\.csv\.txt)"
+SHEET = r"(?i)(?:{})\.(?:xlsx?|ods|numbers)"
 ALIKE = 0.75  # of difflib: `grades` and `grade` have 0.91
 
 
@@ -64,6 +66,18 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
             raise InputError(f"{path}: {says}; every row must have as many")
         rows.append({head: value for head, value in zip(heads, row, strict=False) if head})
     return rows
+
+
+def find_table(source: Path, name: str) -> Path | None:
+    """The table of that name in a folder, whatever its capitals and ending."""
+    files = sorted(p for p in source.iterdir() if p.is_file())
+    found = [p for p in files if re.fullmatch(TABLE.format(name), p.name)]
+    sheets = [p for p in files if re.fullmatch(SHEET.format(name), p.name)]
+    if sheets and not found:
+        raise InputError(f"{sheets[0]}: this kind of table is not read; save it as {name}.csv or {name}.tsv")
+    if len(found) > 1:
+        raise InputError(f"{source}: both {found[0].name} and {found[1].name} are there; leave one of them")
+    return found[0] if found else None
 
 
 def read_user_table(path: str | Path, known: tuple[str, ...], say=print) -> list[dict[str, str]]:
