@@ -86,8 +86,7 @@ def read_volume(
     Unit and calibration come from the header. Where it has none, `unit` (one of `UNITS`) must be given, and
     `calibration` may be; where it has one, another one given is an error, unless they are a mere `fallback` for a
     folder of mixed files. NIfTI is brought to its canonical orientation, others are as they lie in the file (see
-    `oriented`). Voxels are float32, or the int16 counts of AIM and ISQ, which are read in place: the peak
-    for a full ISQ (2304 x 2304 x 168) is its 1.8 GB, and `convert` adds 3.6 GB.
+    `oriented`). Voxels are float32, or the int16 counts of AIM and ISQ (1.8 GB of a full one; `convert` adds 3.6).
 
     Raises `InputError`, one sentence naming the file: it is missing, damaged or of another kind, the unit is unknown
     or contradicts the header, the spacing is outside of 0.01-2 mm, or voxels are not finite.
@@ -136,21 +135,17 @@ def _line(unit: str, known: Calibration) -> tuple[float, float]:
 
 
 def oriented(volume: Volume) -> Volume:
-    """The same scan in the same place with x to the right, y forwards and z upwards (the closest canonical axes).
-
-    Scans of one cohort must be brought to one orientation before bones, and left and right ones, can be compared by
-    their voxels. No voxel is interpolated.
+    """The same scan in the same place with x to the right, y forwards and z upwards (the closest canonical axes), so
+    that voxels of scans can be compared. None is interpolated.
     """
     voxels, affine = canonical(volume.voxels, volume.affine)
     return replace(volume, voxels=voxels, affine=affine, spacing=spacing_of(affine))
 
 
 def mirrored(volume: Volume) -> Volume:
-    """A left bone as a right one, or the reverse: the grid is mirrored along x.
+    """A left bone as a right one, or the reverse: the grid is mirrored along x, the patient's left to right.
 
-    Two forearms in the same pose on the scanner are mirror images along x, the patient's left to right, however the
-    hand is turned. The mirrored bone lies in a mirrored world: what was at (r, a, s) mm is now at (-r, a, s), and a
-    right-handed grid stays right-handed.
+    What was at (r, a, s) mm is now at (-r, a, s), and a right-handed grid stays right-handed.
     """
     world = np.diag([-1.0, 1.0, 1.0, 1.0])
     side = {"left": "right", "right": "left"}.get(volume.side)
@@ -158,10 +153,7 @@ def mirrored(volume: Volume) -> Volume:
 
 
 def upside_down(volume: Volume) -> Volume:
-    """The scan of an arm that lay the other way: turned by half a turn about the y axis, so that z and x run back.
-
-    An arm that goes into the scanner from the other end is turned about the vertical, which is y.
-    """
+    """The scan of an arm that lay the other way: half a turn about the vertical, y, so that z and x run back."""
     world = np.diag([-1.0, 1.0, -1.0, 1.0])
     affine = world @ volume.affine @ _turn(volume, 0) @ _turn(volume, 2)
     return replace(volume, voxels=volume.voxels[::-1, :, ::-1], affine=affine)
