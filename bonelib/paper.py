@@ -20,6 +20,7 @@ import yaml
 from bonelib import InputError
 from bonelib.core.cli import command
 from bonelib.core.config import section
+from bonelib.core.provenance import flat
 from bonelib.evaluation.statistics import patient_interval
 from bonelib.latent.config import Inversion
 from bonelib.scans.config import Preprocess
@@ -81,15 +82,6 @@ def departures(model: str, config: dict, own: dict, published: dict) -> list[dic
                 row = {"model": model, "key": f"{name}.{key}", "published": there.get(key), "here": here.get(key)}
                 rows.append(row)
     return rows
-
-
-def flat(values: dict, before: str = ""):
-    """Nested dictionaries as pairs of a key joined by dots and a value."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def _config(out: Path, model: str) -> dict:

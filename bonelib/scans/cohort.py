@@ -4,7 +4,6 @@ python -m bonelib.scans.cohort STAGE FOLDER               as a stage of the pipe
 python -m bonelib.scans.cohort SCANS --dry-run            prints who is who in a folder of scans, and does nothing else
 """
 
-import shutil
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -17,7 +16,7 @@ import numpy as np
 from bonelib import InputError
 from bonelib.core.cli import command
 from bonelib.core.config import section
-from bonelib.core.files import of_file
+from bonelib.core.files import of_file, whole_folder
 from bonelib.core.parallel import die_with_run, elapsed
 from bonelib.scans import given, plausibility
 from bonelib.scans.config import Cohort, Phantom
@@ -69,25 +68,17 @@ def import_scans(
     listing = listed(source, participants)
     say(summary(listing), flush=True)
     _check_patients(listing, source, least)
-    part = folder.with_name(f".part-{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        how = How(unit, calibration, mirror_left, site)
-        names: dict[str, str] = {}
+    how = How(unit, calibration, mirror_left, site)
+    names: dict[str, str] = {}
+    with whole_folder(folder) as part:
         scans = _imported(source, part, listing, how, say, names)
         if least > 1:
             usable = {s["patient"] for s in scans if not s["flags"]}
             _enough(len(usable), least, f"{source}: {len(usable)} patients have a scan without flags")
         write_table(part / "scans.tsv", scans)
-        number = _numbers(listing)
-        people = [{**listing.people.get(p, {}), "patient": f"sub-{n:03d}"} for p, n in number.items()]
+        people = [listing.people.get(p, {}) | {"patient": f"sub-{n:03d}"} for p, n in _numbers(listing).items()]
         write_table(part / "participants.tsv", people)
         given.import_traits(source, names, part / given.TRAITS_FILE, say)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check_patients(listing: Listing, source: Path, least: int) -> None:

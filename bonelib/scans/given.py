@@ -24,7 +24,7 @@ def contours_file(scan: str) -> str:
     return f"contours/{scan}.nii.gz"
 
 
-def contour_labels(volume: Volume, masks: list[Path], say=print) -> Volume | None:
+def contour_labels(volume: Volume, masks: list[Path], say) -> Volume | None:
     """The masks of a scan as labels on its grid (0 outside, 1 cortex, 2 trabecular), or None where they do not suffice.
 
     Needed are the trabecular compartment, and the cortical one or all of the bone; which is which is in the names.
@@ -57,7 +57,7 @@ def contour_labels(volume: Volume, masks: list[Path], say=print) -> Volume | Non
     return replace(volume, voxels=labels, unit="native")
 
 
-def import_traits(source: Path, names: dict[str, str], target: Path, say=print) -> None:
+def import_traits(source: Path, names: dict[str, str], target: Path, say) -> None:
     """Write the traits of attributes.tsv in `source`, if it is there, to `target`; `names` are {file: scan}.
 
     Raises `InputError` for a file that is no scan of the cohort, a value that is no number, or a share above 1.

@@ -80,7 +80,7 @@ def find_table(source: Path, name: str) -> Path | None:
     return found[0] if found else None
 
 
-def read_user_table(path: str | Path, known: tuple[str, ...], say=print) -> list[dict[str, str]]:
+def read_user_table(path: str | Path, known: tuple[str, ...], say) -> list[dict[str, str]]:
     """`read_table` of a table that a person wrote, with the columns `known`, whatever their capitals and spaces.
 
     `n/a` becomes an empty value, and values are brought to one Unicode form (NFKC). Other columns are left out, and

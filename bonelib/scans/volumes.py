@@ -3,7 +3,6 @@
 Axes are (z, y, x) throughout, z the long axis of the bone; files keep (x, y, z) on disk. Readers are in `formats`.
 """
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from bonelib import InputError
+from bonelib.core.files import write_whole
 from bonelib.scans.formats import format_of, read_file
 from bonelib.scans.grids import Calibration, canonical, spacing_of
 
@@ -175,7 +175,6 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     path = Path(path)
     if not path.name.lower().endswith(WRITTEN):
         raise InputError(f"{path}: this kind of file is not written; accepted are {', '.join(WRITTEN)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.int16 if volume.unit in ("mgHA", "HU", "native") else np.float32
     voxels = np.empty(volume.shape, dtype)
     for target, part in zip(voxels, volume.voxels, strict=True):  # slice by slice: a native scan is large
@@ -186,7 +185,5 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     image.header.set_xyzt_units("mm")
     image.set_sform(volume.affine, 2)
     image.set_qform(volume.affine, 2)
-    part = path.with_name(f".part-{path.name}")
-    nib.save(image, part)
-    os.replace(part, path)
+    write_whole(path, lambda part: nib.save(image, part))
     return path

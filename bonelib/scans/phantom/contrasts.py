@@ -68,8 +68,8 @@ def soft_tissue(density: Volume, compartments: np.ndarray, bone: np.ndarray, see
     return signal * np.exp(BIAS * sample(field, points)[0].numpy())
 
 
-def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: float, held_out: int = 4) -> Slices:
-    """Paired slices of `patients`, the share `women` of them women; every `held_out`th one is held out."""
+def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: float) -> Slices:
+    """Paired slices of `patients`, the share `women` of them women; every fourth one is held out."""
     sexes = ["F" if int(women * (i + 1) + 1e-9) > int(women * i + 1e-9) else "M" for i in range(patients)]
     with workers() as pool:
         jobs = [pool.submit(draw_pair, seed, FIRST + i, sex, shape) for i, sex in enumerate(sexes)]
@@ -77,7 +77,7 @@ def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: fl
     rows, people = [], []
     for i, sex in enumerate(sexes):
         person = {"patient": f"phantom {FIRST + i}", "sex": sex}
-        person["split"] = "held-out" if (i + 1) % held_out == 0 else "train"
+        person["split"] = "held-out" if i % 4 == 3 else "train"
         people.append(person)
         for z in range(shape[0]):
             for c, contrast in enumerate(CONTRASTS):
