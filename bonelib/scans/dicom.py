@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from bonelib import InputError
-from bonelib.scans.grids import LPS, RUNS, Found, check_grid, grid, guarded, hashed, is_mgha, plain_name
+from bonelib.scans.grids import LPS, RUNS, Found, check_grid, grid, guarded, hashed, is_mgha, plain_name, version
 
 DICOM_GROUPS = {
     "ImagePositionPatient": "PlanePositionSequence",
@@ -46,7 +46,7 @@ def dicom_files(folder: Path) -> list[Path]:
         if name[0] == "." or not path.is_file():
             continue
         if ending in (".dcm", ".ima") or ending not in NO_DICOM and is_dicom(path):
-            found[name] = max(found.get(name, path), path, key=lambda p: int((p.name.rsplit(";", 1) + ["0"])[1]))
+            found[name] = max(found.get(name, path), path, key=version)
     return sorted(found.values())
 
 

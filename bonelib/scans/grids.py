@@ -58,6 +58,12 @@ def plain_name(path) -> str:
     return re.sub(r";\d+$", "", path.name)
 
 
+def version(path) -> int:
+    """The number of that version; 0 where there is none."""
+    found = re.search(r";(\d+)$", path.name)
+    return int(found[1]) if found else 0
+
+
 def is_mgha(text: str) -> bool:
     """Whether a unit in a header is mg of hydroxyapatite in some spelling, as "mg HA/ccm"."""
     return re.sub("[^A-Z]", "", text.upper()).startswith("MGHA")
