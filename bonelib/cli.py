@@ -1,8 +1,4 @@
-"""The command `bonelib`: sample, measure, import and train, each a thin door to the module that does it.
-
-Installed as a script by pyproject.toml; `python -m bonelib.cli` is the same. `bonelib COMMAND --help` says what a
-command takes and shows examples.
-"""
+"""The command `bonelib` (or `python -m bonelib.cli`): sample, measure, import and train."""
 
 import argparse
 import sys

@@ -9,10 +9,9 @@ TOOK = re.compile(r"^(\S+): took (\d+) s$")
 
 
 class Progress:
-    """Told the lines that DVC prints, `heard` answers with a line of its own where a stage begins.
+    """Of `stages` that may run, up to `abreast` side by side; several threads may tell of them.
 
-    `stages` are all that may run, up to `abreast` of them side by side; `seconds` {stage: seconds}, of those that were
-    measured, and follows what stages say that they took. Several threads may tell lines.
+    `seconds` {stage: seconds} are those measured, and follow what stages say that they took.
     """
 
     def __init__(self, stages: Iterable[str], seconds: dict[str, float], abreast: int = 1):

@@ -3,11 +3,8 @@
 python -m bonelib.repro [STAGE ...] [--profile NAME] [--all]
 
 runs the story 01-09 and the paper of the active profile, with --all the supplements too. --profile makes another
-profile the active one, in params.yaml.
-
-DVC deletes a stage's outputs before it runs the stage; a mistake in the input must not cost them. It runs one stage
-after another, and small networks do not keep several cores busy: without a GPU, stages that do not need each other
-therefore run side by side, each by a `dvc repro` of its own with its share of the cores.
+profile the active one, in params.yaml. DVC deletes a stage's outputs before it runs the stage; a mistake in the input
+must not cost them. Without a GPU, stages that do not need each other run side by side.
 """
 
 import argparse
@@ -50,20 +47,20 @@ def closing_lines(profile: str) -> str:
     def number(value: float | None) -> str:
         return "none" if value is None else f"{value + 0:.2f}".replace("-0.00", "0.00")
 
+    def estimate(key: str) -> str:
+        value, low, high = (number(found[f"{key}.{end}"]) for end in ("value", "low", "high"))
+        return f"{value} ({low} to {high})" if low != "none" else f"{value} (no interval)"
+
     models = [key.removesuffix(".truncation") for key in found if key.endswith(".truncation")]
+    rows = {"": [*models, "real bones"]}
+    for name in ("density", "coverage", "precision", "recall"):
+        real = number(found[f"{models[0]}.random3d.{name}.real_against_real"])
+        rows[name] = [*(estimate(f"{model}.random3d.{name}") for model in models), real]
+    for name in ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Tb.Th", "Tb.N"):
+        rows[name] = [number(found[f"measured.{group}.{name}"]) for group in (*models, "real")]
     n = found[f"{models[0]}.random3d.density.n_fake"]
     lines = [f"{n} samples of each model of profile {profile}, beside real bones:"]
-    lines.append(f"  {'':16}" + "".join(f"{model:24}" for model in models) + "real bones")
-    for name in ("density", "coverage", "precision", "recall"):
-        values = []
-        for model in models:
-            value, low, high = (number(found[f"{model}.random3d.{name}.{end}"]) for end in ("value", "low", "high"))
-            values.append(f"{value} ({low} to {high})" if low != "none" else f"{value} (no interval)")
-        real = number(found[f"{models[0]}.random3d.{name}.real_against_real"])
-        lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values) + real)
-    for name in ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Tb.Th", "Tb.N"):
-        values = [number(found[f"measured.{group}.{name}"]) for group in (*models, "real")]
-        lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values).rstrip())
+    lines += [f"  {name:16}" + "".join(f"{v:24}" for v in values).rstrip() for name, values in rows.items()]
     grades = json.loads((out / "metrics/02_motion_grading.json").read_text(encoding="utf-8"))
     if grades["trained"]:
         lines.append(f"{grades['balanced accuracy.n_scans']} scans of patients unknown to the motion grader:")
@@ -118,7 +115,7 @@ def repro(needs: dict[str, set[str]], lanes: int, progress: Progress) -> int:
     """Reproduce the stages of a `plan`, at most `lanes` at a time, each by a `dvc repro` of its own and with its share
     of the cores, as soon as all that it needs is there. Stages that measure times run alone.
 
-    Every line begins with the name of its stage. Returns the first status that is not 0, when all that ran has ended.
+    Returns the first status that is not 0, when all that ran has ended.
     """
     left, running, ended = order(needs, progress.seconds), set(), queue.SimpleQueue()
     status = 0
@@ -188,10 +185,8 @@ def check_weights(values: dict) -> None:
     """Refuse scans of the user's own with weights that never saw them; raises `InputError`."""
     source = values["cohort"]["source"]
     if is_published(values) and check_source(source):
-        raise InputError(
-            f"cohort.source: {source} are scans of your own, but the weights of profile {values['profile']!r} "
-            "never saw them; `make repro PROFILE=laptop` trains everything anew"
-        )
+        says = f"{source} are scans of your own, but the weights of profile {values['profile']!r} never saw them"
+        raise InputError(f"cohort.source: {says}; `make repro PROFILE=laptop` trains everything anew")
 
 
 def without_git() -> None:
@@ -232,7 +227,7 @@ def main() -> int:
     if status:
         subprocess.run(["dvc", "checkout", "--quiet", "--force"], stderr=subprocess.DEVNULL, **CHILD)
         return 2
-    if (Path("out") / profile / "metrics/04_image_quality.json").is_file():  # not where targets end before
+    if (out / "metrics/04_image_quality.json").is_file():  # not where targets end before
         print(closing_lines(profile))
     return 0
 
