@@ -95,8 +95,8 @@ def flags(density: np.ndarray, bone: np.ndarray, spacing) -> list[str]:
     """What of `FLAGS` is true, so that a bone cannot be measured; `density` and the solid mask `bone` are (z, y, x)."""
     found = ["cut"] if _touches(bone, spacing) else []
     dense = (density > BONE) & bone
-    if (rest := dense & ~_largest(dense)).any():
-        apart = _filled(_largest(rest))
+    if (rest := dense & ~largest(dense)).any():
+        apart = _filled(largest(rest))
         if apart.sum() * spacing[1] * spacing[2] / len(bone) > CAST_MM2:
             found.append("cast")
     if (density > METAL).sum() * np.prod(spacing) > METAL_MM3:
@@ -106,7 +106,7 @@ def flags(density: np.ndarray, bone: np.ndarray, spacing) -> list[str]:
 
 def check_axis(seen: Picture) -> None:
     """Refuse a bone that runs along y or x; raises `InputError`."""
-    bone = _largest(seen.density > BONE)
+    bone = largest(seen.density > BONE)
     through = [bool(bone.take(0, axis).any() and bone.take(-1, axis).any()) for axis in range(3)]
     if not through[0] and any(through[1:]):
         raise InputError(f"the bone runs along {'yx'[through[1:].index(True)]}, not along z (feet to head)")
@@ -159,25 +159,27 @@ def _body(bone: np.ndarray, spacing, gap: float = 0.0) -> np.ndarray:
         walls[:, -sides[0], :], walls[:, :, -sides[1]] = True, True
         solid |= _filled(walls)[:, 1:-1, 1:-1]
     cores = ~_dilated(~solid, BODY_MM + gap, spacing)
-    return _dilated(_largest(cores), BODY_MM, spacing) & solid if cores.any() else solid
-
-
-def _largest(mask: np.ndarray) -> np.ndarray:
-    """The largest connected part of a mask, the first of equal ones; nothing of nothing."""
-    labels, _ = ndimage.label(mask)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return (labels == sizes.argmax()) & mask
+    return _dilated(largest(cores), BODY_MM, spacing) & solid if cores.any() else solid
 
 
 def _filled(sections: np.ndarray) -> np.ndarray:
-    """Slices (z, y, x) without their holes."""
-    padded = np.pad(sections, ((0, 0), (1, 1), (1, 1)))
+    return filled(np.pad(sections, ((0, 0), (1, 1), (1, 1))))[:, 1:-1, 1:-1]
+
+
+def filled(sections: np.ndarray) -> np.ndarray:
+    """Slices (z, y, x) without their holes; the corner of each lies outside."""
     in_slice = np.zeros((3, 3, 3), bool)
     in_slice[1] = ndimage.generate_binary_structure(2, 1)
-    labels, _ = ndimage.label(~padded, in_slice)
-    outside = np.unique(labels[:, 0, 0])
-    return ~np.isin(labels, outside)[:, 1:-1, 1:-1]
+    labels, _ = ndimage.label(~sections, in_slice)
+    return labels != labels[:, :1, :1]
+
+
+def largest(mask: np.ndarray, structure=None) -> np.ndarray:
+    """The largest component of a mask, nothing of nothing; faces join voxels, or what `structure` says."""
+    labels, _ = ndimage.label(mask, structure)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (labels == sizes.argmax()) & mask
 
 
 def _dilated(sections: np.ndarray, radius: float, spacing) -> np.ndarray:
