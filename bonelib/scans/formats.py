@@ -41,7 +41,7 @@ def read_file(path: Path) -> Found:
     if kind is None:
         accepted = ", ".join(ENDINGS)
         raise InputError(f"{path}: this kind of file is not read; accepted are {accepted}, and folders of .dcm")
-    found = guarded(path, kind, READERS[kind], path)
+    found = guarded(path, kind, FORMATS[kind][0], path)
     parts = found.voxels if found.voxels.dtype.kind == "f" else ()
     if bad := sum(int(part.size - np.isfinite(part).sum()) for part in parts):
         says = f"{bad} of {found.voxels.size} voxels are NaN or infinite"
@@ -241,5 +241,4 @@ FORMATS = {
     "ISQ": (read_isq, (".isq",)),
     "DICOM": (read_dicom, (".dcm",)),
 }
-READERS = {kind: reader for kind, (reader, _) in FORMATS.items()}
 ENDINGS = {ending: kind for kind, (_, endings) in FORMATS.items() for ending in endings}

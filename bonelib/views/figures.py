@@ -52,11 +52,9 @@ def bones(
     colours="gray",
     width=10.0,
 ):
-    """A grid of middle slices in true proportion: `rows` of (label, volumes), spacing in mm (z, y, x).
+    """A figure of middle slices in true proportion, above a scale bar of 10 mm: `rows` of (label, volumes).
 
-    Volumes are a sequence of `Volume` or of voxels (z, y, x).
-
-    A scale bar of 10 mm stands below. Returns the figure.
+    Volumes are a sequence of `Volume` or of voxels (z, y, x); spacing is in mm (z, y, x).
     """
     columns = columns or max(len(volumes) for _, volumes in rows)
     lines = [

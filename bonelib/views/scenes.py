@@ -192,13 +192,13 @@ def bone(scene: Scene, state: dict, preview: bool = False) -> Bone:
     return Bone(calibrated(values, data), values, seconds)
 
 
-def cohort(stacks: Stacks, attributes: str | Path, *, count: int = 96, seed: int = 1) -> Cohort:
-    """Traits of all patients of a table of `evaluation.cohort_morphometry`, and what `count` real stacks look like.
+def cohort(stacks: Stacks, attributes: str | Path, *, seed: int) -> Cohort:
+    """Traits of all patients of a table of `evaluation.cohort_morphometry`, and what 96 real stacks look like.
 
     Half of the stacks are the reference of the realism score, half show what real bones score against it.
     """
     rows = read_table(attributes)
-    chosen = numpy_rng(seed, "explorer").permutation(len(stacks.rows))[:count]
+    chosen = numpy_rng(seed, "explorer").permutation(len(stacks.rows))[:96]
     values = stacks.pooled([stacks.rows[i] for i in sorted(chosen)], 0)[:, 0]
     patients = np.array([stacks.rows[i]["patient"] for i in sorted(chosen)])
     known = set(np.unique(patients)[::2])  # no patient on both sides

@@ -54,10 +54,7 @@ MOTION_AGE, MOTION_RATIO = 65.0, 27 / 8
 
 SIDES = ("left", "right")
 
-TRAITS = (
-    "sex", "age", "side", "Tt.Ar", "Ct.Th", "Tb.BMD", "Tb.Th", "Ct.BMD", "Ct.Po", "Tb.N", "marrow", "noise_sd",
-    "rotation", "shift_z", "shift_y", "shift_x",
-)  # fmt: skip
+TRAITS = ("sex", "age", "side", *COPULA, "marrow", "noise_sd", "rotation", "shift_z", "shift_y", "shift_x")
 
 
 class Course(NamedTuple):
