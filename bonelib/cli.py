@@ -1,8 +1,4 @@
-"""The command `bonelib`: sample, measure, import and train, each a thin door to the module that does it.
-
-Installed as a script by pyproject.toml; `python -m bonelib.cli` is the same. `bonelib COMMAND --help` says what a
-command takes and shows examples.
-"""
+"""The command `bonelib` (or `python -m bonelib.cli`): sample, measure, import and train."""
 
 import argparse
 import sys
@@ -10,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bonelib import InputError
+from bonelib.core.cli import command
 
 USAGE = """bonelib: three-dimensional bone image synthesis
 
@@ -115,6 +112,7 @@ def bring_in() -> int:
 COMMANDS: dict[str, Callable[[], int]] = {"sample": sample, "measure": measure, "import": bring_in, "train": train}
 
 
+@command
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
@@ -126,11 +124,7 @@ def main() -> int:
     sys.argv = [f"bonelib {name}", *sys.argv[2:]]
     if name in ("sample", "train") and {"-h", "--help"} & set(sys.argv):
         print(EXAMPLES[name])  # the module's own help follows
-    try:
-        return COMMANDS[name]()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return COMMANDS[name]()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,4 @@
-"""The first picture of `make repro`: a bone of each published model, drawn before anything else is computed.
-
-python -m bonelib.first_look OUT
-
-draws from the weights that the active profile names and prints the path of the picture.
-"""
+"""The first picture of `make repro`: a bone of each published model of the active profile (`... first_look OUT`)."""
 
 import sys
 from pathlib import Path
@@ -20,7 +15,7 @@ FILE = "figures/first_look.png"
 
 
 def first_look(out: str | Path, values: dict) -> Path:
-    """Draw `BONES` bones of each published model of the active profile, truncated; returns the picture's path."""
+    """Draw `BONES` bones of each published model, truncated; returns the picture's path."""
     from bonelib.latent.models import calibrated, read_config
     from bonelib.latent.sampling import draw_settings, setting
     from bonelib.views import figures

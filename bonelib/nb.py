@@ -22,11 +22,8 @@ STAGE = "BONELIB_NOTEBOOK"  # set while a stage runs a notebook, to where it is 
 
 
 def stage_params(stage: str) -> dict[str, Any]:
-    """The parameters declared for `stage` as {name: value}; those of the active profile stand at the top level.
-
-    Read from dvc.yaml and params.yaml: DVC's own reader takes a second, and reads dvc.lock too, which a model that runs
-    beside may just be writing.
-    """
+    """The parameters declared for `stage` as {name: value}; those of the active profile stand at the top level."""
+    # DVC's own reader takes a second, and reads dvc.lock too, which a model that runs beside may just be writing
     name, _, model = stage.partition("@")
     given, stages = (yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in ("params.yaml", "dvc.yaml"))
     active, found = given["profile"], {}
@@ -62,8 +59,7 @@ def places(stage: str, source: str, out: str) -> dict[str, str]:
 def root() -> Path:
     """Change into the repository's root, from wherever a notebook was opened, and return it.
 
-    By hand, a user's error is from here on one sentence in the notebook, without a traceback, and the kernel does not
-    grow while bones are drawn again and again.
+    By hand, a user's error is from here on one sentence, and the kernel does not grow while bones are drawn.
     """
     here = Path.cwd()
     for folder in (here, *here.parents):

@@ -2,9 +2,8 @@
 
 python -m bonelib.paper OUT TARGET [--supplements]
 
-writes the PDF to OUT/TARGET, and beside it a table of every number that stands in it: what is shown, and the file and
-key that it was read from. The supplements S1 and so on are read with --supplements alone, so that what a stage depends
-on is what it reads.
+writes the PDF to OUT/TARGET, and beside it a table of every number in it: what is shown, its file and its key. The
+supplements are read with --supplements alone, so that what a stage depends on is what it reads.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import yaml
 from bonelib import InputError
 from bonelib.core.cli import command
 from bonelib.core.config import section
+from bonelib.core.provenance import flat
 from bonelib.evaluation.statistics import patient_interval
 from bonelib.latent.config import Inversion
 from bonelib.scans.config import Preprocess
@@ -32,10 +32,7 @@ INTERVAL_LEVEL = inspect.signature(patient_interval).parameters["level"].default
 
 
 def facts(out: Path, target: str, supplements: bool) -> dict[str, Any]:
-    """What the paper is told beside metrics and figures: models, settings and departures from the published networks.
-
-    `metrics` lists the stages whose numbers it may read; `departures` has a row a key and model, see `departures`.
-    """
+    """What the paper is told beside metrics and figures; `metrics` lists the stages whose numbers it may read."""
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     profile, models = out.name, values["models"]
     if profile not in values["profiles"]:
@@ -83,15 +80,6 @@ def departures(model: str, config: dict, own: dict, published: dict) -> list[dic
     return rows
 
 
-def flat(values: dict, before: str = ""):
-    """Nested dictionaries as pairs of a key joined by dots and a value."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
-
-
 def _config(out: Path, model: str) -> dict:
     path = out / "models" / model / "config.json"
     try:
@@ -110,8 +98,6 @@ def _unstated(published: dict) -> dict:
 def compiled(told: dict[str, Any], selector: str | None = None, source: Path = SOURCE, root: str | Path = ".") -> Any:
     """The paper as PDF bytes, or what a typst query says of it, from what `facts` returned.
 
-    Paths that begin with a slash begin at `root`.
-
     Raises `InputError` with the sentence of the compiler where a metric or figure is missing or a claim is false.
     """
     import typst
@@ -124,10 +110,7 @@ def compiled(told: dict[str, Any], selector: str | None = None, source: Path = S
 
 
 def build(out: str | Path, target: str, *, supplements: bool = False) -> list[dict]:
-    """Compile the paper of the profile folder `out` to `out`/`target`; returns its numbers: shown, source, key, value.
-
-    Raises `InputError` as `compiled`.
-    """
+    """Compile the paper of the folder `out` to `out`/`target`; returns its numbers: shown, source, key, value."""
     out = Path(out)
     told = facts(out, target, supplements)
     pdf, marks = compiled(told), [found["value"] for found in compiled(told, "<num>")]

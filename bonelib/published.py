@@ -8,10 +8,8 @@ DVC write their hash to published/NAME.dvc, and names it in the profile `publish
 then to be committed. One command for each part of a run:
 
 python -m bonelib.published out/laptop/models/progan progan --audit out/laptop/metrics/S5_privacy.json
-python -m bonelib.published out/laptop/models/stylegan stylegan --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published out/laptop/grading grader --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published out/laptop/codes/progan encoder-progan --audit out/laptop/metrics/S5_privacy.json
-python -m bonelib.published out/laptop/codes/stylegan encoder-stylegan --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published scratch/state/laptop/two_contrasts/slices slices
 
 The last one, generator and encoder of S9, learns of phantoms alone, whatever the cohort is, and needs no audit.
@@ -75,7 +73,7 @@ def kind_of(folder: Path) -> str:
     raise InputError(f"{folder}: not a whole model folder; accepted are those of a model, a grader or an encoder")
 
 
-def publish(folder: str | Path, name: str, audit: str | Path | None = None, say=print) -> str:
+def publish(folder: str | Path, name: str, audit: str | Path | None = None) -> str:
     """Put a model, a grader or an encoder into the store of the repository in the working folder; returns its hash.
 
     `audit` is the metrics file of the stage `privacy` of the same run. Of the folders of a grader and an encoder, what
@@ -91,7 +89,7 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None, say=
             raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(PARTS[kind]))}")
         if path.name in PARTS[kind] and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
-    say(f"{name}: {_of_phantoms(folder, config) if kind == 'slices' else _audited(folder, kind, config, audit)}")
+    print(f"{name}: {_of_phantoms(folder, config) if kind == 'slices' else _audited(folder, kind, config, audit)}")
     before = published_hash(name) if pointer(name).is_file() else None
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -99,7 +97,7 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None, say=
         if path.name in PARTS[kind]:
             shutil.copy2(path, target / path.name)
     after = put(name)
-    _name_in_params(Path("params.yaml"), kind, name, before, after, say)
+    _name_in_params(Path("params.yaml"), kind, name, before, after)
     return after
 
 
@@ -197,7 +195,7 @@ def _dvc(*command: str) -> None:
         raise InputError(f"dvc {command[0]} failed: {' '.join(done.stderr.split())}")
 
 
-def _name_in_params(path: Path, kind: str, name: str, before: str | None, after: str, say) -> None:
+def _name_in_params(path: Path, kind: str, name: str, before: str | None, after: str) -> None:
     """Write the hash to params.yaml: of models to the line `train:` of the profile `published`, else over the old one.
 
     Where a grader or an encoder is published for the first time, it is said where its hash belongs.
@@ -206,7 +204,7 @@ def _name_in_params(path: Path, kind: str, name: str, before: str | None, after:
     if kind != "model":
         key = {"grader": "grading", "slices": "two_contrasts"}.get(kind, "inversion.MODEL.encoder")
         if before is None or before not in text:
-            say(f"{path}: write `published: {after}` into {key} of the profile published")
+            print(f"{path}: write `published: {after}` into {key} of the profile published")
             return
         path.write_text(text.replace(before, after), encoding="utf-8")
         return

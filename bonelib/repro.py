@@ -3,11 +3,8 @@
 python -m bonelib.repro [STAGE ...] [--profile NAME] [--all]
 
 runs the story 01-09 and the paper of the active profile, with --all the supplements too. --profile makes another
-profile the active one, in params.yaml.
-
-DVC deletes a stage's outputs before it runs the stage; a mistake in the input must not cost them. It runs one stage
-after another, and small networks do not keep several cores busy: without a GPU, stages that do not need each other
-therefore run side by side, each by a `dvc repro` of its own with its share of the cores.
+profile the active one, in params.yaml. DVC deletes a stage's outputs before it runs the stage; a mistake in the input
+must not cost them. Without a GPU, stages that do not need each other run side by side.
 """
 
 import argparse
@@ -18,6 +15,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +28,6 @@ from bonelib.core.files import write_json
 from bonelib.core.parallel import THREAD_SETTINGS, cores, die_with_parent
 from bonelib.first_look import FILE as FIRST_LOOK
 from bonelib.params import check_file
-from bonelib.progress import Progress
 from bonelib.scans.cohort import check_own_scans, check_source
 from bonelib.scans.config import Cohort
 
@@ -38,6 +35,7 @@ REPRO = ("dvc", "--wait-for-lock", "repro")
 CHILD = {"preexec_fn": die_with_parent} if sys.platform == "linux" else {}  # Windows has no such option
 LOCAL = Path(".dvc/config.local")
 STORY = ["paper"]  # the stage that needs 01-09
+RUNS, TOOK = re.compile(r"Running stage '([^']+)'"), re.compile(r"^(\S+): took (\d+) s$")  # lines of DVC and of stages
 ALONE = {"ablation", "cost", "hagan"}  # stages whose results are times
 SECONDS = Path(__file__).with_name("stage_seconds.json")  # {profile: {stage: seconds}}, as measured on two cores
 
@@ -50,20 +48,20 @@ def closing_lines(profile: str) -> str:
     def number(value: float | None) -> str:
         return "none" if value is None else f"{value + 0:.2f}".replace("-0.00", "0.00")
 
+    def estimate(key: str) -> str:
+        value, low, high = (number(found[f"{key}.{end}"]) for end in ("value", "low", "high"))
+        return f"{value} ({low} to {high})" if low != "none" else f"{value} (no interval)"
+
     models = [key.removesuffix(".truncation") for key in found if key.endswith(".truncation")]
+    rows = {"": [*models, "real bones"]}
+    for name in ("density", "coverage", "precision", "recall"):
+        real = number(found[f"{models[0]}.random3d.{name}.real_against_real"])
+        rows[name] = [*(estimate(f"{model}.random3d.{name}") for model in models), real]
+    for name in ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Tb.Th", "Tb.N"):
+        rows[name] = [number(found[f"measured.{group}.{name}"]) for group in (*models, "real")]
     n = found[f"{models[0]}.random3d.density.n_fake"]
     lines = [f"{n} samples of each model of profile {profile}, beside real bones:"]
-    lines.append(f"  {'':16}" + "".join(f"{model:24}" for model in models) + "real bones")
-    for name in ("density", "coverage", "precision", "recall"):
-        values = []
-        for model in models:
-            value, low, high = (number(found[f"{model}.random3d.{name}.{end}"]) for end in ("value", "low", "high"))
-            values.append(f"{value} ({low} to {high})" if low != "none" else f"{value} (no interval)")
-        real = number(found[f"{models[0]}.random3d.{name}.real_against_real"])
-        lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values) + real)
-    for name in ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Tb.Th", "Tb.N"):
-        values = [number(found[f"measured.{group}.{name}"]) for group in (*models, "real")]
-        lines.append(f"  {name:16}" + "".join(f"{value:24}" for value in values).rstrip())
+    lines += [f"  {name:16}" + "".join(f"{v:24}" for v in values).rstrip() for name, values in rows.items()]
     grades = json.loads((out / "metrics/02_motion_grading.json").read_text(encoding="utf-8"))
     if grades["trained"]:
         lines.append(f"{grades['balanced accuracy.n_scans']} scans of patients unknown to the motion grader:")
@@ -114,47 +112,59 @@ def order(needs: dict[str, set[str]], seconds: dict[str, float]) -> list[str]:
     return sorted(needs, key=way, reverse=True)
 
 
-def repro(needs: dict[str, set[str]], lanes: int, progress: Progress) -> int:
+def repro(needs: dict[str, set[str]], lanes: int, seconds: dict[str, float]) -> int:
     """Reproduce the stages of a `plan`, at most `lanes` at a time, each by a `dvc repro` of its own and with its share
     of the cores, as soon as all that it needs is there. Stages that measure times run alone.
 
-    Every line begins with the name of its stage. Returns the first status that is not 0, when all that ran has ended.
+    `seconds` {stage: seconds} are those measured, and follow what stages say that they took. Every line begins with the
+    name of its stage, and where one begins, what is left is said. Returns the first status that is not 0.
     """
-    left, running, ended = order(needs, progress.seconds), set(), queue.SimpleQueue()
-    status = 0
+    left, running, heard, status = order(needs, seconds), set(), queue.SimpleQueue(), 0
     while left or running:
         ready = [name for name in left if not needs[name] & {*left, *running}]
         ready = [name for name in ready if name.partition("@")[0] not in ALONE] or ([] if running else ready[:1])
         while ready and len(running) < lanes and not running & ALONE and not status:
             share = max(1, cores() // min(lanes, len(running) + len(ready)))
-            _start(name := ready.pop(0), share, progress, ended)
+            _start(name := ready.pop(0), share, heard)
             left.remove(name)
             running.add(name)
         if not running:
             break
-        name, code = ended.get()
-        running.remove(name)
-        status = status or code
+        name, said = heard.get()
+        if isinstance(said, int):
+            running.remove(name)
+            status = status or said
+            continue
+        print(f"{name}: {said}", end="", flush=True)
+        if took := TOOK.search(said):
+            seconds[took[1]] = int(took[2])
+        if begins := RUNS.search(said):
+            print(f"{begins[1]}: {remaining([*left, *running], seconds, lanes)}", flush=True)
     return status
 
 
-def _start(name, threads, progress, ended):
+def _start(name: str, threads: int, heard: queue.SimpleQueue) -> None:
     # One item: DVC locks whatever it looks at, also upstream of a target, against the others
     how = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
     env = os.environ | dict.fromkeys(THREAD_SETTINGS, str(threads))
     process = subprocess.Popen([*REPRO, "--single-item", name], env=env, **how, **CHILD)
-    threading.Thread(target=_speak, args=(name, process, progress, ended)).start()
+
+    def listen():
+        for line in process.stdout:
+            heard.put((name, line))
+        heard.put((name, process.wait()))
+
+    threading.Thread(target=listen).start()
 
 
-def _speak(name, process, progress, ended):
-    """Pass on what a stage prints, each line with its name, and what is left where it begins; then that it ended."""
-    for line in process.stdout:
-        print(f"{name}: {line}", end="", flush=True)
-        if says := progress.heard(line):
-            print(says, flush=True)
-    code = process.wait()
-    progress.ended(name)
-    ended.put((name, code))
+def remaining(stages: Collection[str], seconds: dict[str, float], abreast: int) -> str:
+    """As "5 stages left, about 4 min"; without the time where nothing was measured."""
+    count, known = len(stages), [seconds[name] for name in stages if name in seconds]
+    says = f"{count} stage{'s' * (count != 1)} left"
+    if not known:
+        return says
+    about = sum(known) * count / len(known) / min(abreast, count)
+    return f"{says}, about {about:.0f} s" if about < 90 else f"{says}, about {about / 60:.0f} min"
 
 
 def lanes() -> int:
@@ -188,10 +198,8 @@ def check_weights(values: dict) -> None:
     """Refuse scans of the user's own with weights that never saw them; raises `InputError`."""
     source = values["cohort"]["source"]
     if is_published(values) and check_source(source):
-        raise InputError(
-            f"cohort.source: {source} are scans of your own, but the weights of profile {values['profile']!r} "
-            "never saw them; `make repro PROFILE=laptop` trains everything anew"
-        )
+        says = f"{source} are scans of your own, but the weights of profile {values['profile']!r} never saw them"
+        raise InputError(f"cohort.source: {says}; `make repro PROFILE=laptop` trains everything anew")
 
 
 def without_git() -> None:
@@ -224,15 +232,13 @@ def main() -> int:
     needs, abreast = plan(targets), lanes()
     if not needs:
         print("Data and pipelines are up to date.")
-    progress = Progress(needs, measured, abreast)
-    print(f"profile {profile}: {progress.remaining()}", flush=True)
-    status = repro(needs, abreast, progress)
-    own.parent.mkdir(parents=True, exist_ok=True)
-    write_json(own, progress.seconds)
+    print(f"profile {profile}: {remaining(needs, measured, abreast)}", flush=True)
+    status = repro(needs, abreast, measured)
+    write_json(own, measured)
     if status:
         subprocess.run(["dvc", "checkout", "--quiet", "--force"], stderr=subprocess.DEVNULL, **CHILD)
         return 2
-    if (Path("out") / profile / "metrics/04_image_quality.json").is_file():  # not where targets end before
+    if (out / "metrics/04_image_quality.json").is_file():  # not where targets end before
         print(closing_lines(profile))
     return 0
 

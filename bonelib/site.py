@@ -1,9 +1,6 @@
-"""Static pages of a run: executed notebooks, interactive volumes, films with a slider, and the paper (`make site`).
+"""Static pages of a run in OUT/site: notebooks, interactive volumes, films with a slider, and the paper (`make site`).
 
-python -m bonelib.site [OUT]
-
-writes OUT/site, which any static host can serve and which opens from a file as well: nothing in it asks for anything
-elsewhere. OUT is out/ and the active profile if left out.
+python -m bonelib.site [OUT], by default of the active profile. Nothing in them asks for anything elsewhere.
 """
 
 import base64

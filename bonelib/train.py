@@ -1,8 +1,6 @@
-"""The stage `train`: a model is trained, or its published weights are fetched, without any figure or metric.
+"""The stage `train`, `python -m bonelib.train train@MODEL OUT`: from OUT/stacks to OUT/training/MODEL.
 
-python -m bonelib.train train@MODEL OUT
-
-reads the stacks of the folder OUT and writes the model to OUT/training/MODEL.
+A model is trained, or its published weights are fetched, without any figure or metric.
 """
 
 import os

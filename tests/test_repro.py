@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from bonelib import InputError, repro
-from bonelib.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +45,7 @@ def test_a_plan_is_what_is_stale_of_what_is_needed(stages):
     assert repro.plan(["model"]).keys() == {"first", "model@a", "model@b"}
     with pytest.raises(InputError, match="no stage 'lost'; accepted are first, last, model, model@a"):
         repro.plan(["last", "lost"])
-    assert repro.repro(repro.plan(["model@a"]), 2, Progress([], {})) == 0
+    assert repro.repro(repro.plan(["model@a"]), 2, {}) == 0
     assert repro.plan(["last"]) == {"model@b": set(), "last": {"model@b"}}
     assert repro.plan(["model@a"]) == {}
 
@@ -69,7 +68,7 @@ def ran(monkeypatch, tmp_path):
     monkeypatch.setattr(repro, "cores", lambda: 4)
 
     def run(needs, lanes, capsys):
-        status = repro.repro(needs, lanes, Progress(needs, {}, lanes))
+        status = repro.repro(needs, lanes, {})
         lines = [line.split(": ")[1].split("|") for line in capsys.readouterr().out.splitlines()]
         return status, {name: (float(began), float(ended), int(share)) for began, ended, name, share in lines}
 
@@ -116,16 +115,20 @@ def test_dvc_does_without_git_where_there_is_none(tmp_path, monkeypatch):
 
 
 def test_a_line_says_what_is_left():
-    progress = Progress(["a", "b@x", "b@y", "c"], {"a": 30, "c": 150}, abreast=2)
-    progress.ended("a")
-    assert progress.heard("Running stage 'b@x':\n") == "b@x: 3 stages left, about 4 min"
-    assert progress.heard("b@x: took 60 s\n") is None
-    progress.ended("b@x")
-    assert progress.heard("Running stage 'b@y':\n") == "b@y: 2 stages left, about 2 min"
-    assert progress.heard("anything else\n") is None
-    progress.ended("b@y")
-    assert progress.heard("Running stage 'c':\n") == "c: 1 stage left, about 2 min"
-    assert Progress(["a"], {}).remaining() == "1 stage left"
+    assert repro.remaining(["b@x", "b@y", "c"], {"a": 30, "c": 150}, 2) == "3 stages left, about 4 min"
+    assert repro.remaining(["c"], {"a": 30, "c": 150}, 2) == "1 stage left, about 2 min"
+    assert repro.remaining(["a"], {"a": 30}, 1) == "1 stage left, about 30 s"
+    assert repro.remaining(["a"], {}, 1) == "1 stage left"
+
+
+def test_what_is_left_is_said_where_a_stage_begins(monkeypatch, capsys):
+    say = "import sys; print(f\"Running stage '{sys.argv[-1]}':\\n{sys.argv[-1]}: took 60 s\")"
+    monkeypatch.setattr(repro, "REPRO", (sys.executable, "-c", say))
+    seconds = {"a": 30, "b": 150}
+    assert repro.repro({"a": set(), "b": {"a"}}, 1, seconds) == 0 and seconds == {"a": 60, "b": 60}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["a: Running stage 'a':", "a: 2 stages left, about 3 min", "a: a: took 60 s"]
+    assert lines[3:] == ["b: Running stage 'b':", "b: 1 stage left, about 2 min", "b: b: took 60 s"]
 
 
 def test_another_profile_is_written_to_the_file_and_an_unknown_one_is_refused(tmp_path, capsys):

@@ -116,18 +116,19 @@ def workers(count: int | None = None, also: tuple[str, ...] = ()) -> Iterator[Pr
 
 
 def map_large_blocks() -> None:
-    """Have glibc map every block of a megabyte on its own, so that it goes back to the system as soon as it is freed.
+    """Have glibc give freed blocks of a megabyte back to the system at once, else a kernel grows by hundreds of them.
 
-    Else glibc learns to keep such blocks between smaller ones, and a kernel grows by hundreds of megabytes. It undoes
-    `keep_freed_memory`, which a stage asks for by environment variables.
+    It undoes `keep_freed_memory`, which a stage asks for by environment variables.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another system has another way
-        for setting, value in ((-4, 1 << 16), (-3, 1 << 20)):  # M_MMAP_MAX, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(setting, value)
+    _set_malloc({-4: 1 << 16, -3: 1 << 20})  # M_MMAP_MAX, M_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory: giving back and fetching again what a feature map takes costs more than its use."""
-    with contextlib.suppress(OSError, AttributeError):
-        for setting, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    _set_malloc({-4: 0, -1: 2**31 - 1})  # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+
+def _set_malloc(settings: dict[int, int]) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # another system has another way
+        for setting, value in settings.items():
             ctypes.CDLL(None).mallopt(setting, value)

@@ -1,7 +1,6 @@
 """Where a result comes from: a run id for figures, and the record beside each stage's metrics."""
 
 import hashlib
-import json
 import math
 import platform
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from bonelib.core.config import fingerprint
+from bonelib.core.files import write_json
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "dvc")
 
@@ -44,16 +44,15 @@ def write_metrics(path: str | Path, values: dict[str, Any], run: str) -> None:
 
     Nested dictionaries become keys joined by dots; NaN becomes null.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     made_by = {"run": run, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    path.write_text(json.dumps(dict(_flat(values | {"made_by": made_by})), indent=1) + "\n", encoding="utf-8")
+    write_json(Path(path), dict(flat(values | {"made_by": made_by})))
 
 
-def _flat(values: dict, before: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dictionaries as pairs of a key joined by dots and a value, None for one that is not finite."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
+            yield from flat(value, f"{before}{key}.")
         else:
             none = isinstance(value, float) and not math.isfinite(value)
             yield f"{before}{key}", None if none else value

@@ -10,11 +10,13 @@ def upsample(x: Tensor, flat: bool = False) -> Tensor:
     return F.interpolate(x, scale_factor=(1.0, 2.0, 2.0) if flat else 2, mode="nearest")
 
 
-def downsample(x: Tensor) -> Tensor:
+def downsample(x: Tensor, times: int = 1) -> Tensor:
     """Mean over blocks of 2x2x2 voxels, of a single slice 2x2 (written as a reshape: deterministic on every device)."""
-    n, c, z, y, w = x.shape
-    depth = 1 if z == 1 else 2
-    return x.reshape(n, c, z // depth, depth, y // 2, 2, w // 2, 2).mean(dim=(3, 5, 7))
+    for _ in range(times):
+        n, c, z, y, w = x.shape
+        depth = 1 if z == 1 else 2
+        x = x.reshape(n, c, z // depth, depth, y // 2, 2, w // 2, 2).mean(dim=(3, 5, 7))
+    return x
 
 
 def smeared(x: Tensor) -> Tensor:

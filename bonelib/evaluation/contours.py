@@ -8,6 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from bonelib import InputError
+from bonelib.scans.plausibility import filled, largest
 from bonelib.scans.volumes import Volume
 
 SMOOTHING_MM = 0.0486  # 0.8 voxels at 0.0607 mm, before every threshold
@@ -66,7 +67,7 @@ def closed_slices(volume: Volume, periosteal: np.ndarray) -> float:
     """
     bone = (smoothed(volume) > BONE) & periosteal
     area = periosteal.sum(axis=(1, 2))
-    closed = _filled(_padded(bone, 1)).sum(axis=(1, 2)) >= RING * area
+    closed = filled(_padded(bone, 1)).sum(axis=(1, 2)) >= RING * area
     return float(closed[area > 0].mean()) if area.any() else 0.0
 
 
@@ -87,7 +88,7 @@ def _radius(bone, spacing):
     if not bone.any():
         return bone
     part = bone[bounding_box(bone)]
-    cores = eroded(_filled(_padded(part, 1)), BODY_MM, plane)[:, 1:-1, 1:-1]
+    cores = eroded(filled(_padded(part, 1)), BODY_MM, plane)[:, 1:-1, 1:-1]
     area = cores.sum(axis=(1, 2))
     open_ones = area < area.max() / 2  # an open cortex was not filled
     if open_ones.any():
@@ -102,7 +103,7 @@ def _outer_contour(bone, spacing):
     """Slices, each closed by the narrowest radius that keeps the outside out of the marrow, and filled."""
     margin = int(np.ceil(CLOSING_MM[-1] / min(spacing))) + 1
     bone = _padded(bone, margin)
-    closings = np.stack([eroded(_filled(dilated(bone, r, spacing)), r, spacing) for r in CLOSING_MM])
+    closings = np.stack([eroded(filled(dilated(bone, r, spacing)), r, spacing) for r in CLOSING_MM])
     areas = closings.sum(axis=(2, 3))
     narrowest = np.argmax(areas[-1] <= LEAK * areas, axis=0)
     return closings[narrowest, np.arange(len(bone)), margin:-margin, margin:-margin]
@@ -117,7 +118,7 @@ def _inner_contour(marrow, outer, spacing):
     marrow = _padded(largest(marrow & deep), margin)
     closed = eroded(dilated(marrow, MARROW_MM, plane), MARROW_MM, plane)
     opened = dilated(eroded(closed, MARROW_MM, plane), MARROW_MM, plane)
-    inner = largest(_filled(opened)[:, margin:-margin, margin:-margin]).astype(np.float32)
+    inner = largest(filled(opened)[:, margin:-margin, margin:-margin]).astype(np.float32)
     smooth = ndimage.gaussian_filter(inner, [CONTOUR_SMOOTHING_MM / s for s in spacing], mode="nearest")
     return (smooth > 0.5) & deep
 
@@ -146,24 +147,8 @@ def eroded(mask, radius, spacing):
     return ~dilated(~mask, radius, spacing)
 
 
-def _filled(sections):
-    """Slices without their holes; the corner of each lies outside."""
-    in_slice = np.zeros((3, 3, 3), bool)
-    in_slice[1] = ndimage.generate_binary_structure(2, 1)
-    labels, _ = ndimage.label(~sections, in_slice)
-    return labels != labels[:, :1, :1]
-
-
 def _padded(sections, margin):
     return np.pad(sections, ((0, 0), (margin, margin), (margin, margin)))
-
-
-def largest(mask, structure=None):
-    """The largest component of a mask; faces join voxels, or what `structure` says."""
-    labels, _ = ndimage.label(mask, structure)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return (labels == sizes.argmax()) & mask
 
 
 def bounding_box(mask):

@@ -17,20 +17,11 @@ from scipy import fft, ndimage
 from skimage.measure import euler_number
 
 from bonelib import InputError
-from bonelib.evaluation.contours import (
-    BONE,
-    SMOOTHING_MM,
-    bounding_box,
-    closed_slices,
-    contours,
-    contours_in,
-    largest,
-    smoothed,
-)
+from bonelib.evaluation.contours import BONE, SMOOTHING_MM, bounding_box, closed_slices, contours, contours_in, smoothed
 from bonelib.evaluation.neighbours import gradient_at
 from bonelib.evaluation.thickness import local_thickness, thickness_and_axes
 from bonelib.scans.grids import Calibration
-from bonelib.scans.plausibility import FLAGS, flags
+from bonelib.scans.plausibility import FLAGS, flags, largest
 from bonelib.scans.volumes import Volume
 
 __all__ = [

@@ -4,7 +4,6 @@ python -m bonelib.scans.cohort STAGE FOLDER               as a stage of the pipe
 python -m bonelib.scans.cohort SCANS --dry-run            prints who is who in a folder of scans, and does nothing else
 """
 
-import shutil
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 from bonelib import InputError
 from bonelib.core.cli import command
 from bonelib.core.config import section
+from bonelib.core.files import of_file, whole_folder
 from bonelib.core.parallel import die_with_run, elapsed
 from bonelib.scans import given, plausibility
 from bonelib.scans.config import Cohort, Phantom
@@ -40,11 +40,6 @@ class How(NamedTuple):
     site: str
 
 
-def list_scans(source: str | Path) -> list[dict[str, str]]:
-    """The scans of a folder as rows (file, patient, visit, grade, side ...), see `listing.listed`."""
-    return listed(Path(source)).rows
-
-
 def import_scans(
     source: str | Path,
     folder: str | Path,
@@ -59,11 +54,10 @@ def import_scans(
 ) -> None:
     """Bring the scans of `source` into `folder` as the phantom cohort lies there: scans/, scans.tsv, participants.tsv.
 
-    What was understood is said first. Scans are converted to mg HA/cm3 and brought to one orientation, x to the right,
-    y forwards, z upwards with the distal end first; `unit` and `calibration` are for files that carry none. With
-    `mirror_left`, all bones become right ones. Contours and traits of the user's own follow, where they are given
-    (`given`). Headers are written afresh, so that names and dates in them stay behind. A scan in which something is
-    wrong with the bone (`plausibility.FLAGS`) is kept with the column `flags`, and left out of training.
+    Scans are converted to mg HA/cm3 and brought to one orientation, x to the right, y forwards, z upwards with the
+    distal end first; `unit` and `calibration` are for files that carry none. With `mirror_left`, all bones become right
+    ones. Contours and traits of the user's own follow (`given`). Headers are written afresh, so that names and dates
+    stay behind. A scan with something wrong (`plausibility.FLAGS`) is kept with the column `flags`, for no training.
 
     The folder appears whole or not at all. Raises `InputError`, naming the file: a scan that cannot be read or
     converted, whose numbers cannot be densities, whose bone is not `site`, runs along another axis or is upside-down,
@@ -73,39 +67,29 @@ def import_scans(
     source, folder = Path(source), Path(folder)
     listing = listed(source, participants)
     say(summary(listing), flush=True)
-    check_patients(listing, source, least)
-    part = folder.with_name(f".part-{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        how = How(unit, calibration, mirror_left, site)
-        names: dict[str, str] = {}
+    _check_patients(listing, source, least)
+    how = How(unit, calibration, mirror_left, site)
+    names: dict[str, str] = {}
+    with whole_folder(folder) as part:
         scans = _imported(source, part, listing, how, say, names)
         if least > 1:
             usable = {s["patient"] for s in scans if not s["flags"]}
             _enough(len(usable), least, f"{source}: {len(usable)} patients have a scan without flags")
         write_table(part / "scans.tsv", scans)
-        number = _numbers(listing)
-        people = [{**listing.people.get(p, {}), "patient": f"sub-{n:03d}"} for p, n in number.items()]
+        people = [listing.people.get(p, {}) | {"patient": f"sub-{n:03d}"} for p, n in _numbers(listing).items()]
         write_table(part / "participants.tsv", people)
         given.import_traits(source, names, part / given.TRAITS_FILE, say)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def check_patients(listing: Listing, source: Path, least: int = LEAST_PATIENTS) -> None:
-    """Refuse fewer than `least` patients; raises `InputError`."""
+def _check_patients(listing: Listing, source: Path, least: int) -> None:
     count = len({row["patient"] for row in listing.rows})
     _enough(count, least, f"{source}: {len(listing.rows)} scans of {count} patients")
 
 
 def _enough(count: int, least: int, says: str) -> None:
     if count < least:
-        raise InputError(
-            f"{says}, but at least {least} patients are needed; a scans.tsv (file, patient) says who is who"
-        )
+        tells = "a scans.tsv (file, patient) says who is who"
+        raise InputError(f"{says}, but at least {least} patients are needed; {tells}")
 
 
 def _numbers(listing: Listing) -> dict[str, int]:
@@ -124,9 +108,8 @@ def _imported(source: Path, part: Path, listing: Listing, how: How, say, names: 
         if plausibility.is_mask(volume):
             say(f"{file}: holds two values, taken for a mask and not for a scan", flush=True)
             continue
-        volume, left, wrong, end = _import(
-            source / file, volume, row, listing.masks.get(file, []), how, say, part, name
-        )
+        masks = listing.masks.get(file, [])
+        volume, left, wrong, end = _import(source / file, volume, row, masks, how, say, part, name)
         names[file] = name
         ends[end] += 1
         sided.setdefault(bool(volume.side), file)
@@ -207,8 +190,7 @@ def _check_owners(owners: dict[str, dict[str, str]], people: dict) -> None:
 
 def _import(path: Path, volume: Volume, row: dict, masks: list[Path], how: How, say, part: Path, name: str):
     """The scan of a row in mg HA/cm3, whether it was mirrored, its flags, and which end was found distal."""
-    volume = replace(volume, side=_agreed(path, "side", volume.side, row["side"]))
-    volume = replace(volume, site=_agreed(path, "site", volume.site, row["site"]) or None)
+    volume = replace(volume, **{key: _agreed(path, key, getattr(volume, key), row[key]) for key in ("side", "site")})
     if volume.site and volume.site != how.site:
         mend = f"take it out, or set cohort.site to {volume.site}" if volume.site in SITES else "take it out"
         raise InputError(f"{path}: the bone is {volume.site}, but the cohort is of the {how.site}; {mend}")
@@ -217,7 +199,7 @@ def _import(path: Path, volume: Volume, row: dict, masks: list[Path], how: How, 
     except InputError as error:
         raise InputError(f"{path}: {error}; cohort.calibration in params.yaml gives it to scans without") from None
     seen = plausibility.picture(volume)
-    try:
+    with of_file(path):
         plausibility.check_densities(volume, seen)
         plausibility.check_axis(seen)
         end = plausibility.distal_end(seen)
@@ -226,8 +208,6 @@ def _import(path: Path, volume: Volume, row: dict, masks: list[Path], how: How, 
                 "the bone is wider and its cortex thinner at the last slice, so that z does not run from distal to "
                 "proximal; give scans.tsv a column distal (first or last: the slice at the distal end)"
             )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     wrong = plausibility.flags(seen.density, seen.bone, seen.spacing)
     labels = given.contour_labels(volume, masks, say)
     turns = [upside_down] if row["distal"] == "last" else []
@@ -260,7 +240,7 @@ def check_source(source: str) -> bool:
 def check_own_scans(cohort: Cohort) -> None:
     """Refuse at once a cohort that cannot be imported, by the names of its files; raises `InputError`."""
     if check_source(cohort.source):
-        check_patients(listed(Path(cohort.source), cohort.participants), Path(cohort.source))
+        _check_patients(listed(Path(cohort.source), cohort.participants), Path(cohort.source), LEAST_PATIENTS)
 
 
 @command

@@ -44,16 +44,8 @@ class Stacks:
     def pooled(self, rows: list[dict], halvings: int) -> Tensor:
         """The stacks of `rows` (n, 1, z, y, x) as float16, averaged over blocks of 2^halvings voxels a side."""
         depth = self.meta["stack_slices"]
-        parts = []
-        for row in rows:
-            stack = torch.from_numpy(
-                self.volumes[row["volume"], row["start"] : row["start"] + depth].astype(np.float32)
-            )
-            stack = stack[None, None]
-            for _ in range(halvings):
-                stack = downsample(stack)
-            parts.append(stack.half())
-        return torch.cat(parts)
+        stacks = (self.volumes[row["volume"], row["start"] : row["start"] + depth] for row in rows)
+        return torch.cat([_pooled(stack, halvings).half() for stack in stacks])
 
 
 def load_stacks(folder: str | Path, grades: str | Path | None = None) -> Stacks:
@@ -66,9 +58,7 @@ def load_stacks(folder: str | Path, grades: str | Path | None = None) -> Stacks:
     for name in ("volumes.npy", "stacks.csv", "stacks.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; run `make repro` first, or give another folder of stacks")
-    rows = [
-        {**row, "volume": int(row["volume"]), "start": int(row["start"])} for row in read_table(folder / "stacks.csv")
-    ]
+    rows = [row | {key: int(row[key]) for key in ("volume", "start")} for row in read_table(folder / "stacks.csv")]
     meta = json.loads((folder / "stacks.json").read_text(encoding="utf-8"))
     if grades is not None:
         excluded = {r["scan"] for r in read_table(grades) if r["grade"] in map(str, EXCLUDED_GRADES)}
@@ -82,13 +72,12 @@ def load_stacks(folder: str | Path, grades: str | Path | None = None) -> Stacks:
 
 def load_textures(folder: str | Path, stacks: Stacks) -> np.ndarray:
     """The numbers of `TEXTURE` of every volume of the stacks, (volumes, 5), NaN where a scan could not be measured."""
-    found = {
-        row["scan"]: [float(row[name] or "nan") for name in TEXTURE] for row in read_table(Path(folder) / TEXTURE_FILE)
-    }
+    path = Path(folder) / TEXTURE_FILE
+    found = {row["scan"]: [float(row[name] or "nan") for name in TEXTURE] for row in read_table(path)}
     values = np.full((len(stacks.volumes), len(TEXTURE)), np.nan, np.float32)
     for row in stacks.rows:
         if row["scan"] not in found:
-            raise InputError(f"{Path(folder) / TEXTURE_FILE}: holds no scan {row['scan']}, which stacks.csv lists")
+            raise InputError(f"{path}: holds no scan {row['scan']}, which stacks.csv lists")
         values[row["volume"]] = found[row["scan"]]
     return values
 
@@ -101,10 +90,7 @@ def halved(stacks: Stacks, times: int) -> Stacks:
     slices = tuple(slice(n // block * block) for n in shape)
     halves = np.empty((len(stacks.volumes), *(n // block for n in shape)), np.float16)
     for scan, half in zip(stacks.volumes, halves, strict=True):
-        values = torch.from_numpy(scan[slices].astype(np.float32))[None, None]
-        for _ in range(times):
-            values = downsample(values)
-        half[:] = values[0, 0]
+        half[:] = _pooled(scan[slices], times)[0, 0]
     rows = [{**row, "start": row["start"] // block} for row in stacks.rows]
     meta = stacks.meta | dict(
         spacing_mm=[mm * block for mm in stacks.meta["spacing_mm"]],
@@ -114,21 +100,22 @@ def halved(stacks: Stacks, times: int) -> Stacks:
     return Stacks(halves, rows, meta)
 
 
+def _pooled(voxels: np.ndarray, halvings: int) -> Tensor:
+    return downsample(torch.from_numpy(voxels.astype(np.float32))[None, None], halvings)
+
+
 def set_apart(stacks: Stacks, share: float) -> Stacks:
     """The same stacks with a share of the training patients, at least one, in the split "validation" instead.
 
     Who they are depends on their names alone. Raises `InputError` if nobody would be left to learn from.
     """
-    patients = sorted(
-        {row["patient"] for row in stacks.of("train")}, key=lambda name: hashlib.sha256(name.encode()).digest()
-    )
-    chosen = set(patients[: max(1, round(share * len(patients)))])
-    if len(chosen) == len(patients):
+    patients = {row["patient"] for row in stacks.of("train")}
+    ordered = sorted(patients, key=lambda name: hashlib.sha256(name.encode()).digest())
+    chosen = set(ordered[: max(1, round(share * len(patients)))])
+    if chosen == patients:
         raise InputError(f"stacks.csv: of {len(patients)} training patients, none is left beside those set apart")
-    rows = [
-        {**row, "split": "validation"} if row["split"] == "train" and row["patient"] in chosen else row
-        for row in stacks.rows
-    ]
+    moved = [row["split"] == "train" and row["patient"] in chosen for row in stacks.rows]
+    rows = [row | {"split": "validation"} if move else row for row, move in zip(stacks.rows, moved, strict=True)]
     return Stacks(stacks.volumes, rows, stacks.meta)
 
 
@@ -159,9 +146,8 @@ def augmented(stacks: Tensor, first: int, seed: int, how: Augment | None, every:
     zoom = 1 + draws[:, 1] * (how.zoom - 1)
     cos, sin, none = torch.cos(angle) / zoom, torch.sin(angle) / zoom, torch.zeros(n)
     # affine_grid counts in half widths and half heights, so that the off-diagonal terms carry the aspect ratio
-    theta = torch.stack(
-        [torch.stack([cos, -sin * height / width, none], 1), torch.stack([sin * width / height, cos, none], 1)], 1
-    )
+    lines = [cos, -sin * height / width, none], [sin * width / height, cos, none]
+    theta = torch.stack([torch.stack(line, 1) for line in lines], 1)
     grid = F.affine_grid(theta, [n, 1, height, width], align_corners=False).to(stacks)
     moved = F.grid_sample(stacks[:, 0], grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     return moved[:, None].clamp(0, 1)

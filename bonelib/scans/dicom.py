@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from bonelib import InputError
-from bonelib.scans.grids import LPS, RUNS, Found, check_grid, grid, guarded, hashed, is_mgha, plain_name
+from bonelib.scans.grids import LPS, RUNS, Found, check_grid, grid, guarded, hashed, is_mgha, plain_name, version
 
 DICOM_GROUPS = {
     "ImagePositionPatient": "PlanePositionSequence",
@@ -43,12 +43,10 @@ def dicom_files(folder: Path) -> list[Path]:
     for path in folder.iterdir():
         name = plain_name(path)
         ending = Path(name).suffix.lower()
-        if (
-            name[0] != "."
-            and path.is_file()
-            and (ending in (".dcm", ".ima") or ending not in NO_DICOM and is_dicom(path))
-        ):
-            found[name] = max(found.get(name, path), path, key=lambda p: int((p.name.rsplit(";", 1) + ["0"])[1]))
+        if name[0] == "." or not path.is_file():
+            continue
+        if ending in (".dcm", ".ima") or ending not in NO_DICOM and is_dicom(path):
+            found[name] = max(found.get(name, path), path, key=version)
     return sorted(found.values())
 
 
@@ -86,11 +84,9 @@ def read_dicom(path: Path) -> Found:
     steps = moves @ normal
     lean = np.linalg.norm((moves - steps[:, None] * normal).sum(axis=0))
     if not np.all(np.abs(steps - np.median(steps)) < UNEVEN * np.median(steps)) or lean > TILT * steps.sum():
-        raise InputError(
-            f"{path}: the DICOM slices are not evenly spaced (steps of {steps.min():.4f} to {steps.max():.4f} mm); "
-            "one is missing, there twice or out of line"
-        )
-    rows, columns = first["same"][1:3]
+        says = f"not evenly spaced (steps of {steps.min():.4f} to {steps.max():.4f} mm)"
+        raise InputError(f"{path}: the DICOM slices are {says}; one is missing, there twice or out of line")
+    series, rows, columns, unit, side, site, owner, *_ = first["same"]
     shape = (columns, rows, len(planes))
     spacing = (*first["size"][::-1], float(steps.mean()))
     affine = LPS @ grid(np.column_stack([first["axes"], normal]), spacing, planes[0]["place"])
@@ -100,7 +96,7 @@ def read_dicom(path: Path) -> Found:
         stored = guarded(plane["file"], "DICOM", pixel_array, plane["file"], index=plane["frame"], raw=True)
         np.multiply(stored, np.float32(plane["slope"]), out=target, casting="unsafe")
         target += np.float32(plane["intercept"])
-    said = (first["unit"], None, first["side"], first["site"], first["owner"], hashed(first["same"][0]))
+    said = (unit, None, side, site, owner, hashed(series))
     return Found(voxels, tuple(float(s) for s in spacing[::-1]), affine, *said)
 
 
@@ -108,12 +104,11 @@ def _planes(file: Path) -> list[dict]:
     """The planes of one DICOM file, without their pixels."""
     import pydicom
 
-    if pydicom.filereader.read_file_meta_info(file).TransferSyntaxUID == pydicom.uid.DeflatedExplicitVRLittleEndian:
+    uid, syntax = pydicom.uid, pydicom.filereader.read_file_meta_info(file).TransferSyntaxUID
+    deflated = syntax == uid.DeflatedExplicitVRLittleEndian
+    if deflated or syntax.is_compressed and syntax != uid.RLELossless:
         raise InputError(f"{file}: this compression of DICOM is not read; accepted are none and run lengths")
     head = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=DICOM_TAGS)
-    syntax = head.file_meta.TransferSyntaxUID
-    if syntax.is_compressed and syntax != pydicom.uid.RLELossless:
-        raise InputError(f"{file}: this compression of DICOM is not read; accepted are none and run lengths")
     if head.SamplesPerPixel != 1:
         raise InputError(f"{file}: a scan has one number a voxel, but this DICOM file has {head.SamplesPerPixel}")
     count = int(head.get("NumberOfFrames") or 1)
@@ -145,21 +140,8 @@ def _planes(file: Path) -> list[dict]:
         if unit is None and kind not in ("", "US", "MGML"):  # mg/ml of what?
             raise InputError(f"{file}: RescaleType {kind!r:.20} is not known; accepted are HU, mgHA, MGML, US and none")
         same = (head.SeriesInstanceUID, int(head.Rows), int(head.Columns), unit, side, site, owner)
-        planes.append(
-            dict(
-                file=file,
-                frame=frame if count > 1 else None,
-                place=np.array(value("ImagePositionPatient"), float).reshape(3),
-                axes=axes.T,
-                size=size,
-                slope=float(value("RescaleSlope", 1.0)),
-                intercept=float(value("RescaleIntercept", 0.0)),
-                unit=unit,
-                side=side,
-                site=site,
-                owner=owner,
-                stored=pixels,
-                same=(*same, tuple(np.round(axes.ravel(), 4)), tuple(np.round(size, 6))),
-            )
-        )
+        same += (tuple(np.round(axes.ravel(), 4)), tuple(np.round(size, 6)))
+        plane = dict(file=file, frame=frame if count > 1 else None, axes=axes.T, size=size, stored=pixels, same=same)
+        plane |= dict(slope=float(value("RescaleSlope", 1.0)), intercept=float(value("RescaleIntercept", 0.0)))
+        planes.append(plane | dict(place=np.array(value("ImagePositionPatient"), float).reshape(3)))
     return planes

@@ -14,17 +14,7 @@ import numpy as np
 
 from bonelib import InputError
 from bonelib.scans.dicom import dicom_files, is_dicom, read_dicom
-from bonelib.scans.grids import (
-    DEFLATE,
-    LPS,
-    Found,
-    canonical,
-    check_grid,
-    grid,
-    guarded,
-    plain_name,
-    spacing_of,
-)
+from bonelib.scans.grids import DEFLATE, LPS, Found, canonical, check_grid, grid, guarded, plain_name, spacing_of
 from bonelib.scans.scanco import read_aim, read_aim_mask, read_isq
 
 UNITS_MM = {"meter": 1e3, "micron": 1e-3}  # of NIfTI; none and mm are mm
@@ -51,14 +41,11 @@ def read_file(path: Path) -> Found:
     if kind is None:
         accepted = ", ".join(ENDINGS)
         raise InputError(f"{path}: this kind of file is not read; accepted are {accepted}, and folders of .dcm")
-    found = guarded(path, kind, READERS[kind], path)
-    bad = 0
-    if found.voxels.dtype.kind == "f":
-        bad = sum(int(part.size - np.isfinite(part).sum()) for part in found.voxels)
-    if bad:
-        raise InputError(
-            f"{path}: {bad} of {found.voxels.size} voxels are NaN or infinite; every voxel must be a number"
-        )
+    found = guarded(path, kind, FORMATS[kind][0], path)
+    parts = found.voxels if found.voxels.dtype.kind == "f" else ()
+    if bad := sum(int(part.size - np.isfinite(part).sum()) for part in parts):
+        says = f"{bad} of {found.voxels.size} voxels are NaN or infinite"
+        raise InputError(f"{path}: {says}; every voxel must be a number")
     return found
 
 
@@ -142,12 +129,8 @@ def read_nifti(path: Path) -> Found:
     return Found(np.ascontiguousarray(voxels), spacing_of(affine), affine)
 
 
-META_TYPES = {
-    f"MET_{name}": code
-    for name, code in dict(
-        CHAR="i1", UCHAR="u1", SHORT="i2", USHORT="u2", INT="i4", UINT="u4", FLOAT="f4", DOUBLE="f8"
-    ).items()
-}
+META_TYPES = dict(CHAR="i1", UCHAR="u1", SHORT="i2", USHORT="u2", INT="i4", UINT="u4", FLOAT="f4", DOUBLE="f8")
+META_TYPES = {f"MET_{name}": code for name, code in META_TYPES.items()}
 
 
 def read_metaimage(path: Path) -> Found:
@@ -195,20 +178,15 @@ def read_metaimage(path: Path) -> Found:
         size = data.stat().st_size - file.tell()
         check_grid(path, shape, spacing, affine, size * (DEFLATE if deflated else 1) / dtype.itemsize)
         if not deflated and size != (needed := int(np.prod(shape)) * dtype.itemsize):
-            raise InputError(
-                f"{path}: the data are {size} bytes, but {shape} voxels are {needed}; no header is skipped"
-            )
+            says = f"the data are {size} bytes, but {shape} voxels are {needed}"
+            raise InputError(f"{path}: {says}; no header is skipped")
         return Found(_values(path, file, dtype, shape, deflated), tuple(spacing[::-1]), affine)
 
 
 NRRD_SPACES = {
-    "left-posterior-superior": LPS,
-    "lps": LPS,
-    "right-anterior-superior": np.eye(4),
-    "ras": np.eye(4),
-    "left-anterior-superior": np.diag([-1.0, 1.0, 1.0, 1.0]),
-    "las": np.diag([-1.0, 1.0, 1.0, 1.0]),
-    "": np.eye(4),  # without a space there is spacing alone
+    **dict.fromkeys(("left-posterior-superior", "lps"), LPS),
+    **dict.fromkeys(("left-anterior-superior", "las"), np.diag([-1.0, 1.0, 1.0, 1.0])),
+    **dict.fromkeys(("right-anterior-superior", "ras", ""), np.eye(4)),  # without a space there is spacing alone
 }
 NRRD_TYPES = {
     **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
@@ -230,9 +208,8 @@ def read_nrrd(path: Path) -> Found:
         header = nrrd.read_header(file)
         if "data file" in header or "datafile" in header or header.get("type") not in NRRD_TYPES:
             raise InputError(f"{path}: a NRRD scan must be one file, and hold one number a voxel")
-        if header["encoding"] not in ("raw", "gzip", "gz") or any(
-            header.get(skip) for skip in ("line skip", "lineskip", "byte skip", "byteskip")
-        ):
+        skips = any(header.get(skip) for skip in ("line skip", "lineskip", "byte skip", "byteskip"))
+        if header["encoding"] not in ("raw", "gzip", "gz") or skips:
             raise InputError(f"{path}: accepted NRRD encodings are raw and gzip, without line or byte skip")
         units = [*header.get("space units", []), *header.get("units", [])]
         if any(u not in ("mm", "millimeter", "") for u in units):
@@ -256,21 +233,12 @@ def read_nrrd(path: Path) -> Found:
         return Found(_values(path, file, dtype, shape, deflated), tuple(map(float, spacing[::-1])), affine)
 
 
-ENDINGS = {
-    ".nii": "NIfTI",
-    ".nii.gz": "NIfTI",
-    ".mha": "MetaImage",
-    ".mhd": "MetaImage",
-    ".nrrd": "NRRD",
-    ".aim": "AIM",
-    ".isq": "ISQ",
-    ".dcm": "DICOM",
+FORMATS = {
+    "NIfTI": (read_nifti, (".nii", ".nii.gz")),
+    "MetaImage": (read_metaimage, (".mha", ".mhd")),
+    "NRRD": (read_nrrd, (".nrrd",)),
+    "AIM": (read_aim, (".aim",)),
+    "ISQ": (read_isq, (".isq",)),
+    "DICOM": (read_dicom, (".dcm",)),
 }
-READERS = {
-    "NIfTI": read_nifti,
-    "MetaImage": read_metaimage,
-    "NRRD": read_nrrd,
-    "AIM": read_aim,
-    "ISQ": read_isq,
-    "DICOM": read_dicom,
-}
+ENDINGS = {ending: kind for kind, (_, endings) in FORMATS.items() for ending in endings}

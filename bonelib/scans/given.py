@@ -9,8 +9,7 @@ import numpy as np
 from bonelib import InputError
 from bonelib.scans.formats import read_mask
 from bonelib.scans.grids import canonical
-from bonelib.scans.listing import find_table
-from bonelib.scans.tables import read_user_table, write_table
+from bonelib.scans.tables import find_table, read_user_table, write_table
 from bonelib.scans.volumes import Volume
 
 TRAITS = ("Tt.Ar", "Tt.BMD", "Tb.BMD", "Ct.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "DA", "Conn.D", "Ct.Th", "Ct.Po")
@@ -25,20 +24,19 @@ def contours_file(scan: str) -> str:
     return f"contours/{scan}.nii.gz"
 
 
-def contour_labels(volume: Volume, masks: list[Path], say=print) -> Volume | None:
+def contour_labels(volume: Volume, masks: list[Path], say) -> Volume | None:
     """The masks of a scan as labels on its grid (0 outside, 1 cortex, 2 trabecular), or None where they do not suffice.
 
     Needed are the trabecular compartment, and the cortical one or all of the bone; which is which is in the names.
     What is not used is named by `say`. Raises `InputError` for a mask that cannot be read.
     """
     found: dict[str, np.ndarray] = {}
+    names = ", ".join(path.name for path in masks)
     for path in masks:
         kinds = [kind for kind, words in KINDS.items() if re.search(rf"(?<![a-z])(?:{words})", path.name.lower())]
         if len(kinds) != 1 or path.suffix.lower() == ".gobj":
-            say(
-                f"{path.name}: taken for a mask and not used; used are _TRAB_MASK with _CORT_MASK or _FULL_MASK",
-                flush=True,
-            )
+            used = "used are _TRAB_MASK with _CORT_MASK or _FULL_MASK"
+            say(f"{path.name}: taken for a mask and not used; {used}", flush=True)
             continue
         mask = read_mask(path)
         voxels, affine = canonical(mask.voxels, mask.affine)
@@ -48,21 +46,18 @@ def contour_labels(volume: Volume, masks: list[Path], say=print) -> Volume | Non
         found[kinds[0]] = voxels > 0
     if "inner" not in found or len(found) < 2:
         if found:
-            say(
-                f"{', '.join(p.name for p in masks)}: one compartment alone is not used; give trabeculae and cortex",
-                flush=True,
-            )
+            say(f"{names}: one compartment alone is not used; give trabeculae and cortex", flush=True)
         return None
     inner = found["inner"]
     outer = found.get("outer", inner) | found.get("cortex", inner)
     if not (outer & ~inner).any() or not (inner & outer).any():
-        say(f"{', '.join(p.name for p in masks)}: a compartment is empty, not used", flush=True)
+        say(f"{names}: a compartment is empty, not used", flush=True)
         return None
     labels = np.where(inner, MARROW, np.where(outer, CORTEX, 0)).astype(np.int16)
     return replace(volume, voxels=labels, unit="native")
 
 
-def import_traits(source: Path, names: dict[str, str], target: Path, say=print) -> None:
+def import_traits(source: Path, names: dict[str, str], target: Path, say) -> None:
     """Write the traits of attributes.tsv in `source`, if it is there, to `target`; `names` are {file: scan}.
 
     Raises `InputError` for a file that is no scan of the cohort, a value that is no number, or a share above 1.
@@ -79,9 +74,8 @@ def import_traits(source: Path, names: dict[str, str], target: Path, say=print) 
                 continue
             number = float(value) if re.fullmatch(r"[-+\d.eE]+", value) else np.nan
             if not (0 <= number < 1e5) or trait in SHARES and number > 1:
-                raise InputError(
-                    f"{path}: {trait} {value!r} of {row['file']}; accepted are numbers, shares from 0 to 1"
-                )
+                said = f"{trait} {value!r} of {row['file']}"
+                raise InputError(f"{path}: {said}; accepted are numbers, shares from 0 to 1")
         out.append({"scan": names[row["file"]]} | {k: v for k, v in row.items() if k != "file"})
     write_table(target, out)
     say(f"{path.name}: traits of {len(out)} scans take the place of measured ones", flush=True)

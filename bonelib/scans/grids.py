@@ -22,8 +22,7 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # between the axes of DICOM and ITK, and 
 class Calibration:
     """Of one scanner, with mu in 1/cm: native = mu_scaling * mu, mgHA = slope * mu + intercept; mu_water for HU.
 
-    What is not known is None. Raises `InputError` where water would not lie near 0 mgHA, as with a slope that is
-    meant per native count.
+    Raises `InputError` where water would not lie near 0 mgHA, as with a slope that is meant per native count.
     """
 
     mu_scaling: float | None = None
@@ -39,10 +38,8 @@ class Calibration:
 
 
 class Found(NamedTuple):
-    """`voxels` (z, y, x); `spacing` in mm (z, y, x); `affine` (4, 4) from (x, y, z) to (right, anterior, superior).
-
-    `site` is the bone that the header names; `owner` and `series` are hashes of the numbers of the patient and of the
-    DICOM series there, which only tell whether two files are of one.
+    """What a file says, as in `volumes.Volume`: `spacing` (z, y, x) in mm, `affine` from (x, y, z) to (right, anterior,
+    superior); what it does not say is None.
     """
 
     voxels: np.ndarray
@@ -59,6 +56,12 @@ class Found(NamedTuple):
 def plain_name(path) -> str:
     """The name of a file without the version that VMS adds, as in SCAN.AIM;1."""
     return re.sub(r";\d+$", "", path.name)
+
+
+def version(path) -> int:
+    """The number of that version; 0 where there is none."""
+    found = re.search(r";(\d+)$", path.name)
+    return int(found[1]) if found else 0
 
 
 def is_mgha(text: str) -> bool:
@@ -109,10 +112,7 @@ def grid(axes, spacing, origin) -> np.ndarray:
 
 
 def canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (z, y, x) and their affine in the closest canonical orientation: x to the right, y forwards, z upwards.
-
-    The axes are exchanged and turned, and no voxel is interpolated, so that every bone stays where it is in the world.
-    """
+    """Voxels (z, y, x) and their affine with x to the right, y forwards, z upwards; none is moved or interpolated."""
     turns = nib.io_orientation(affine)
     turned = nib.apply_orientation(voxels.T, turns).T
     return turned, affine @ nib.orientations.inv_ornt_aff(turns, voxels.shape[::-1])

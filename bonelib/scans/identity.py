@@ -121,9 +121,8 @@ def who(parts: tuple[str, ...]) -> Who:
     group = " ".join(part for part in parts[:-1] if GROUP.fullmatch(_tidy(VISIT.sub("", part))))
     for key, values in said.items():
         if len({alike(v) for v in values}) > 1:
-            raise InputError(
-                f"{'/'.join(parts)}: the path names {key} {' and '.join(sorted(values))}; it must name one"
-            )
+            says = f"the path names {key} {' and '.join(sorted(values))}"
+            raise InputError(f"{'/'.join(parts)}: {says}; it must name one")
     sides = {SIDES.get(v.lower()) for v in said["side"]} or {part.side for part in read} - {None}
     if len(sides) > 1:
         raise InputError(f"{'/'.join(parts)}: the path names both sides, left and right; it must name one")
@@ -197,9 +196,7 @@ def check_nesting(found: list[Who]) -> None:
         if len(names) > 1:
             says = f"patient {patient!r} is in {' and '.join(repr(n) for n in sorted(names)[:2])}"
             raise InputError(f"{says}: it is not clear whether that is one person; {TELL}")
-    stems = defaultdict(set)
-    for one in found:
-        stems[re.sub(r"(?<=\d)[a-z]$", "", alike(one.patient))].add(one.patient)
+    stems = _by(lambda name: re.sub(r"(?<=\d)[a-z]$", "", alike(name)), [one.patient for one in found])
     for names in stems.values():
         if len({alike(name) for name in names}) > 1:
             first, second, *_ = sorted(names)
@@ -209,26 +206,23 @@ def check_nesting(found: list[Who]) -> None:
 def check_names(patients: list[str], people: list[str]) -> None:
     """Refuse patients whose names differ in case, zeros or separators alone, unless `people`, the names in
     participants.tsv, hold both; raises `InputError` with both named."""
-    groups = defaultdict(set)
-    for patient in patients:
-        groups[alike(patient)].add(patient)
-    for names in groups.values():
+    for names in _by(alike, patients).values():
         if len(names) > 1 and not names <= set(people):
             first, second, *_ = sorted(names)
             says = f"patients {first!r} and {second!r} differ in case, zeros or separators alone"
-            raise InputError(
-                f"{says}; write them alike if they are one, or list both in participants.tsv if they are two"
-            )
+            mend = "write them alike if they are one, or list both in participants.tsv if they are two"
+            raise InputError(f"{says}; {mend}")
 
 
 def matched(patients: list[str], people: list[str]) -> dict[str, str]:
     """{name in participants.tsv: patient}: equal names, or, where only one is alike, that one."""
-    known, near = set(patients), defaultdict(list)
-    for patient in patients:
-        near[alike(patient)].append(patient)
-    found = {}
-    for name in people:
-        candidates = [name] if name in known else near[alike(name)]
-        if len(candidates) == 1:
-            found[name] = candidates[0]
-    return found
+    near = _by(alike, patients)
+    found = {name: {name} if name in patients else near.get(alike(name), set()) for name in people}
+    return {name: min(candidates) for name, candidates in found.items() if len(candidates) == 1}
+
+
+def _by(key, names: list[str]) -> dict[str, set[str]]:
+    groups = defaultdict(set)
+    for name in names:
+        groups[key(name)].add(name)
+    return groups

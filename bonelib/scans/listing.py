@@ -11,8 +11,8 @@ from bonelib import InputError
 from bonelib.scans import identity
 from bonelib.scans.dicom import NO_DICOM, dicom_files, frames
 from bonelib.scans.formats import ENDINGS, format_of
-from bonelib.scans.grids import plain_name
-from bonelib.scans.tables import read_user_table
+from bonelib.scans.grids import plain_name, version
+from bonelib.scans.tables import TABLE, find_table, read_user_table
 
 GRADES = ("", "1", "2", "3", "4", "5")  # motion grades; empty is not graded
 SITES = ("", "radius", "tibia")
@@ -20,8 +20,6 @@ DISTAL = ("", "first", "last")
 SCANS = ("file", "patient", "visit", "grade", "side", "site", "distal")
 PEOPLE = ("patient", "sex", "age")
 SEXES = {"": "", "f": "F", "female": "F", "w": "F", "m": "M", "male": "M", "o": "", "other": ""}
-TABLE = r"(?i)(?:{})(?:\.tsv|\.csv|\.txt|\.tsv\.txt|\.csv\.txt)"
-SHEET = r"(?i)(?:{})\.(?:xlsx?|ods|numbers)"
 MASK = re.compile(
     r"(?:^|[_\-. ])(?:masks?|segm?|segmentations?|labels?(?:tr|ts)?|labelmaps?|contours?|roi|gobj)(?=$|[_\-. \d])",
     re.IGNORECASE,
@@ -143,7 +141,7 @@ def _multi_frame(slices: list[Path]) -> list[Path]:
 def _newest(paths: list[Path], skipped: Counter) -> list[Path]:
     """Of files that VMS numbered (A.AIM;1, A.AIM;2) the last of each name."""
     last: dict[str, Path] = {}
-    for path in sorted(paths, key=lambda p: int((p.name.rsplit(";", 1) + ["0"])[1]) if ";" in p.name else 0):
+    for path in sorted(paths, key=version):
         if plain_name(path) in last:
             skipped["older versions"] += 1
         last[plain_name(path)] = path
@@ -161,18 +159,6 @@ def _stem(path: Path) -> str:
 
 def _counted(skipped: Counter, before: str) -> str:
     return before + ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items())) if skipped else ""
-
-
-def find_table(source: Path, name: str) -> Path | None:
-    """The table of that name in a folder, whatever its capitals and ending."""
-    files = sorted(p for p in source.iterdir() if p.is_file())
-    found = [p for p in files if re.fullmatch(TABLE.format(name), p.name)]
-    sheets = [p for p in files if re.fullmatch(SHEET.format(name), p.name)]
-    if sheets and not found:
-        raise InputError(f"{sheets[0]}: this kind of table is not read; save it as {name}.csv or {name}.tsv")
-    if len(found) > 1:
-        raise InputError(f"{source}: both {found[0].name} and {found[1].name} are there; leave one of them")
-    return found[0] if found else None
 
 
 def _from_paths(source: Path, scans: list[Path]) -> list[dict[str, str]]:
@@ -194,31 +180,24 @@ def _from_table(source: Path, table: Path, scans: list[Path], notes: list[str], 
     rows = read_user_table(table, SCANS, say)
     if not rows:
         raise InputError(f"{table}: the table lists no scan; fill it, or take it out")
-    missing = {"file", "patient"} - set(rows[0])
-    if missing:
-        raise InputError(f"{table}: the column {sorted(missing)[0]!r} is missing; needed are file and patient")
+    if missing := {"file", "patient"} - set(rows[0]):
+        raise InputError(f"{table}: the column {min(missing)!r} is missing; needed are file and patient")
     places = {_form(str(path.relative_to(source))): path for path in scans}
     seen: dict[Path, dict] = {}
     out = []
     for row in rows:
         row = dict.fromkeys(SCANS, "") | row
-        for key in ("file", "patient"):
-            if not row[key]:
-                raise InputError(
-                    f"{table}: the row of {row['file'] or row['patient']!r} has no {key}; every scan needs one"
-                )
+        if lacking := [key for key in ("file", "patient") if not row[key]]:
+            says = f"the row of {row['file'] or row['patient']!r} has no {lacking[0]}"
+            raise InputError(f"{table}: {says}; every scan needs one")
         path = _place(source, row["file"], places)
         first = seen.setdefault(path.resolve(), row)
         if first is not row:
-            of = (
-                f" for patients {first['patient']!r} and {row['patient']!r}"
-                if first["patient"] != row["patient"]
-                else ""
-            )
+            two = first["patient"] != row["patient"]
+            of = f" for patients {first['patient']!r} and {row['patient']!r}" * two
             raise InputError(f"{table}: {row['file']} is listed twice{of}; every scan is listed once")
         out.append(_checked(table, row) | {"file": os.path.relpath(path, source)})
-    rest = [path for path in scans if path.resolve() not in seen]
-    if rest:
+    if rest := [path for path in scans if path.resolve() not in seen]:
         notes.append(f"{table.name}: {len(rest)} scans are not listed and left out: {_named(source, rest)}")
     return out
 

@@ -66,38 +66,37 @@ def is_mask(volume: Volume) -> bool:
 
 def check_densities(volume: Volume, seen: Picture) -> None:
     """Refuse numbers that cannot be mg HA/cm3; raises `InputError` with what was observed and what is accepted."""
+    if says := _no_densities(volume, seen):
+        raise InputError(f"as mg HA/cm3, {says} (see cohort.unit)")
+
+
+def _no_densities(volume: Volume, seen: Picture) -> str | None:
     part = np.rint(volume.voxels[:: max(1, len(volume.voxels) // 16)]).clip(-32768, 32767).astype(np.int32)
     if (count := np.count_nonzero(np.bincount(part.ravel() + 32768))) < GREY_VALUES:
         low, high = float(volume.voxels.min()), float(volume.voxels.max())
-        says = f"as mg HA/cm3, its voxels have {count} whole values, from {low:g} to {high:g}"
-        raise InputError(f"{says}; a scan has at least {GREY_VALUES} (see cohort.unit)")
+        return f"its voxels have {count} whole values, from {low:g} to {high:g}; a scan has at least {GREY_VALUES}"
     density = seen.density
-    pixel = seen.spacing[1] * seen.spacing[2]
     dense = density[density > DENSE]
-    if dense.size * pixel / len(density) < LEAST_DENSE_MM2:
-        says = f"as mg HA/cm3, nothing in it is as dense as bone, above {DENSE:g}; the highest has {density.max():.0f}"
-        raise InputError(f"{says} (see cohort.unit)")
+    if dense.size * seen.spacing[1] * seen.spacing[2] / len(density) < LEAST_DENSE_MM2:
+        return f"nothing in it is as dense as bone, above {DENSE:g}; the highest has {density.max():.0f}"
     cortex = float(np.quantile(dense, 0.75))
     if not CORTEX[0] <= cortex <= CORTEX[1]:
-        says = f"as mg HA/cm3, dense bone has {cortex:.0f}; accepted are {CORTEX[0]:g} to {CORTEX[1]:g}"
-        raise InputError(f"{says} (see cohort.unit)")
+        return f"dense bone has {cortex:.0f}; accepted are {CORTEX[0]:g} to {CORTEX[1]:g}"
     if (low := float(np.quantile(density, 0.01))) < IMPOSSIBLE:
-        raise InputError(f"as mg HA/cm3, its lowest values are {low:.0f}, but air has -400 (see cohort.unit)")
+        return f"its lowest values are {low:.0f}, but air has -400"
     soft = density[(density > SOFT[0]) & (density < SOFT[1])]
-    middle = float(np.median(soft)) if soft.size else float(np.median(density))
-    if not (soft.size >= 0.05 * density.size and SOFT_MEDIAN[0] <= middle <= SOFT_MEDIAN[1]):
-        says = f"as mg HA/cm3, what is not bone has {middle:.0f}; soft tissue has 0 to 150"
-        raise InputError(f"{says} (see cohort.unit)")
+    middle = float(np.median(soft if soft.size else density))
+    if soft.size < 0.05 * density.size or not SOFT_MEDIAN[0] <= middle <= SOFT_MEDIAN[1]:
+        return f"what is not bone has {middle:.0f}; soft tissue has 0 to 150"
+    return None
 
 
 def flags(density: np.ndarray, bone: np.ndarray, spacing) -> list[str]:
     """What of `FLAGS` is true, so that a bone cannot be measured; `density` and the solid mask `bone` are (z, y, x)."""
     found = ["cut"] if _touches(bone, spacing) else []
-    labels, count = ndimage.label((density > BONE) & bone)
-    if count > 1:
-        sizes = np.bincount(labels.ravel())
-        sizes[[0, int(sizes[1:].argmax()) + 1]] = 0
-        apart = _filled(labels == sizes.argmax())
+    dense = (density > BONE) & bone
+    if (rest := dense & ~largest(dense)).any():
+        apart = _filled(largest(rest))
         if apart.sum() * spacing[1] * spacing[2] / len(bone) > CAST_MM2:
             found.append("cast")
     if (density > METAL).sum() * np.prod(spacing) > METAL_MM3:
@@ -107,10 +106,7 @@ def flags(density: np.ndarray, bone: np.ndarray, spacing) -> list[str]:
 
 def check_axis(seen: Picture) -> None:
     """Refuse a bone that runs along y or x; raises `InputError`."""
-    labels, _ = ndimage.label(seen.density > BONE)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    bone = labels == sizes.argmax()
+    bone = largest(seen.density > BONE)
     through = [bool(bone.take(0, axis).any() and bone.take(-1, axis).any()) for axis in range(3)]
     if not through[0] and any(through[1:]):
         raise InputError(f"the bone runs along {'yx'[through[1:].index(True)]}, not along z (feet to head)")
@@ -163,22 +159,27 @@ def _body(bone: np.ndarray, spacing, gap: float = 0.0) -> np.ndarray:
         walls[:, -sides[0], :], walls[:, :, -sides[1]] = True, True
         solid |= _filled(walls)[:, 1:-1, 1:-1]
     cores = ~_dilated(~solid, BODY_MM + gap, spacing)
-    labels, count = ndimage.label(cores)
-    if not count:
-        return solid
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return _dilated(labels == sizes.argmax(), BODY_MM, spacing) & solid
+    return _dilated(largest(cores), BODY_MM, spacing) & solid if cores.any() else solid
 
 
 def _filled(sections: np.ndarray) -> np.ndarray:
-    """Slices (z, y, x) without their holes."""
-    padded = np.pad(sections, ((0, 0), (1, 1), (1, 1)))
+    return filled(np.pad(sections, ((0, 0), (1, 1), (1, 1))))[:, 1:-1, 1:-1]
+
+
+def filled(sections: np.ndarray) -> np.ndarray:
+    """Slices (z, y, x) without their holes; the corner of each lies outside."""
     in_slice = np.zeros((3, 3, 3), bool)
     in_slice[1] = ndimage.generate_binary_structure(2, 1)
-    labels, _ = ndimage.label(~padded, in_slice)
-    outside = np.unique(labels[:, 0, 0])
-    return ~np.isin(labels, outside)[:, 1:-1, 1:-1]
+    labels, _ = ndimage.label(~sections, in_slice)
+    return labels != labels[:, :1, :1]
+
+
+def largest(mask: np.ndarray, structure=None) -> np.ndarray:
+    """The largest component of a mask, nothing of nothing; faces join voxels, or what `structure` says."""
+    labels, _ = ndimage.label(mask, structure)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (labels == sizes.argmax()) & mask
 
 
 def _dilated(sections: np.ndarray, radius: float, spacing) -> np.ndarray:

@@ -1,7 +1,6 @@
 """From scans of varying field of view to constant slice stacks (Angermann et al. 2023, section 3.1 and Figure 2)."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from scipy.fft import dctn, idctn
 
 from bonelib import InputError
+from bonelib.core.files import of_file, write_json
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.scans.config import Preprocess
@@ -77,20 +77,23 @@ def clip_for(spacing_mm: float, clip: float) -> float:
     return clip * (NATIVE_MM / spacing_mm) ** 1.5
 
 
+def block_means(voxels: np.ndarray, step: int, dtype=None) -> np.ndarray:
+    """Means over blocks of `step` voxels (z, y, x) a side; what is left at the ends is left out."""
+    z, y, x = (n // step for n in voxels.shape)
+    blocks = voxels[: z * step, : y * step, : x * step].reshape(z, step, y, step, x, step)
+    return blocks.mean(axis=(1, 3, 5), dtype=dtype)
+
+
 def subsample(volume: Volume, step: int) -> Volume:
     """Means over blocks of `step` voxels a side: densities are kept, and the affine follows."""
     if any(n % step for n in volume.shape):
         raise InputError(f"a volume of {volume.shape} voxels cannot be subsampled by {step}")
-    z, y, x = (n // step for n in volume.shape)
-    blocks = volume.voxels.reshape(z, step, y, step, x, step)
-    return regrid(volume, blocks.mean(axis=(1, 3, 5), dtype=np.float32), (0, 0, 0), step)
+    return regrid(volume, block_means(volume.voxels, step, np.float32), (0, 0, 0), step)
 
 
 def subsample_labels(labels: np.ndarray, step: int) -> np.ndarray:
-    """Labels (z, y, x) of contours, 0 outside, 1 cortex, 2 trabecular, by majority over blocks of `step` voxels."""
-    z, y, x = (n // step for n in labels.shape)
-    blocks = labels[: z * step, : y * step, : x * step].reshape(z, step, y, step, x, step)
-    outer, inner = ((blocks >= label).mean(axis=(1, 3, 5)) >= 0.5 for label in (CORTEX, MARROW))
+    """Labels (z, y, x) of contours by majority over blocks of `step` voxels."""
+    outer, inner = (block_means(labels >= label, step) >= 0.5 for label in (CORTEX, MARROW))
     return outer.astype(np.int8) + (outer & inner)
 
 
@@ -122,8 +125,7 @@ def steps(volume: Volume, how: Preprocess, starts=None) -> Iterator[tuple[str, V
     if starts is None:
         starts, cut = place(volume, how.shape)
         if cut > MOST_CUT:
-            says = f"cropping to {how.shape[1:]} voxels cuts off {cut:.1%} of the bone"
-            raise InputError(f"{says}, at most {MOST_CUT:.0%} are accepted; enlarge preprocess.shape")
+            raise InputError(f"{_cuts(how, cut)}, at most {MOST_CUT:.0%} are accepted; enlarge preprocess.shape")
     padded, mask = crop_or_mirror_pad(volume, how.shape, starts)
     yield "cropped or mirror-padded", padded
     noise = dct_noise(padded.voxels, clip_for(float(np.prod(volume.spacing)) ** (1 / 3), how.dct_clip))
@@ -131,6 +133,10 @@ def steps(volume: Volume, how: Preprocess, starts=None) -> Iterator[tuple[str, V
     filled = padded.with_voxels(np.where(mask, noise, padded.voxels))
     yield "padding replaced by noise", filled
     yield f"subsampled by {how.subsample}", subsample(filled, how.subsample)
+
+
+def _cuts(how: Preprocess, share: float) -> str:
+    return f"cropping to {how.shape[1:]} voxels cuts off {share:.1%} of the bone"
 
 
 def preprocess(volume: Volume, how: Preprocess, starts=None) -> Volume:
@@ -155,12 +161,10 @@ def preprocess_cohort(
     """Preprocess every scan of `cohort`, split the patients, and write `folder`.
 
     Writes volumes.npy (scan, z, y, x) float16 in [0, 1], stacks.csv, which carries the motion grades along, and
-    stacks.json; returns the last one's content. Where users gave contours, their labels are in contours.npy, int8 of
-    the same shape. Scans with flags, and those whose bones the constant shape cuts, are in no part of the split ("left
-    out").
-    The volumes are written scan by scan by worker processes, so that memory does not grow with the cohort. Raises
-    `InputError` naming the scan whose voxels are not of `voxel_mm`, or that cannot be preprocessed, and where the
-    constant shape cuts too many.
+    stacks.json, whose content is returned. Where users gave contours, their labels are in contours.npy, int8 of the
+    same shape. Scans with flags, and those whose bones the constant shape cuts, are "left out" of the split. Memory
+    does not grow with the cohort. Raises `InputError` naming a scan whose voxels are not of `voxel_mm`, or that cannot
+    be preprocessed, and where the constant shape cuts too many.
     """
     cohort, folder = Path(cohort), Path(folder)
     scans = read_table(cohort / "scans.tsv")
@@ -172,18 +176,11 @@ def preprocess_cohort(
     splits = split_patients([scan["patient"] for scan in fit], how.held_out, seed)
     split = {scan["scan"]: splits[scan["patient"]] for scan in fit if scan["scan"] not in cut}
     starts = slice_stacks(volumes.shape[1], how.stack_slices, how.stacks_per_scan)
-    rows = [
-        dict(
-            scan=s["scan"],
-            patient=s["patient"],
-            split=split.get(s["scan"], "left out"),
-            grade=s.get("grade") or "",
-            volume=i,
-            start=start,
-        )
-        for i, s in enumerate(scans)
-        for start in starts
+    known = [
+        dict(scan=s["scan"], patient=s["patient"], split=split.get(s["scan"], "left out"), grade=s.get("grade") or "")
+        for s in scans
     ]
+    rows = [own | dict(volume=i, start=start) for i, own in enumerate(known) for start in starts]
     write_table(folder / "stacks.csv", rows)
     inside = [i for i, s in enumerate(scans) if split.get(s["scan"]) == "train"]
     sample = np.asarray(volumes[inside[:: max(1, len(inside) // 50)]], np.float32)
@@ -199,13 +196,11 @@ def preprocess_cohort(
         sd=float(sample.std()),
         data_hash=data_hash,
     )
-    (folder / "stacks.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "stacks.json", meta)
     return meta
 
 
-def _write_volumes(
-    scans: list[dict], cohort: Path, folder: Path, how: Preprocess, voxel_mm: float, say
-) -> tuple[np.ndarray, set[str]]:
+def _write_volumes(scans, cohort: Path, folder: Path, how: Preprocess, voxel_mm, say) -> tuple[np.ndarray, set[str]]:
     """volumes.npy and, where there are any, contours.npy, by worker processes; the volumes, and scans cut too much."""
     shape = tuple(n // how.subsample for n in how.shape)
     volumes = np.lib.format.open_memmap(folder / "volumes.npy", "w+", np.float16, (len(scans), *shape))
@@ -232,7 +227,7 @@ def _cut_too_much(cohort: Path, scans: list[dict], cuts: list[float], how: Prepr
         say(f"cropping cuts off something of {sum(c > 0 for c in cuts)} of {len(cuts)} scans", flush=True)
     found = {scan["scan"]: (scan["file"], cut) for scan, cut in zip(scans, cuts, strict=True) if cut > MOST_CUT}
     for file, cut in found.values():
-        says = f"cropping to {how.shape[1:]} voxels cuts off {cut:.1%} of the bone"
+        says = _cuts(how, cut)
         if len(found) > MOST_LEFT_OUT * len(scans):
             many = f"at most {MOST_CUT:.0%} are accepted, and {len(found)} of {len(scans)} scans have more"
             raise InputError(f"{cohort / file}: {says}; {many}; enlarge preprocess.shape")
@@ -247,10 +242,8 @@ def _one(scan: dict, cohort: Path, how: Preprocess, voxel_mm: float) -> tuple[np
         found = " x ".join(f"{s:.4f}" for s in volume.spacing)
         raise InputError(f"{cohort / scan['file']}: voxels of {found} mm, but params.yaml says voxel_mm {voxel_mm}")
     starts, cut = place(volume, how.shape)
-    try:
+    with of_file(cohort / scan["file"]):
         voxels = to_unit(preprocess(volume, how, starts).voxels, how.intensity).astype(np.float16)
-    except InputError as error:
-        raise InputError(f"{cohort / scan['file']}: {error}") from None
     file = cohort / contours_file(scan["scan"])
     if not file.is_file():
         return voxels, None, cut

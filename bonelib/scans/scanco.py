@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bonelib import InputError
+from bonelib.core.files import of_file
 from bonelib.scans.grids import LPS, Calibration, Found, check_grid, grid, hashed, is_mgha
 
 SITES = {20: ("radius", "left"), 21: ("radius", "right"), 38: ("tibia", "left"), 39: ("tibia", "right")}  # of Scanco
@@ -14,10 +15,8 @@ LEAST_MU_SCALING = 100  # scanners have 4096 or 8192; 1 stands for counts that w
 
 
 def _scanco(path, shape, spacing, origin, offset, calibration, site, owner) -> Found:
-    """int16 counts, read once and straight into place: the peak is the voxels themselves, 1.8 GB for a full ISQ.
-
-    Scanco files do not say how the patient lay; the axes of the grid are taken as ITK takes them.
-    """
+    """int16 counts, read straight into place: the peak is the voxels themselves. No file says how the patient lay;
+    the axes of the grid are taken as ITK takes them."""
     affine = LPS @ grid(np.eye(3), spacing, origin)
     check_grid(path, shape, spacing, affine, (path.stat().st_size - offset) // 2)
     voxels = np.fromfile(path, "<i2", int(np.prod(shape)), offset=offset).reshape(shape[::-1])
@@ -54,10 +53,15 @@ def read_aim(path: Path) -> Found:
     unit = re.search(r"^Density: unit[^\S\n]+(\S.*)$", info["processing_log"], re.MULTILINE)
     density = (number("Density: slope"), number("Density: intercept")) if not unit or is_mgha(unit[1]) else (None,) * 2
     calibration = _calibration(path, number("Mu_Scaling"), number("HU: mu water"), *density)
-    spacing = [round(float(s), 6) for s in info["element_size"]]  # stored in nm, or as float32
-    origin = (np.add(info["position"], info["offset"])) * spacing
+    spacing, origin = _placed(info)
     bone, patient = number("Site"), number("Index Patient")
     return _scanco(path, shape, spacing, origin, info["byte_offset"], calibration, bone, patient)
+
+
+def _placed(info: dict) -> tuple[list[float], np.ndarray]:
+    """Spacing, stored in nm or as float32, and the place of voxel 0 in mm."""
+    spacing = [round(float(s), 6) for s in info["element_size"]]
+    return spacing, np.add(info["position"], info["offset"]) * spacing
 
 
 def read_aim_mask(path: Path) -> Found:
@@ -65,8 +69,8 @@ def read_aim_mask(path: Path) -> Found:
     import py_aimio
 
     voxels, info = py_aimio.read_aim(str(path))
-    spacing = [round(float(s), 6) for s in info["element_size"]]
-    affine = LPS @ grid(np.eye(3), spacing, np.add(info["position"], info["offset"]) * spacing)
+    spacing, origin = _placed(info)
+    affine = LPS @ grid(np.eye(3), spacing, origin)
     check_grid(path, voxels.shape[::-1], spacing, affine, voxels.size)
     return Found(voxels, tuple(spacing[::-1]), affine)
 
@@ -99,7 +103,5 @@ def _calibration(path, mu_scaling, mu_water, slope, intercept) -> Calibration:
     if mu_scaling and mu_scaling < LEAST_MU_SCALING:
         raise InputError(f"{path}: Mu_Scaling is {mu_scaling:g}, so that its counts are of another unit; write it anew")
     values = [v if v and np.isfinite(v) else None for v in (mu_scaling, mu_water, slope)]
-    try:
+    with of_file(path):
         return Calibration(*values, intercept if intercept is not None and np.isfinite(intercept) else None)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None

@@ -18,6 +18,8 @@ SYNONYMS = {  # other names of known columns, as `_plain` leaves them
     **dict.fromkeys(("session", "sessionid"), "visit"),
     "gender": "sex",
 }
+TABLE = r"(?i)(?:{})(?:\.tsv|\.csv|\.txt|\.tsv\.txt|\.csv\.txt)"
+SHEET = r"(?i)(?:{})\.(?:xlsx?|ods|numbers)"
 ALIKE = 0.75  # of difflib: `grades` and `grade` have 0.91
 
 
@@ -28,8 +30,6 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     they are parted by tabs, quotes are plain characters. The text is UTF-8, or UTF-16 with a byte order mark. Raises
     `InputError` for a missing file, one that is not such text, and a row with more or fewer cells than the first.
     """
-    import pandas as pd
-
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -46,42 +46,41 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     text = re.sub(r"\Asep=.\n", "", text)  # of spreadsheets
     first = next(iter(text.splitlines()), "")
     comma = next((c for c in "\t;," if c in first), "\t" if path.suffix == ".tsv" else ",")
-    most = max((line.count(comma) for line in text.splitlines()), default=0) + 1
     quotes = csv.QUOTE_NONE if comma == "\t" else csv.QUOTE_MINIMAL
-    how = dict(header=None, names=range(most), dtype=str, keep_default_na=False, na_values=[], index_col=False)
     try:
-        frame = pd.read_csv(
-            io.StringIO(text, newline=""), sep=comma, quoting=quotes, engine="python", skip_blank_lines=False, **how
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error) as error:
-        raise InputError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from None
-    cells = [[v.strip() if isinstance(v, str) else None for v in row] for row in frame.to_numpy(object).tolist()]
-    return _rows(path, cells)
-
-
-def _rows(path, cells) -> list[dict[str, str]]:
-    """Rows of cells, None where a row has ended, as dictionaries by the names in the first."""
-    heads = [head or "" for head in cells[0]] if cells else []
+        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=comma, quoting=quotes, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}: not a readable table ({error})") from None
+    heads, *cells = [[value.strip() for value in line] for line in lines] or [[]]
     while heads and not heads[-1]:
         heads.pop()
-    again = {h for h in heads if h and heads.count(h) > 1}
-    if again:
-        raise InputError(f"{path}: the column {sorted(again)[0]!r} is there twice")
+    if again := {head for head in heads if head and heads.count(head) > 1}:
+        raise InputError(f"{path}: the column {min(again)!r} is there twice")
     rows = []
-    for line, row in enumerate(cells[1:], 2):
+    for number, row in enumerate(cells, 2):
         if not any(row):
             continue
-        if any(row[len(heads) :]) or None in row[: len(heads)]:
-            found = sum(v is not None for v in row)
-            says = (
-                f"row {line} ({', '.join(v for v in row if v)[:60]}) has {found} cells, but the first has {len(heads)}"
-            )
+        if any(row[len(heads) :]) or len(row) < len(heads):
+            said = ", ".join(value for value in row if value)[:60]
+            says = f"row {number} ({said}) has {len(row)} cells, but the first has {len(heads)}"
             raise InputError(f"{path}: {says}; every row must have as many")
         rows.append({head: value for head, value in zip(heads, row, strict=False) if head})
     return rows
 
 
-def read_user_table(path: str | Path, known: tuple[str, ...], say=print) -> list[dict[str, str]]:
+def find_table(source: Path, name: str) -> Path | None:
+    """The table of that name in a folder, whatever its capitals and ending."""
+    files = sorted(p for p in source.iterdir() if p.is_file())
+    found = [p for p in files if re.fullmatch(TABLE.format(name), p.name)]
+    sheets = [p for p in files if re.fullmatch(SHEET.format(name), p.name)]
+    if sheets and not found:
+        raise InputError(f"{sheets[0]}: this kind of table is not read; save it as {name}.csv or {name}.tsv")
+    if len(found) > 1:
+        raise InputError(f"{source}: both {found[0].name} and {found[1].name} are there; leave one of them")
+    return found[0] if found else None
+
+
+def read_user_table(path: str | Path, known: tuple[str, ...], say) -> list[dict[str, str]]:
     """`read_table` of a table that a person wrote, with the columns `known`, whatever their capitals and spaces.
 
     `n/a` becomes an empty value, and values are brought to one Unicode form (NFKC). Other columns are left out, and

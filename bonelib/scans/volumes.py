@@ -3,7 +3,6 @@
 Axes are (z, y, x) throughout, z the long axis of the bone; files keep (x, y, z) on disk. Readers are in `formats`.
 """
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from bonelib import InputError
+from bonelib.core.files import write_whole
 from bonelib.scans.formats import format_of, read_file
 from bonelib.scans.grids import Calibration, canonical, spacing_of
 
@@ -86,8 +86,7 @@ def read_volume(
     Unit and calibration come from the header. Where it has none, `unit` (one of `UNITS`) must be given, and
     `calibration` may be; where it has one, another one given is an error, unless they are a mere `fallback` for a
     folder of mixed files. NIfTI is brought to its canonical orientation, others are as they lie in the file (see
-    `oriented`). Voxels are float32, or the int16 counts of AIM and ISQ, which are read in place: the peak
-    for a full ISQ (2304 x 2304 x 168) is its 1.8 GB, and `convert` adds 3.6 GB.
+    `oriented`). Voxels are float32, or the int16 counts of AIM and ISQ (1.8 GB of a full one; `convert` adds 3.6).
 
     Raises `InputError`, one sentence naming the file: it is missing, damaged or of another kind, the unit is unknown
     or contradicts the header, the spacing is outside of 0.01-2 mm, or voxels are not finite.
@@ -136,21 +135,17 @@ def _line(unit: str, known: Calibration) -> tuple[float, float]:
 
 
 def oriented(volume: Volume) -> Volume:
-    """The same scan in the same place with x to the right, y forwards and z upwards (the closest canonical axes).
-
-    Scans of one cohort must be brought to one orientation before bones, and left and right ones, can be compared by
-    their voxels. No voxel is interpolated.
+    """The same scan in the same place with x to the right, y forwards and z upwards (the closest canonical axes), so
+    that voxels of scans can be compared. None is interpolated.
     """
     voxels, affine = canonical(volume.voxels, volume.affine)
     return replace(volume, voxels=voxels, affine=affine, spacing=spacing_of(affine))
 
 
 def mirrored(volume: Volume) -> Volume:
-    """A left bone as a right one, or the reverse: the grid is mirrored along x.
+    """A left bone as a right one, or the reverse: the grid is mirrored along x, the patient's left to right.
 
-    Two forearms in the same pose on the scanner are mirror images along x, the patient's left to right, however the
-    hand is turned. The mirrored bone lies in a mirrored world: what was at (r, a, s) mm is now at (-r, a, s), and a
-    right-handed grid stays right-handed.
+    What was at (r, a, s) mm is now at (-r, a, s), and a right-handed grid stays right-handed.
     """
     world = np.diag([-1.0, 1.0, 1.0, 1.0])
     side = {"left": "right", "right": "left"}.get(volume.side)
@@ -158,10 +153,7 @@ def mirrored(volume: Volume) -> Volume:
 
 
 def upside_down(volume: Volume) -> Volume:
-    """The scan of an arm that lay the other way: turned by half a turn about the y axis, so that z and x run back.
-
-    An arm that goes into the scanner from the other end is turned about the vertical, which is y.
-    """
+    """The scan of an arm that lay the other way: half a turn about the vertical, y, so that z and x run back."""
     world = np.diag([-1.0, 1.0, -1.0, 1.0])
     affine = world @ volume.affine @ _turn(volume, 0) @ _turn(volume, 2)
     return replace(volume, voxels=volume.voxels[::-1, :, ::-1], affine=affine)
@@ -183,7 +175,6 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     path = Path(path)
     if not path.name.lower().endswith(WRITTEN):
         raise InputError(f"{path}: this kind of file is not written; accepted are {', '.join(WRITTEN)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.int16 if volume.unit in ("mgHA", "HU", "native") else np.float32
     voxels = np.empty(volume.shape, dtype)
     for target, part in zip(voxels, volume.voxels, strict=True):  # slice by slice: a native scan is large
@@ -194,7 +185,5 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     image.header.set_xyzt_units("mm")
     image.set_sform(volume.affine, 2)
     image.set_qform(volume.affine, 2)
-    part = path.with_name(f".part-{path.name}")
-    nib.save(image, part)
-    os.replace(part, path)
+    write_whole(path, lambda part: nib.save(image, part))
     return path

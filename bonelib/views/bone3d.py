@@ -60,13 +60,13 @@ def slices_png(voxels: np.ndarray, spacing, shape=None, at=(0.5, 0.5, 0.5)) -> b
     return file.getvalue()
 
 
-def plot3d(voxels: np.ndarray, spacing, mode: str = "bone", height: int = 460):
+def plot3d(voxels: np.ndarray, spacing):
     """A k3d plot of (z, y, x) voxels in mg HA/cm3, spacing in mm: (plot, volume, surface); of the last two one is seen.
 
     Axes are in mm. The objects stay; `show_in_plot` gives them other voxels.
     """
     extent = [n * mm for n, mm in zip(voxels.shape[::-1], spacing[::-1], strict=True)]
-    plot = k3d.plot(height=height, menu_visibility=False, camera_auto_fit=False, grid_auto_fit=False, axes_helper=0)
+    plot = k3d.plot(height=460, menu_visibility=False, camera_auto_fit=False, grid_auto_fit=False, axes_helper=0)
     plot.axes, plot.grid = ["x / mm", "y / mm", "z / mm"], [0, 0, 0, *extent]
     bounds, empty = [0, extent[0], 0, extent[1], 0, extent[2]], np.zeros((2, 2, 2), np.float16)
     body = k3d.volume(
@@ -79,7 +79,7 @@ def plot3d(voxels: np.ndarray, spacing, mode: str = "bone", height: int = 460):
     plot += surface
     middle, far = np.array(extent) / 2, 1.5 * max(extent)  # clear of the colour bar
     plot.camera = [*(middle + far * np.array([0.35, -0.6, 0.75])), *middle, 0, 0, 1]
-    show_in_plot(plot, body, surface, voxels, mode)
+    show_in_plot(plot, body, surface, voxels, "bone")
     return plot, body, surface
 
 
@@ -104,6 +104,13 @@ def _over_range(points) -> np.ndarray:
     return np.array([n for density, *rest in points for n in ((density - low) / (high - low), *rest)], np.float32)
 
 
+def table(rows: list[dict]) -> str:
+    """Rows as a table in HTML."""
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0]) if rows else ""
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f'<table style="text-align:left;border-spacing:8px 2px"><tr>{names}</tr>{cells}</table>'
+
+
 def page(voxels: np.ndarray, spacing, title: str, rows: list[dict], recipe: str, path: str | Path) -> Path:
     """One HTML file with slices, numbers (`rows`, a table) and the volume to turn, without a request to anywhere."""
     plot, _, _ = plot3d(voxels, spacing)
@@ -113,15 +120,12 @@ def page(voxels: np.ndarray, spacing, title: str, rows: list[dict], recipe: str,
     finally:
         plot.close()
     picture = base64.b64encode(slices_png(voxels, spacing)).decode()
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0]) if rows else ""
     side = (
         f'<div style="position:fixed;left:0;top:0;bottom:0;width:380px;overflow:auto;padding:12px;'
         f'box-sizing:border-box;background:#fff;font:13px sans-serif;z-index:9">'
         f'<h1 style="font-size:17px">{html.escape(title)}</h1>'
         f'<img style="width:100%" src="data:image/png;base64,{picture}">'
-        f'<table style="text-align:left;border-spacing:8px 2px"><tr>{names}</tr>{cells}</table>'
-        f'<pre style="white-space:pre-wrap">{html.escape(recipe)}</pre></div>'
+        f'{table(rows)}<pre style="white-space:pre-wrap">{html.escape(recipe)}</pre></div>'
     )
     text = text.replace("<body>", "<body>" + side, 1)
     text = text.replace("#canvasTarget {", "#canvasTarget { left: 380px; max-width: calc(100% - 380px);", 1)

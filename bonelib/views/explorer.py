@@ -116,7 +116,7 @@ class _Panel:
         bone3d.show_in_plot(self.plot, *self.objects, voxels, self.mode.value, self.clip.value)
 
     def show_numbers(self) -> None:
-        self.table.value, self.line.value = _html(self.rows), recipe(self.scene, self.state, self.folder)
+        self.table.value, self.line.value = bone3d.table(self.rows), recipe(self.scene, self.state, self.folder)
 
     def then(self, seconds: float, step: Callable) -> None:
         """Do a step when the loop is free again, in place of whatever waited."""
@@ -247,11 +247,3 @@ def _files(panel: _Panel) -> widgets.Widget:
         button.on_click(guarded(work))
         row.append(button)
     return widgets.VBox([widgets.HBox(row + [count] * ("truncation" in scene.controls)), says])
-
-
-def _html(rows: list[dict]) -> str:
-    cells = [
-        "".join(f"<td style='padding:0 10px 0 0'>{html.escape(str(v))}</td>" for v in row.values()) for row in rows
-    ]
-    names = "".join(f"<th style='text-align:left;padding:0 10px 0 0'>{html.escape(name)}</th>" for name in rows[0])
-    return f"<table><tr>{names}</tr>" + "".join(f"<tr>{cell}</tr>" for cell in cells) + "</table>"

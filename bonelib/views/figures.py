@@ -52,11 +52,9 @@ def bones(
     colours="gray",
     width=10.0,
 ):
-    """A grid of middle slices in true proportion: `rows` of (label, volumes), spacing in mm (z, y, x).
+    """A figure of middle slices in true proportion, above a scale bar of 10 mm: `rows` of (label, volumes).
 
-    Volumes are a sequence of `Volume` or of voxels (z, y, x).
-
-    A scale bar of 10 mm stands below. Returns the figure.
+    Volumes are a sequence of `Volume` or of voxels (z, y, x); spacing is in mm (z, y, x).
     """
     columns = columns or max(len(volumes) for _, volumes in rows)
     lines = [
@@ -114,7 +112,7 @@ def _finish(axis, legend=True, size=7) -> None:
         axis.set_title(axis.get_title(), pad=6 + 1.5 * size * rows)
 
 
-def matrix(table: np.ndarray, rows: list[str], columns: list[str], label: str, width=6.0):
+def matrix(table: np.ndarray, rows: list[str], columns: list[str], label: str):
     """A table of signed numbers (rows, columns) as a picture, blue below and red above 0, the numbers written in it."""
     limit = np.nanmax(np.abs(table), initial=0.01)
 
@@ -122,7 +120,7 @@ def matrix(table: np.ndarray, rows: list[str], columns: list[str], label: str, w
         return "white" if abs(value) > 0.6 * limit else INK
 
     with plt.rc_context(STYLE):
-        fig, axis = plt.subplots(figsize=(width, 0.3 * len(rows) + 0.9), layout="constrained")
+        fig, axis = plt.subplots(figsize=(6, 0.3 * len(rows) + 0.9), layout="constrained")
         shown = axis.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         for (i, j), value in np.ndenumerate(table):
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink(value))
@@ -187,16 +185,16 @@ def scatter(panels: list[dict], columns=None, width=10.0):
     return fig
 
 
-def crops(pictures: dict[str, np.ndarray], spacing, panels: list[dict] = (), width=10.0):
+def crops(pictures: dict[str, np.ndarray], spacing, panels: list[dict]):
     """Small volumes (z, y, x), a row each: two slices across the bone's axis and two along it, over line plots.
 
     In true proportion and the house's grey window, `spacing` in mm (z, y, x), with a scale bar of 1 mm. `panels` are
     as for `scatter`, of which the lines are drawn.
     """
     ratio = max((v.shape[1] * spacing[1] + 0.6) / (v.shape[2] * spacing[2]) for v in pictures.values())
-    rows = [width / 4 * ratio] * len(pictures) + [width / 4] * bool(panels)
+    rows = [2.5 * ratio] * len(pictures) + [2.5] * bool(panels)
     with plt.rc_context(STYLE):
-        fig = plt.figure(figsize=(width, sum(rows)), layout="constrained")
+        fig = plt.figure(figsize=(10, sum(rows)), layout="constrained")
         fig.get_layout_engine().set(w_pad=0.1)  # inches; with less, the longest label of the line plots is cut
         grid = fig.add_gridspec(len(rows), 4 * max(len(panels), 1), height_ratios=rows)
         for i, (name, volume) in enumerate(pictures.items()):
@@ -261,7 +259,7 @@ def bands(panels: list[dict], at: str, width=10.0):
     return fig
 
 
-def film(path: str | Path, rows: list[tuple[str, list[np.ndarray]]], spacing, run: str, width=7.0) -> None:
+def film(path: str | Path, rows: list[tuple[str, list[np.ndarray]]], spacing, run: str) -> None:
     """Middle axial slices as an endless animated GIF: `rows` of (title, volumes (z, y, x)), side by side in a frame.
 
     The house's grey window, and as many frames as every row has volumes.
@@ -271,7 +269,7 @@ def film(path: str | Path, rows: list[tuple[str, list[np.ndarray]]], spacing, ru
     y, x = plane(rows[0][1][0], "axial").shape
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, len(rows), squeeze=False, layout="constrained")
-        fig.set_size_inches(width, width / len(rows) * y * spacing[1] / (x * spacing[2]) + LABEL_INCH)
+        fig.set_size_inches(7, 7 / len(rows) * y * spacing[1] / (x * spacing[2]) + LABEL_INCH)
         fig.text(0.998, 0.002, run, ha="right", va="bottom", fontsize=5, color="0.6")
         shown = []
         for axis, (title, volumes) in zip(axes.flat, rows, strict=True):
@@ -289,10 +287,10 @@ def film(path: str | Path, rows: list[tuple[str, list[np.ndarray]]], spacing, ru
         plt.close(fig)
 
 
-def estimates(rows: list[dict], label: str, value: str, low: str, high: str, mark: str, xlabel: str, width=10.0):
+def estimates(rows: list[dict], label: str, value: str, low: str, high: str, mark: str, xlabel: str):
     """One line a row: `value` with its interval `low` to `high` as a dot, and what was expected (`mark`) as a tick."""
     with plt.rc_context(STYLE):
-        fig, axis = plt.subplots(figsize=(width * 0.6, 0.19 * len(rows) + 0.6), layout="constrained")
+        fig, axis = plt.subplots(figsize=(6, 0.19 * len(rows) + 0.6), layout="constrained")
         places = np.arange(len(rows))[::-1]
         values = np.array([[float(r[key]) for key in (value, low, high)] for r in rows])
         spread = np.abs(values[:, 1:].T - values[:, 0])
@@ -304,12 +302,12 @@ def estimates(rows: list[dict], label: str, value: str, low: str, high: str, mar
     return fig
 
 
-def confusion(table: list[dict], width=4.0):
+def confusion(table: list[dict]):
     """Counts of `given` (rows) by the other columns of `table`, shaded by their share of the row."""
     columns = [key for key in table[0] if key != "given"]
     counts = np.array([[float(row[key]) for key in columns] for row in table])
     with plt.rc_context(STYLE):
-        fig, axis = plt.subplots(figsize=(width, width * 0.85), layout="constrained")
+        fig, axis = plt.subplots(figsize=(4, 3.4), layout="constrained")
         axis.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1.3)
         for (i, j), count in np.ndenumerate(counts):
             axis.text(j, i, f"{count:.0f}", ha="center", va="center", color=INK if count else "0.7")

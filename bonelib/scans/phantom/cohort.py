@@ -1,13 +1,12 @@
 """A phantom cohort of HR-pQCT scans of the distal radius whose truth is known."""
 
-import os
-import shutil
 import time
 from concurrent.futures import as_completed
 from pathlib import Path
 
 import bonelib.scans.phantom.population as population
 from bonelib import InputError
+from bonelib.core.files import whole_folder
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.scans.phantom.motion import moved
@@ -52,26 +51,17 @@ def make_cohort(params, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     _check(params, folder)
-    part = folder.with_name(f".part-{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "scans").mkdir(parents=True)
     visits = population.visits_of(params.seed, params.patients, params.visits, getattr(params, "scans", None))
     visits = {number + getattr(params, "first", 1) - 1: own for number, own in visits.items()}
     how = (params.voxel_mm, getattr(params, "grades", STILL), getattr(params, "mirror_left", False))
-    jobs = [(params.seed, p, own, *how, part / "scans") for p, own in visits.items()]
-    try:
-        rows = list(_rendered(jobs, getattr(params, "workers", None)))
-        rows.sort(key=lambda row: row["scan"])
+    with whole_folder(folder) as part:
+        jobs = [(params.seed, p, own, *how, part / "scans") for p, own in visits.items()]
+        rows = sorted(_rendered(jobs, getattr(params, "workers", None)), key=lambda row: row["scan"])
         people = [row for row in rows if row["visit"] == 1]
         own = ("patient", "sex", "age", "side", *population.REFERENCE["F"], "marrow")
         table = [{k: row[k] for k in own} | {"visits": len(n)} for row, n in zip(people, visits.values(), strict=True)]
         write_table(part / "participants.tsv", table)
         write_table(part / "scans.tsv", rows)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

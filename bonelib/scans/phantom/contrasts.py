@@ -19,7 +19,7 @@ from bonelib.scans.phantom.anatomy import BOX, HEIGHT_MM
 from bonelib.scans.phantom.random_fields import sample, smooth_noise
 from bonelib.scans.phantom.rendering import OUTSIDE, draw_centred
 from bonelib.scans.phantom.scanner import scan
-from bonelib.scans.preprocessing import to_unit
+from bonelib.scans.preprocessing import block_means, to_unit
 from bonelib.scans.volumes import Volume, read_volume
 
 FIRST = 300_000  # patients are the phantom's from this number on, whom no cohort holds
@@ -51,8 +51,8 @@ def draw_pair(seed: int, number: int, sex: str, shape: tuple[int, int, int]) -> 
     drawn = draw_centred(seed, number, HEIGHT_MM / shape[0] / 2, [2 * n for n in shape], sex=sex)
     mineral = scan(drawn.volume, numpy_rng(seed, "noise of slices", number), noise_sd=drawn.truth["noise_sd"])
     soft = soft_tissue(drawn.volume, drawn.compartments, drawn.bone, seed, number)
-    signal = _noisy(_averaged(soft), numpy_rng(seed, "noise of soft tissue", number)) / BRIGHTEST
-    return np.stack([to_unit(_averaged(mineral.voxels), INTENSITY), signal.clip(0, 1)]).astype(np.float32)
+    signal = _noisy(block_means(soft, 2), numpy_rng(seed, "noise of soft tissue", number)) / BRIGHTEST
+    return np.stack([to_unit(block_means(mineral.voxels, 2), INTENSITY), signal.clip(0, 1)]).astype(np.float32)
 
 
 def soft_tissue(density: Volume, compartments: np.ndarray, bone: np.ndarray, seed: int, number: int) -> np.ndarray:
@@ -68,8 +68,8 @@ def soft_tissue(density: Volume, compartments: np.ndarray, bone: np.ndarray, see
     return signal * np.exp(BIAS * sample(field, points)[0].numpy())
 
 
-def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: float, held_out: int = 4) -> Slices:
-    """Paired slices of `patients`, the share `women` of them women; every `held_out`th one is held out."""
+def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: float) -> Slices:
+    """Paired slices of `patients`, the share `women` of them women; every fourth one is held out."""
     sexes = ["F" if int(women * (i + 1) + 1e-9) > int(women * i + 1e-9) else "M" for i in range(patients)]
     with workers() as pool:
         jobs = [pool.submit(draw_pair, seed, FIRST + i, sex, shape) for i, sex in enumerate(sexes)]
@@ -77,7 +77,7 @@ def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: fl
     rows, people = [], []
     for i, sex in enumerate(sexes):
         person = {"patient": f"phantom {FIRST + i}", "sex": sex}
-        person["split"] = "held-out" if (i + 1) % held_out == 0 else "train"
+        person["split"] = "held-out" if i % 4 == 3 else "train"
         people.append(person)
         for z in range(shape[0]):
             for c, contrast in enumerate(CONTRASTS):
@@ -115,12 +115,6 @@ def given_pair(files: tuple[str, str], shape: tuple[int, int, int]) -> tuple[Sta
         for c, contrast in enumerate(CONTRASTS)
     ]
     return Stacks(volumes, rows, {"spacing_mm": mm, "intensity": list(INTENSITY), "stack_slices": 1}), rows
-
-
-def _averaged(fine: np.ndarray) -> np.ndarray:
-    """Means over blocks of 2x2x2 voxels."""
-    z, y, x = (n // 2 for n in fine.shape)
-    return fine.reshape(z, 2, y, 2, x, 2).mean((1, 3, 5))
 
 
 def _noisy(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:

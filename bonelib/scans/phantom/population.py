@@ -6,7 +6,6 @@ Means, SDs and age curves: Bern multi-stack reference (Poncioni et al. 2026, hrp
 import difflib
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,89 +15,46 @@ from bonelib.core.random import numpy_rng
 
 COPULA = ("Tt.Ar", "Ct.Th", "Tb.BMD", "Tb.Th", "Ct.BMD", "Ct.Po", "Tb.N")
 
-# Mean and SD at the young plateau: mm2, mm, mg HA/cm3, mm, mg HA/cm3, fraction; Tb.N in 1/mm.
-REFERENCE = MappingProxyType(
-    {
-        "F": {
-            "Tt.Ar": (277.0, 40.0),
-            "Ct.Th": (1.057, 0.154),
-            "Tb.BMD": (145.0, 31.0),
-            "Tb.Th": (0.215, 0.012),
-            "Ct.BMD": (926.0, 40.0),
-            "Ct.Po": (0.003, 0.002),
-            "Tb.N": (1.456, 0.177),
-        },
-        "M": {
-            "Tt.Ar": (357.0, 55.0),
-            "Ct.Th": (1.226, 0.207),
-            "Tb.BMD": (199.0, 34.0),
-            "Tb.Th": (0.242, 0.017),
-            "Ct.BMD": (887.0, 35.0),
-            "Ct.Po": (0.007, 0.006),
-            "Tb.N": (1.583, 0.234),
-        },
-    }
-)
+# Mean and SD at the young plateau: mm2, mm, mg HA/cm3, mm, mg HA/cm3, fraction, 1/mm; of women, of men, and limits.
+WOMEN = (277.0, 40.0), (1.057, 0.154), (145.0, 31.0), (0.215, 0.012), (926.0, 40.0), (0.003, 0.002), (1.456, 0.177)
+MEN = (357.0, 55.0), (1.226, 0.207), (199.0, 34.0), (0.242, 0.017), (887.0, 35.0), (0.007, 0.006), (1.583, 0.234)
+BOUNDS = (150.0, 520.0), (0.45, 2.2), (50.0, 330.0), (0.17, 0.31), (650.0, 1030.0), (0.0, 0.05), (0.7, 2.4)
+REFERENCE = {sex: dict(zip(COPULA, values, strict=True)) for sex, values in (("F", WOMEN), ("M", MEN))}
+LIMITS = dict(zip(COPULA, BOUNDS, strict=True))
 
 # Pooled-sex correlations recovered from the reference; pairs that it does not give are bridged through Tb.BMD.
-POOLED_R = (
-    ("Tt.Ar", "Tb.BMD", 0.21),
-    ("Tt.Ar", "Tb.Th", 0.30),
-    ("Tt.Ar", "Ct.BMD", -0.42),
-    ("Tt.Ar", "Ct.Po", 0.21),
-    ("Ct.Th", "Tb.BMD", 0.42),
-    ("Ct.Th", "Tb.Th", 0.31),
-    ("Ct.Th", "Ct.BMD", 0.50),
-    ("Ct.Th", "Ct.Po", -0.18),
-    ("Tb.BMD", "Tb.Th", 0.73),
-    ("Tb.BMD", "Ct.BMD", 0.20),
-    ("Tb.BMD", "Tb.N", 0.81),
-    ("Tb.Th", "Tb.N", 0.39),
-    ("Tt.Ar", "Tb.N", 0.17),
-    ("Ct.Th", "Tb.N", 0.34),
-    ("Ct.BMD", "Ct.Po", -0.40),
-)
+POOLED_R = {
+    "Tt.Ar": {"Tb.BMD": 0.21, "Tb.Th": 0.30, "Ct.BMD": -0.42, "Ct.Po": 0.21, "Tb.N": 0.17},
+    "Ct.Th": {"Tb.BMD": 0.42, "Tb.Th": 0.31, "Ct.BMD": 0.50, "Ct.Po": -0.18, "Tb.N": 0.34},
+    "Tb.BMD": {"Tb.Th": 0.73, "Ct.BMD": 0.20, "Tb.N": 0.81},
+    "Tb.Th": {"Tb.N": 0.39},
+    "Ct.BMD": {"Ct.Po": -0.40},
+}
 WITHIN_SEX = 0.8  # share of a pooled correlation that remains within one sex
 
 PLATEAU_AGE = 37.0  # y; women are constant up to here, then lose k (age - 37)^2
 YOUNG_MEAN_AGE = 28.5  # y, the middle of 20-37; men change linearly about it, so that the young mean is the reference
 AGE_RANGE = (20.0, 88.0)  # y
-FEMALE_K = MappingProxyType({"Ct.BMD": 0.06798, "BV/TV": 2.70e-5, "Rel.Ct.Th": 1.197e-5})
+FEMALE_K = {"Ct.BMD": 0.06798, "BV/TV": 2.70e-5, "Rel.Ct.Th": 1.197e-5}
 FEMALE_BVTV = 0.209  # reference BV/TV, which turns the curve of BV/TV into one of Tb.BMD
-MALE_PER_YEAR = MappingProxyType(
-    {"Ct.BMD": -0.00076, "Tb.BMD": -0.0052, "Ct.Th": -0.0008, "Tb.N": -0.0019, "Tb.Th": -0.0006}
-)
-FEMALE_PER_YEAR = MappingProxyType({"Tb.N": -0.0042, "Tb.Th": 0.0008})
-CT_PO_PER_YEAR = MappingProxyType({"F": 0.053, "M": 0.0157})
-LIMITS = MappingProxyType(
-    {
-        "Tt.Ar": (150.0, 520.0),
-        "Ct.Th": (0.45, 2.2),
-        "Tb.BMD": (50.0, 330.0),
-        "Tb.Th": (0.17, 0.31),
-        "Ct.BMD": (650.0, 1030.0),
-        "Ct.Po": (0.0, 0.05),
-        "Tb.N": (0.7, 2.4),
-    }
-)
+MALE_PER_YEAR = {"Ct.BMD": -0.00076, "Tb.BMD": -0.0052, "Ct.Th": -0.0008, "Tb.N": -0.0019, "Tb.Th": -0.0006}
+FEMALE_PER_YEAR = {"Tb.N": -0.0042, "Tb.Th": 0.0008}
+CT_PO_PER_YEAR = {"F": 0.053, "M": 0.0157}
 
 MARROW = (-5.0, 5.0)  # mg HA/cm3, mean and SD over patients
 NOISE = (105.0, 12.0, 80.0, 140.0)  # mg HA/cm3: mean, SD, bounds; genuine XtremeCT II crops read 107 and 110
 NOISE_BETWEEN_VISITS = 3.0  # mg HA/cm3
-POSE = MappingProxyType({"rotation": 7.0})  # degrees in plane, SD over patients
-BETWEEN_VISITS = MappingProxyType({"rotation": (1.5, 4.0), "shift": (0.25, 0.5), "shift_z": (0.25, 0.6)})
+POSE = {"rotation": 7.0}  # degrees in plane, SD over patients
+BETWEEN_VISITS = {"rotation": (1.5, 4.0), "shift": (0.25, 0.5), "shift_z": (0.25, 0.6)}
 VISIT_YEARS = (0.0, 1 / 52, 3 / 52, 0.25, 0.5, 1.0)  # Angermann et al. 2023, section 3.1
-SLOW_CHANGE = MappingProxyType({"Tb.BMD": (-0.005, 0.005), "Ct.BMD": (-0.002, 0.002), "Ct.Th": (-0.003, 0.004)})
+SLOW_CHANGE = {"Tb.BMD": (-0.005, 0.005), "Ct.BMD": (-0.002, 0.002), "Ct.Th": (-0.003, 0.004)}
 
 # Grades 4-5 are so much commoner from this age on (Arch Osteoporos 2023;18:142: 27 against 8 %)
 MOTION_AGE, MOTION_RATIO = 65.0, 27 / 8
 
 SIDES = ("left", "right")
 
-TRAITS = (
-    "sex", "age", "side", "Tt.Ar", "Ct.Th", "Tb.BMD", "Tb.Th", "Ct.BMD", "Ct.Po", "Tb.N", "marrow", "noise_sd",
-    "rotation", "shift_z", "shift_y", "shift_x",
-)  # fmt: skip
+TRAITS = ("sex", "age", "side", *COPULA, "marrow", "noise_sd", "rotation", "shift_z", "shift_y", "shift_x")
 
 
 class Course(NamedTuple):
@@ -117,9 +73,10 @@ COURSE = Course()
 def correlation() -> np.ndarray:
     """Within-sex correlation (7, 7) of the traits in `COPULA`."""
     r = np.eye(len(COPULA))
-    for first, second, value in POOLED_R:
-        i, j = COPULA.index(first), COPULA.index(second)
-        r[i, j] = r[j, i] = WITHIN_SEX * value
+    for first, others in POOLED_R.items():
+        for second, value in others.items():
+            i, j = COPULA.index(first), COPULA.index(second)
+            r[i, j] = r[j, i] = WITHIN_SEX * value
     return r
 
 

@@ -35,8 +35,8 @@ def spread_kernel(spacing_mm: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-def noise_covariance(spacing_mm: float, lags: int = 32) -> np.ndarray:
-    """Covariance per axis at lags 0..lags-1 of native noise of SD 1, averaged over blocks of `spacing_mm`.
+def noise_covariance(spacing_mm: float) -> np.ndarray:
+    """Covariance per axis at lags 0 to 31 of native noise of SD 1, averaged over blocks of `spacing_mm`.
 
     The native correlation is exp(-k^2 / 4 s^2) for white noise through a Gaussian of s voxels; averaging f voxels
     weights it with a triangle of half-width f. The covariance in space is the product over the axes.
@@ -44,7 +44,7 @@ def noise_covariance(spacing_mm: float, lags: int = 32) -> np.ndarray:
     factor = spacing_mm / NATIVE_MM
     offsets = np.arange(-int(np.ceil(factor)), int(np.ceil(factor)) + 1)
     weights = np.clip(factor - np.abs(offsets), 0, None)
-    distance = factor * np.arange(lags)[:, None] + offsets[None, :]
+    distance = factor * np.arange(32)[:, None] + offsets[None, :]
     return np.exp(-(distance**2) / (4 * NOISE_SIGMA**2)) @ (weights / weights.sum())
 
 

@@ -57,9 +57,7 @@ def draw_visits(
     with workers() as pool:
         jobs = [pool.submit(_visits_of, patient, visits, course, coarse, drawn_mm, seed) for patient in patients]
         found = [job.result() for job in jobs]
-    stacks = torch.from_numpy(np.concatenate([stacks for stacks, _ in found]))[:, None]
-    for _ in range(left):
-        stacks = downsample(stacks)
+    stacks = downsample(torch.from_numpy(np.concatenate([stacks for stacks, _ in found]))[:, None], left)
     return stacks.unflatten(0, (len(patients), len(visits))), [truths for _, truths in found]
 
 

@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from bonelib.core.random import numpy_rng
 from bonelib.scans.phantom.random_fields import Lattice, sample, smooth_noise
 
-STRETCH = (1.75, 1.17, 0.85)  # cell size along z, by default, and along the two in-plane axes
+STRETCH = (1.17, 0.85)  # cell size along the two in-plane axes
 JITTER = 0.425  # of the cell edge, either way; less shows the seed lattice as rows of dots
 WARP = ((0.10, 2.2), (0.03, 1.1))  # mm amplitude and length; beyond .15 mm the vertical direction is lost
 TURN = 0.5  # rad, bound of the in-plane turn of the preferred direction
@@ -65,7 +65,7 @@ def make_network(
     cell_mm: float,
     plate_mm: float,
     fraction: float,
-    stretch: float = STRETCH[0],
+    stretch: float,
 ) -> Network:
     """The network whose mean bone volume fraction in the measured compartment equals `fraction`.
 
@@ -76,7 +76,7 @@ def make_network(
     """
     points = _inside(measured, measured_depth)
     for _ in range(8):
-        network = _seeded(key, box, measured[1][0], depth, cell_mm, plate_mm, (stretch, *STRETCH[1:]))
+        network = _seeded(key, box, measured[1][0], depth, cell_mm, plate_mm, (stretch, *STRETCH))
         network = network._replace(probes=_probes(network, points))
         plates = _calibrated(network, fraction)
         if plates >= LEAST_PLATES:
