@@ -4,6 +4,7 @@ Ridge and logistic regression give a straight direction; the forward and reverse
 along a bent one where these earn it. Codes are (n, d): one style of a bone.
 """
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +21,7 @@ PENALTIES = tuple(10.0**p for p in range(-4, 3))  # of the ridge, in shares of t
 FOLDS = 5
 STEPS_OF_LOGISTIC = 200
 LEAST = 20  # codes with labels from which directions are learned
+HALVINGS = 40  # of the distance of two codes, between which a surface is found
 ENDS = (0.4, 0.6)  # classes are codes below the first and above the second quantile
 
 
@@ -47,7 +49,7 @@ def ridge(codes: Tensor, values: Tensor, groups=None) -> tuple[Direction, float]
         for k in range(FOLDS):
             weights, offset = _ridge(x[fold != k], y[fold != k], penalty)
             predicted[fold == k] = x[fold == k] @ weights + offset
-        scores.append(float(1 - (predicted - y).square().sum() / (y - y.mean()).square().sum()))
+        scores.append(r2(predicted, y))
     weights, offset = _ridge(x, y, PENALTIES[int(np.argmax(scores))])
     slope = float(weights.norm())
     return Direction((weights / slope).float(), slope, float(offset)), max(scores)
@@ -177,12 +179,12 @@ def _trained(inputs, outputs, left_out, widths, dropout, rate, epochs, seed, num
                 schedule.step()
     network.requires_grad_(False).eval()
     found, truth = network(inputs[left_out]), outputs[left_out].float()
-    score = accuracy(found[:, 0], truth) if classes else _r2(found, truth)
+    score = accuracy(found[:, 0], truth) if classes else r2(found, truth)
     return _Trained(network, score, widths, rate)
 
 
-def _r2(predicted: Tensor, truth: Tensor) -> float:
-    """Share of the variance of vectors (n, d) that is predicted, over all their entries."""
+def r2(predicted: Tensor, truth: Tensor) -> float:
+    """Share of the variance of numbers (n,) or vectors (n, d) that is predicted, over all entries."""
     return float(1 - (predicted - truth).square().sum() / (truth - truth.mean(0)).square().sum())
 
 
@@ -243,22 +245,25 @@ def compare_linear_nonlinear(
     back = search(inner, codes, torch.arange(len(codes)) % 4 == 0, seed=seed, tries=tries, epochs=epochs)
     row = {"N": len(x), "N left out": int(left.sum()), "logistic": plain, "network": deep.score}
     row |= {"R2 of the way back": back.score, "taken": chosen(back.score, deep.score, plain)}
-    deep.network.double()
-
-    def odds(z):
-        return deep.network(z.double())[:, 0]
-
     try:
-        bent = curvature(odds, surface_points(odds, x, points, seed=seed), seed=seed, tangents=tangents)
+        bent = bending(deep.network, x, points, seed=seed, tangents=tangents)
     except InputError:  # the network says the same of all codes
         return row | {"points": 0}
     row |= {"points": points, "mean curvature": float(bent.mean.mean()), "SD": float(bent.mean.std())}
     return row | {"largest principal, median": float(bent.largest.abs().median())}
 
 
-def surface_points(
-    function: Callable[[Tensor], Tensor], codes: Tensor, n: int, *, seed: int, halvings: int = 40
-) -> Tensor:
+def bending(network: nn.Module, codes: Tensor, points: int, *, seed: int, tangents: int) -> "Curvature":
+    """The `curvature` of a classifier's decision surface at points between codes; raises as `surface_points`."""
+    exact = copy.deepcopy(network).double()
+
+    def odds(z):
+        return exact(z.double())[:, 0]
+
+    return curvature(odds, surface_points(odds, codes, points, seed=seed), seed=seed, tangents=tangents)
+
+
+def surface_points(function: Callable[[Tensor], Tensor], codes: Tensor, n: int, *, seed: int) -> Tensor:
     """`n` points (n, d) where `function` (n, d) -> (n,) is 0, on lines between random codes on either side.
 
     Raises `InputError` if all codes lie on one side.
@@ -269,7 +274,7 @@ def surface_points(
     rng = numpy_rng(seed, "surface points")
     inner, outer = (torch.from_numpy(rng.choice(np.flatnonzero(mask.numpy()), n)) for mask in (~side, side))
     low, high = codes[inner], codes[outer]
-    for _ in range(halvings):
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         above = (function(middle) > 0)[:, None]
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)

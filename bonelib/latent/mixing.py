@@ -120,19 +120,21 @@ def style_attribution(
     return rows
 
 
-def injected(draw, source: Tensor, target: Tensor, images: Tensor, intensity) -> np.ndarray:
-    """Mean absolute error (n, styles + 1) in mg HA/cm3 of the bones drawn with the target's styles from the a-th on.
+def absolute_error(drawn: Tensor, images: Tensor) -> Tensor:
+    """Mean absolute difference of images (n, 1, z, y, x), (n,)."""
+    return (drawn - images).abs().flatten(1).mean(1)
+
+
+def injected(draw, source: Tensor, target: Tensor, images: Tensor, error=absolute_error) -> np.ndarray:
+    """`error` (n, styles + 1) of the images drawn with the target's styles from the a-th on (Fetty et al. 2020).
 
     Column a keeps a styles of the source: column 0 is the target alone, the last the source alone. `source` and
     `target` are (n, styles, width), `images` (n, 1, z, y, x) in [0, 1] what should come out, such as the source's bone
-    in the target's contrast (Fetty et al. 2020); `draw` maps codes to such images, `intensity` are the densities of 0
-    and 1.
+    in the target's contrast; `draw` maps codes to such images.
     """
-    columns = []
-    for a in range(source.shape[1] + 1):
-        with torch.no_grad():
-            columns.append((draw(crossed(source, target, a)) - images).abs().flatten(1).mean(1))
-    return torch.stack(columns, 1).numpy() * (intensity[1] - intensity[0])
+    with torch.no_grad():
+        ways = (crossed(source, target, a) for a in range(source.shape[1] + 1))
+        return torch.stack([error(draw(codes), images) for codes in ways], 1).numpy()
 
 
 def by_style(rows: list[dict]) -> list[dict]:
