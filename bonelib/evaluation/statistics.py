@@ -5,7 +5,7 @@ nearest neighbours, take `half_interval`. Both call `statistic(*rows)`, see `of_
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,6 +102,27 @@ def half_interval(statistic: Callable, *groups, rng: np.random.Generator, draws:
     n, half = len(known[0][0]), len(known[0][0]) // 2
     low, high = np.asarray(value, float) + np.sqrt(half / (n - half)) * quantiles(values - values.mean(axis=0))
     return none._replace(**dict(low=float(low), high=float(high)) if low.ndim == 0 else dict(low=low, high=high))
+
+
+def against_real(
+    statistic: Callable, sets: dict[str, np.ndarray], patients, *key, seed: int, draws: int
+) -> Iterator[tuple[str, int, dict]]:
+    """`statistic(real, set, patients)`, one number or several, of each of `sets` (n, ...) but "real" and "other real".
+
+    Yields the name of the set, the place of the number, and it with its interval by halves of `patients`, those of
+    "real", which are the same for all sets: value, low, high, real_against_real, n_real, n_fake, n_other.
+    """
+    real, other, patients = sets["real"], sets["other real"], np.asarray(patients)
+    reference = np.ravel(statistic(real, other, patients)).tolist()
+    for name in [name for name in sets if name not in ("real", "other real")]:
+        fake = sets[name]
+        of_halves = of_rows(statistic, real, fake, patients)
+        found = half_interval(
+            lambda i, j, of=of_halves: of(i, j, i), patients, range(len(fake)), rng=numpy_rng(seed, *key), draws=draws
+        )
+        counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other))
+        for k, (value, low, high) in enumerate(found.parts()):
+            yield name, k, dict(value=value, low=low, high=high, real_against_real=reference[k]) | counts
 
 
 def bounded(low: float | None, high: float | None, limits: tuple[float, float]) -> tuple[float | None, float | None]:
