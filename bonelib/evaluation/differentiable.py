@@ -19,7 +19,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import Interval, patient_interval
 from bonelib.scans.dataset import Stacks
 
 GRID_MM = 0.9  # volumes are averaged over blocks while their voxels are finer than this
@@ -290,9 +290,7 @@ def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: 
     found = patient_interval(statistics, np.asarray(patients)[kept], rng=numpy_rng(seed, "agreement"), draws=draws)
     for k, name in enumerate(FITTED):
         row = {"attribute": name, "unit": UNITS[name], "N": found.N, "patients": found.patients}
-        for j, key in enumerate(("r", "bias")):
-            ends = {f"{key} low": float(found.low[k, j]), f"{key} high": float(found.high[k, j])}
-            row |= {key: float(found.value[k][j])} | ends
+        row |= Interval(*(numbers[k] for numbers in found[:3]), found.N, found.patients).columns("r", "bias")
         rows.append(row | {"SD of error": float((x[:, k] - y[:, k]).std()), "SD": float(y[:, k].std())})
     return rows
 

@@ -64,7 +64,7 @@ def follows(
     found = patient_interval(slope, names, rng=numpy_rng(how["seed"], "atlas slope"), draws=how["draws"])
     asked, measured = pairs(np.arange(len(kept)))
     rows = [dict(at=float(a), asked=float(b), measured=float(c)) for a, b, c in zip(at, asked, measured, strict=True)]
-    return rows, found._replace(low=float(found.low), high=float(found.high))._asdict()
+    return rows, found._asdict()
 
 
 def all_follow(
@@ -128,15 +128,13 @@ def straight_and_geodesic(
     short = distances(draw, found.paths)
     straight = distances(draw, torch.stack([line(found.code, code, steps) for code in codes]))
     centre = distances(draw, torch.stack([line(codes.mean(0), code, steps) for code in codes]))
+    squares = "squared distances, intrinsic mean over straight mean"
     ways = {
         "geodesic over straight, length": lambda i: (short[i] / straight[i]).mean(),
-        "squared distances, intrinsic mean over straight mean": lambda i: (
-            (short[i] ** 2).sum() / (centre[i] ** 2).sum()
-        ),
+        squares: lambda i: (short[i] ** 2).sum() / (centre[i] ** 2).sum(),
     }
     rows = []
     for name, way in ways.items():
         rng = numpy_rng(seed, "geodesics", name)
-        interval = patient_interval(lambda i, way=way: float(way(i)), patients, rng=rng, draws=draws)
-        rows.append({"": name} | interval._replace(low=float(interval.low), high=float(interval.high))._asdict())
+        rows.append({"": name} | patient_interval(way, patients, rng=rng, draws=draws)._asdict())
     return rows

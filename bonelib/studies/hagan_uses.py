@@ -11,7 +11,7 @@ from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.morphometry import measure_or_none
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import of_rows, patient_interval
 from bonelib.latent.directions import Direction, ridge_left_out
 from bonelib.scans.config import Preprocess
 from bonelib.scans.phantom.cohort import make_radius
@@ -68,15 +68,15 @@ def explained(codes: Tensor, bones: Bones, *, seed: int, draws: int) -> tuple[li
     for k, name in enumerate(ATTRIBUTES):
         known = np.isfinite(bones.values[:, k])
         values, patients = bones.values[known, k], [p for p, has in zip(bones.patients, known, strict=True) if has]
-        row = {"attribute": name, "N": int(known.sum()), "patients": len(set(patients)), "R2": None}
-        row |= {"R2 low": None, "R2 high": None}
+        row = {"attribute": name, "N": int(known.sum()), "patients": len(set(patients))}
+        row |= {"R2": None, "R2 low": None, "R2 high": None}
         if len(set(patients)) >= FEWEST and np.ptp(values) > 0:
             kept = torch.from_numpy(known)
             guess = ridge_left_out(codes[kept], torch.from_numpy(values), patients).numpy()
             predicted[known, k] = guess
             rng = numpy_rng(seed, "explained", name)
-            ends = patient_interval(lambda i, v=values, g=guess: share(v[i], g[i]), patients, rng=rng, draws=draws)
-            row |= {"R2": ends.value, "R2 low": float(ends.low), "R2 high": float(ends.high)}
+            found = patient_interval(of_rows(share, values, guess), patients, rng=rng, draws=draws)
+            row |= found.columns("R2")
         rows.append(row)
     return rows, predicted
 
@@ -117,6 +117,4 @@ def dose_response(asked: np.ndarray, measured: np.ndarray, patients: list[str], 
     if not len(measured):
         return row | {f"{name}{end}": None for name in names for end in ("", " low", " high")}
     ends = patient_interval(found, patients, rng=numpy_rng(seed, "dose and response"), draws=draws)
-    for name, value, low, high in zip(names, ends.value, ends.low, ends.high, strict=True):
-        row |= {name: float(value), f"{name} low": float(low), f"{name} high": float(high)}
-    return row
+    return row | ends.columns(*names)
