@@ -33,6 +33,7 @@ from bonelib.studies.cost import in_turns
 from bonelib.training import hagan
 from bonelib.training.config import HierarchicalTrain
 from bonelib.training.distributed import single_process
+from bonelib.training.model_folder import Trained
 from bonelib.training.run import Progress
 
 WEIGHTS = 16  # bytes a parameter takes in training: itself, its gradient, and two moments of Adam
@@ -157,14 +158,14 @@ def plain_iteration(objects: dict, adams: dict, real: hagan.Part, draws: torch.G
     return losses
 
 
-def started(how: HierarchicalTrain, seed: int) -> tuple[hagan.Trained, Progress, hagan.Part]:
+def started(how: HierarchicalTrain, seed: int) -> tuple[Trained, Progress, hagan.Part]:
     """What `hagan.update_all` takes: a training at its start, volumes of noise, and the sub-volume in the middle."""
     objects = hagan.build(how, seed, torch.device("cpu"))
     grid, shape = objects["generator"].grid, tuple(n << how.generator.stages for n in how.generator.base)
     whole = torch.rand(how.batch, 1, *shape, generator=torch_rng(seed, "cost real"))
     r = grid.starts // 2
     low = F.avg_pool3d(whole, grid.scale)
-    trained = hagan.Trained(how, None, objects, seed, single_process()._replace(device=torch.device("cpu")))
+    trained = Trained(how, None, objects, seed, single_process()._replace(device=torch.device("cpu")))
     return trained, Progress(10**9), hagan.Part(whole, low, grid.high(whole, r), r)
 
 
