@@ -94,22 +94,17 @@ class LatentDiscriminator(nn.Module):
 
 
 def build_encoder(
-    generator: Generator | HAGANConfig,
-    *,
-    dense: int = 0,
-    norm: str = "none",
-    haar: bool = False,
-    precision: str = "float32",
-    statistics: Tensor | None = None,
+    generator: Generator | HAGANConfig, *, dense: int = 0, norm: str = "none", precision: str = "float32", **how
 ) -> Encoder | HAGANEncoder:
-    """The reverse of the generator that a section describes; a HA-GAN has an encoder of its own."""
+    """The reverse of the generator that a section describes; a HA-GAN has an encoder of its own. `how` are `haar` and
+    `statistics` of an `Encoder`."""
     if isinstance(generator, HAGANConfig):
         if dense or norm != "none":
             raise InputError(f"encoder: dense {dense}, norm {norm}: that of a HA-GAN accepts dense 0 and norm none")
-        how = dict(features=generator.widths[-1], widths=generator.encoder, latent=generator.code)
-        return HAGANEncoder(**generator.parts(), **how, dtype=compute_dtype(precision))
-    how = dense, norm, haar, generator.padding, statistics, compute_dtype(precision)
-    return Encoder(generator.base, generator.widths, generator.code, *how[:-1], generator.flat, how[-1])
+        own = dict(features=generator.widths[-1], widths=generator.encoder, latent=generator.code)
+        return HAGANEncoder(**generator.parts(), **own, dtype=compute_dtype(precision))
+    how |= dict(padding=generator.padding, flat=generator.flat, dtype=compute_dtype(precision))
+    return Encoder(generator.base, generator.widths, generator.code, dense, norm, **how)
 
 
 def trunk(generator: nn.Module) -> nn.Module:

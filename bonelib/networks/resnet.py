@@ -50,10 +50,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norms[0](self.convs[0](x)))
-        y = self.norms[1](self.convs[1](y))
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        return F.relu(x + y)
+        x = x if self.shortcut is None else self.shortcut(x)
+        return F.relu(x + self.norms[1](self.convs[1](y)))
 
 
 class ResNet(nn.Module):

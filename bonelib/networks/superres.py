@@ -140,13 +140,13 @@ class TexturePrior(nn.Module):
         return torch.cat([asked, asked @ torch.linalg.solve(covariance[:k, :k], covariance[:k, k:])], 1)
 
 
-def ridge(x: Tensor, y: Tensor, strength: float = 1e-2) -> tuple[Tensor, Tensor, Tensor]:
+def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weight (features, numbers), mean (features,) and bias (numbers,) of y ~ (x - mean) @ weight + bias."""
     mean, bias = x.mean(0), y.mean(0)
     a, b = (x - mean).double(), (y - bias).double()
     scale = a.std(0).clamp(min=1e-6)
     a = a / scale
-    gram = a.T @ a + strength * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+    gram = a.T @ a + 1e-2 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
     return (torch.linalg.solve(gram, a.T @ b) / scale[:, None]).float(), mean, bias
 
 
@@ -180,13 +180,8 @@ class Cascaded(nn.Module):
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """As the generator's own; a truncation below 1 shrinks the texture's draw as well."""
         own, texture = latent[:, : -self.texture], latent[:, -self.texture :]
-        return torch.cat(
-            [
-                self.generator.to_styles(own, truncation),
-                texture * (1.0 if truncation is None else min(1.0, truncation)),
-            ],
-            1,
-        )
+        size = 1.0 if truncation is None else min(1.0, truncation)
+        return torch.cat([self.generator.to_styles(own, truncation), texture * size], 1)
 
     def synthesize(
         self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | None = None
