@@ -31,11 +31,8 @@ OF_TRAININGS = ("sklearn.linear_model", "torch._dynamo")  # else imported by eve
 
 
 def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) -> tuple[list[dict], dict]:
-    """Train every variant with every seed; returns the table and {variant: volumes of its first seed, (n, z, y, x)}.
-
-    Rows: variant, seed, samples seen, CPU seconds, and what `against` says of its samples. The row "real" holds one
-    half of the training patients against the other.
-    """
+    """Train every variant with every seed; returns the table, of what `against` says of samples, and {variant: volumes
+    of its first seed, (n, z, y, x)}. The row "real" holds one half of the training patients against the other."""
     data = on_grid(how, data)
     reference = data.pooled(data.of("train"), 0)[:, 0].float().numpy()
     patients = [row["patient"] for row in data.of("train")]

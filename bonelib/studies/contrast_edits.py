@@ -93,8 +93,8 @@ def transfers(known, other, way: Way, mean: Tensor, tau: float, draw: Draw, erro
 
 
 class Walk(NamedTuple):
-    """Errors of drawn slices: (main, sought, step) means over patients at each of `steps` slices along the way, and
-    (patient, sought) of walks from the central slice at its own best step; `still` are those that did not move."""
+    """Errors of drawn slices: (main, sought, step) means over patients at each of `steps` slices along the way;
+    (patient, sought) of walks from the central slice at its own best step, and `still` those that did not move."""
 
     errors: np.ndarray
     steps: np.ndarray
@@ -124,11 +124,8 @@ def _walk(way: Way, codes: Tensor, images: Tensor, starts: np.ndarray, step: flo
 
 def walks(other, way: Way, positions: int, mm: float, share: float, draw: Draw, error: Error, **numbers):
     """Walks of both contrasts between the slices of the middle `share` of the bone, rows with errors from the central
-    slice by mm, and rows with the length of a step along the normal from one slice to the next: the least-squares slope
-    of a patient's codes over the numbers of their slices.
-
-    `other` has `positions` slices a patient, `mm` apart is one slice from the next.
-    """
+    slice by mm, and rows with the length of a step: the slope of a patient's codes along the normal over the numbers of
+    their slices. `other` has `positions` slices a patient, `mm` apart is one slice from the next."""
     starts = np.array([row["start"] for row in other.rows[: 2 * positions : 2]])
     place = (starts - starts.min()) / np.ptp(starts) - 0.5
     kept = np.flatnonzero(np.abs(place) <= share / 2 + 1e-9)

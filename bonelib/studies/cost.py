@@ -116,10 +116,8 @@ def in_turns(runs: dict[str, Callable[[], object]], rounds: int, column: str) ->
 
 
 def stage_costs(generator: Generator, critic: CriticNet, precision: str, *, stages, **how) -> list[dict]:
-    """The row of `update_times` at each of `stages`, coarsest first, in a process of its own.
-
-    And that process's peak memory in MB, which is that of the stage, as no stage before it is as large.
-    """
+    """The row of `update_times` at each of `stages`, coarsest first, in a process of its own, with its peak memory in
+    MB."""
     with workers(1) as pool:
         return pool.submit(_updated, generator, critic, precision, sorted(stages), how).result()
 

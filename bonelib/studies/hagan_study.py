@@ -73,11 +73,9 @@ def junction_jump(volumes: np.ndarray, grid: Grid) -> np.ndarray:
 
 @torch.no_grad()
 def seams(model: Model, count: int, seed: int) -> list[dict]:
-    """How a sub-volume differs from the same part of the whole, at each slice before and behind where two meet.
-
-    Rows: slices from the meeting, and the RMS difference over `count` samples with a halo and with zeros beyond the
-    borders, of the same weights, over the SD of the voxels.
-    """
+    """How a sub-volume differs from the same part of the whole, at each slice before and behind where two meet: the RMS
+    difference over `count` samples over the SD of the voxels, with a halo and with zeros beyond the borders, of the
+    same weights."""
     generator, rows = model.generator, {}
     grid, halo, starts = generator.grid, generator.halo, generator.grid.partition()
     depth = grid.depth * grid.scale
@@ -100,10 +98,10 @@ def seams(model: Model, count: int, seed: int) -> list[dict]:
 
 
 def table(features: dict, patients: list[str], volumes: dict, grid: Grid, *, seed: int, draws: int) -> list[dict]:
-    """What samples are worth beside real stacks: a row a set, first that of further real stacks.
+    """What samples are worth beside real stacks: a row a set, first that of further real stacks, with intervals.
 
     `features` is {family: {set: (n, d)}} with "real" and "other real" (see `image_quality.table`), `volumes` {set: (n,
-    z, y, x)}. Each of the measures `SHOWN`, of the ellipses' overlap and of `junction_jump` has its interval.
+    z, y, x)}. Measures are `SHOWN`, the ellipses' overlap and `junction_jump`.
     """
     (family,) = features
     found = iq.table(features, patients, seed=seed, draws=draws)
@@ -154,10 +152,8 @@ def over_seeds(rows: list[dict], variants: list[str]) -> list[str]:
 
 
 def cost_over_size(how: HAGANCost, seed: int) -> list[dict]:
-    """An iteration of every generator at every size, each in a process of its own, which has one thread.
-
-    Rows: generator, voxels of a volume, seconds, MB measured above the start, and for HA-GAN what was predicted.
-    """
+    """An iteration of every generator at every size, each in a process of its own with one thread: voxels of a volume,
+    seconds, MB measured above the start, and for HA-GAN what was predicted."""
     rows, largest = [], how.networks or hagan_cost.LARGEST
     for stages in how.stages:
         own = hagan_cost.coarser(largest, stages)

@@ -35,11 +35,9 @@ class Bones(NamedTuple):
 
 
 def draw_bones(count: int, given: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Bones:
-    """The middle stacks of phantoms of `count` patients, and what morphometry measures in them.
-
-    They are preprocessed as `given` says and lie on the grid of stacks of `spacing_mm` after so many halvings. They are
-    measured on voxels of `COARSE_MM` at most, on which they are drawn.
-    """
+    """The middle stacks of phantoms of `count` patients, preprocessed as `given` says, on the grid of stacks of
+    `spacing_mm` after so many halvings; and what morphometry measures in them, on voxels of `COARSE_MM` at most, on
+    which they are drawn."""
     coarse, drawn_mm, left = coarsened(given, spacing_mm, halvings, COARSE_MM)
     numbers = range(FIRST, FIRST + count)
     with workers() as pool:
@@ -62,7 +60,7 @@ def explained(codes: Tensor, bones: Bones, *, seed: int, draws: int) -> tuple[li
     """How much of every attribute a ridge reads off codes (n, d) of patients that it was not fitted to.
 
     Rows: attribute, N, patients, R2 with its interval by patient; and the predictions (n, 8), NaN where a bone has no
-    value. Of fewer bones than folds need, nothing is predicted and R2 is None.
+    value. Of fewer bones than folds need, R2 is None.
     """
     rows, predicted = [], np.full(bones.values.shape, np.nan)
     for k, name in enumerate(ATTRIBUTES):
@@ -96,9 +94,9 @@ def walks(codes: Tensor, direction: Direction, targets: Tensor) -> Tensor:
 def dose_response(asked: np.ndarray, measured: np.ndarray, patients: list[str], *, seed: int, draws: int) -> dict:
     """What morphometry `measured` (n, m), NaN where it found no bone, where `asked` (m,) was predicted of n bones.
 
-    N bones and how many measured; the slope of measured over asked within bones, 1 if every bone obeys, and the
-    correlation within bones, 1 if they differ in their level alone; the mean distance of measured from asked, in SDs
-    of what was asked. Each with its interval by patient.
+    The slope of measured over asked within bones, 1 if every bone obeys; the correlation within bones, 1 if they differ
+    in their level alone; the mean distance of measured from asked, in SDs of what was asked; each with its interval by
+    patient.
     """
 
     def found(rows):

@@ -85,11 +85,11 @@ def _by_row(real: np.ndarray, patients) -> np.ndarray:
 
 
 def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
-    """Table 1: its twelve settings with the published values and, where the model was trained here, ours beside them.
+    """Table 1: its twelve settings with the published values and, where the model was trained here, ours beside them,
+    each with its interval and, after a stroke, that of real against real.
 
     FD columns are named for the features that were used; precision and recall are those of the features `judge`.
-    Every number of ours is followed by its interval and, after a stroke, by that of real against real. Settings of
-    `models` that the table does not have follow, without published values.
+    Settings of `models` that the table does not have follow, without published values.
     """
     found = {(r["setting"], r["features"], r["metric"]): r for r in rows}
     trained, families, _ = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
@@ -118,9 +118,8 @@ def _cell(row):
 def parity(chances: dict[str, np.ndarray], groups: dict, similar: dict[str, dict], *, seed: int, draws: int):
     """Inception score and MS-SSIM of every set, those metrics that look at no real bone: a row a set and metric.
 
-    `chances` are class probabilities {set: (n, classes)}, `groups` {set: patient of each sample, or None for drawn
-    ones}, `similar` {set: `similarity.diversity`}. Rows as those of `table`, n being the samples. Without
-    `chances`, as where there is no grader, there is no inception score.
+    `chances` are class probabilities {set: (n, classes)}, empty where there is no grader; `groups` {set: patient of
+    each sample, or None for drawn ones}, `similar` {set: `similarity.diversity`}.
     """
     found = {}
     for name, p in chances.items():
@@ -142,9 +141,8 @@ def truncation_law(
 ) -> list[dict]:
     """What truncation does: precision and recall of the truncated setting minus those of the other one.
 
-    `pairs` are (setting without, setting with truncation). One row a pair, family and metric: value, low, high,
-    whether it has the published sign (precision up, recall down), and `real_against_real`, the change between two
-    halves of "other real", between which nothing was truncated.
+    `pairs` are (setting without, setting with truncation). Rows have the sign that was published or not, and as
+    `real_against_real` the change between two halves of "other real", between which nothing was truncated.
     """
     rows = []
     for family, sets in features.items():

@@ -34,10 +34,8 @@ def lower(factor: int) -> str:
 
 
 def stacks_with_codes(data: Stacks, rows: list[dict], split: str, count: int) -> tuple[list[dict], list[int]]:
-    """Up to `count` stacks of a split that have codes, evenly spread: their rows of stacks.csv, and places in `rows`.
-
-    `rows` are those of codes.csv. Raises `InputError` where there are fewer than two.
-    """
+    """Up to `count` evenly spread stacks of a split that have codes: their rows of stacks.csv, and places in `rows`,
+    those of codes.csv. Raises `InputError` where there are fewer than two."""
     known = {(row["scan"], row["start"]): row for row in data.rows}
     at = [dict(index=i, found=known.get((r["scan"], int(r["start"])))) for i, r in enumerate(rows)]
     at = [one for one, r in zip(at, rows, strict=True) if r["split"] == split and one["found"]]
@@ -101,9 +99,7 @@ def unknown_motion(
     case: Problem, still: Tensor, left: Tensor, data: Stacks, how: InverseProblems, seed: int
 ) -> Problem:
     """The same moved scans, of which nobody says how the arm moved: each with the most probable of trajectories drawn.
-
-    `still` (n, 1, z, y, x) are the volumes of codes sought in them as if they were still, `left` as for `restore`.
-    """
+    `still` (n, 1, z, y, x) are the volumes of codes sought in them as if they were still, `left` as for `restore`."""
     prior, spacing, operators = ip.fit_deviation(left), _coarse_spacing(data, still.shape[2]), []
     tried = dict(grade=how.grade, count=how.trajectories)
     for i, (seen, first) in enumerate(zip(case.observed, still.split(1), strict=True)):
@@ -148,11 +144,9 @@ def super_resolved(superres: SuperResolution, coarse: Tensor) -> Tensor:
 def restore_full(
     problem: Problem, known: Tensor, drawn: Tensor, coarse: Tensor, codes: Tensor, superres, steps: int
 ) -> dict[str, Tensor]:
-    """Every method's bones (n, 1, z, y, x) of a problem of lower resolution at full size.
-
-    `known` (m, 1, z, y, x) are training stacks, `drawn` what super-resolution draws over their means; `coarse` are the
-    observations on the generator's grid, `codes` what codes draw of them there.
-    """
+    """Every method's bones (n, 1, z, y, x) of a problem of lower resolution at full size. `known` (m, 1, z, y, x) are
+    training stacks, `drawn` what super-resolution draws over their means; `coarse` are the observations on the
+    generator's grid, `codes` what codes draw of them there."""
     mean = known.mean(0, keepdim=True)
     seen = ip.enlarged(problem.observed, known.shape[2:])
     network = super_resolved(superres, coarse)
@@ -178,10 +172,8 @@ def made_up(real: Tensor, restored: Tensor, intensity: tuple[float, float]) -> d
 
 def added_detail(real: Tensor, restored: Tensor, factor: int) -> dict[str, np.ndarray]:
     """Of what block means do not tell (n, 1, z, y, x): its SD over the true one's, and its correlation with that, (n,).
-
-    Detail is a volume less the means of its blocks of `factor` voxels: the operator's null space, of which the data
-    say nothing. A method without prior knowledge adds little; what is added and does not correlate is made up.
-    """
+    That is the operator's null space, of which the data say nothing: what is added there and does not correlate is made
+    up."""
     a, b = (v - F.interpolate(F.avg_pool3d(v, factor), scale_factor=factor) for v in (real, restored))
     a, b = (v.flatten(1).double() for v in (a, b))
     sizes = a.norm(dim=1), b.norm(dim=1)
@@ -203,10 +195,8 @@ def measured(
 
 
 def better(mine: np.ndarray, other: np.ndarray, *, least: bool = False) -> np.ndarray:
-    """Whether values (n,) are better than others, larger or with `least` smaller: 1 or 0.
-
-    A bone that cannot be read (NaN) is worse than one that can be, and nothing is said (NaN) where neither can be.
-    """
+    """Whether values (n,) are better than others, larger or with `least` smaller, 1 or 0. A bone that cannot be read
+    (NaN) is worse than one that can be; NaN where neither can be."""
     worst = np.inf if least else -np.inf
     a, b = (np.where(np.isnan(v), worst, v) for v in (np.asarray(mine, float), np.asarray(other, float)))
     return np.where(np.isnan(mine) & np.isnan(other), np.nan, a < b if least else a > b)

@@ -31,11 +31,8 @@ def confusion(rows: list[dict]) -> list[dict]:
 
 
 def scores(rows: list[dict], seed: int, draws: int) -> list[dict]:
-    """How well the predicted grades meet the given ones, out of fold: one row a measure.
-
-    Rows: measure, value, its interval by patient (low, high), chance (the best that one grade for all scans reaches;
-    1/k for the balanced accuracy of k grades, 0 for kappa), n_scans, n_patients.
-    """
+    """How well the predicted grades meet the given ones, out of fold: one row a measure, with its interval by patient
+    and chance, the best that one grade for all scans reaches."""
     given, expected, patients = _both(rows)
     if not len(given):
         return []
@@ -67,11 +64,9 @@ def noise_scores(rows: list[dict], noise: np.ndarray, seed: int, draws: int) -> 
 
 
 def noise_level(volume: np.ndarray, block: int = 8) -> float:
-    """SD of the noise of a volume (z, y, x), in its unit, from the change between slices in soft tissue.
-
-    Blocks of 8 x 8 voxels, of whose SDs the lowest fifth is soft tissue; streaks hardly change between slices.
-    Among phantoms of .24 mm it follows the true noise with r = .98 at every motion grade.
-    """
+    """SD of the noise of a volume (z, y, x), in its unit, from the change between slices in soft tissue: the lowest
+    fifth of blocks of 8 x 8 voxels. Among phantoms of .24 mm it follows the true noise with r = .98 at every motion
+    grade."""
     change = np.diff(np.asarray(volume, np.float32), axis=0)
     z, y, x = change.shape[0], change.shape[1] // block, change.shape[2] // block
     blocks = change[:, : y * block, : x * block].reshape(z, y, block, x, block)

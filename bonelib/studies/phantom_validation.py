@@ -46,10 +46,8 @@ EIGENVALUES = (0.18, 0.32, 0.50)  # of the structure tensor
 
 
 class Check(NamedTuple):
-    """One property: its row in the specification, the source of its range, and the column of a table that is judged.
-
-    `of` is the statistic over the patients that must lie from `low` to `high`; `where` is a query of rows.
-    """
+    """One property: its row in the specification, the source of its range, and the column of a table that is judged by
+    the statistic `of` the patients, which must lie from `low` to `high`; `where` is a query of rows."""
 
     row: int
     quantity: str
@@ -127,10 +125,8 @@ def acceptance(full: list[dict], coarse: list[dict], moved: list[dict], grades: 
     """One line a property, in the order of the specification: what was measured, where it must fall, whether it does.
 
     `full` and `coarse` are rows of `survey` on the finest grid, which counts only if it is the scanner's own, and on
-    the coarsest; `moved` are those of `motion_survey` and `grades` those of `graded`; `tables` has the `reference`,
-    `pairs` and `plates` of the notebook. `met` is yes or no, or empty where fewer than three patients could be
-    measured; `low` and `high` are a 95 % interval by bootstrap of the patients, empty for the worst of all and for
-    shares of a table.
+    the coarsest; `moved` are those of `motion_survey`, `grades` those of `graded`; `tables` has the `reference`,
+    `pairs` and `plates` of the notebook. `met` is empty where fewer than three patients could be measured.
     """
     full, coarse, grades = (pd.DataFrame(rows) for rows in (full, coarse, grades))
     found = {
@@ -213,10 +209,9 @@ def _off_curve(rows: pd.DataFrame, trait: str, by: str) -> np.ndarray:
 
 
 def against_reference(rows: list[dict], traits: tuple[str, ...], *, by: str = "measured") -> list[dict]:
-    """Measured means and SDs of the young by sex beside the reference, and the mean difference at all ages.
+    """Measured means and SDs of the young by sex beside the reference, and the mean difference at all ages from the age
+    curve with the half-width of its 95 % interval, in SDs of the reference.
 
-    `off by SDs` is the difference of the young means in SDs of the reference, `SD ratio` that of their SDs; `off at
-    all ages` is the mean of every phantom's difference from the age curve, with the half-width of its 95 % interval.
     `by` is one of `SEGMENTED`; a trait that no row of a sex has by it has no line.
     """
     table, frame = [], pd.DataFrame(rows)
@@ -262,11 +257,9 @@ def correlations(rows: list[dict]) -> list[dict]:
 
 
 def discrepancies(lines: list[dict], pairs: list[dict]) -> list[dict]:
-    """What is surely unlike published bones, the furthest off first: rows of what, by, measured and expected.
-
-    Of the `lines` of `by_segmentation` those whose interval lies beyond `MEAN_SDS`, of `pairs` (`correlations`) those
-    whose interval leaves out everything within `PAIR_R` of what is expected.
-    """
+    """What is surely unlike published bones, the furthest off first: `lines` of `by_segmentation` whose interval
+    lies beyond `MEAN_SDS`, and `pairs` (`correlations`) whose interval leaves out all within `PAIR_R` of what is
+    expected."""
     far, unlike = [], []
     for x in lines:
         if x["+-"] is not None and abs(x["off at all ages"]) - x["+-"] > MEAN_SDS:

@@ -27,12 +27,9 @@ def codes(superres, coarse: np.ndarray, textures: np.ndarray, seed: int) -> tupl
 
 
 def traits(real: list[Volume], others: dict[str, list[Volume]], *, seed: int, draws: int) -> list[dict]:
-    """Morphometry of real volumes, one a patient, and of the same bones in `others`: one row a trait.
-
-    Rows: trait, N of patients, the mean of `real`, and of each of `others` its mean, the mean difference to `real` in
-    percent of that with its 95 % interval (patients resampled), and the correlation over patients. Volumes that have
-    no contours in any of the groups are left out of all.
-    """
+    """Morphometry of real volumes, one a patient, and of the same bones in `others`: one row a trait, with the means
+    and, of each of `others`, the difference to `real` in percent with its interval by patient, and the correlation.
+    Volumes that have no contours in any of the groups are left out of all."""
     found = {name: _all(measure_or_none, volumes) for name, volumes in {"real": real, **others}.items()}
     kept = [i for i, of_bone in enumerate(zip(*found.values(), strict=True)) if all(of_bone)]
     rows = []
@@ -64,10 +61,11 @@ def spread(groups: dict[str, list[Volume]]) -> list[dict]:
 
 
 def obedience(superres, coarse: np.ndarray, data: dict, *, seed: int, count: int) -> list[dict]:
-    """How the thickness and spacing of trabeculae that are asked for are met, over `count` volumes of given bones.
+    """How the thickness and spacing of trabeculae that are asked for are met, over `count` volumes: a row a number with
+    the correlation of asked and measured.
 
     Coarse volumes (n, z, y, x) in turn are drawn with texture codes whose two numbers are uniform over `RANGE` SDs, and
-    whose others follow as among the bones of the prior. Rows: number, N measured, correlation of asked and measured.
+    whose others follow as among the bones of the prior.
     """
     given = torch.from_numpy(np.asarray(coarse, np.float32))[[i % len(coarse) for i in range(count)], None]
     asked = torch.rand(count, len(ASKED), generator=torch_rng(seed, "asked textures")) * 2 * RANGE - RANGE

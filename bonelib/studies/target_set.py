@@ -36,10 +36,8 @@ class Histogram(NamedTuple):
         return np.interp((np.arange(n) + 0.5) / n, self.cumulated, self.edges)
 
     def distance(self, values: np.ndarray) -> float:
-        """The Kolmogorov-Smirnov distance of values (n,) from it: the largest difference of distribution functions.
-
-        NaN counts as a value beyond all others: a bone that cannot be read is not of the histogram.
-        """
+        """The Kolmogorov-Smirnov distance of values (n,) from it; NaN, of a bone that cannot be read, lies beyond all
+        others."""
         values = np.sort(np.asarray(values, float))  # NaN last
         below = np.interp(values, self.edges, self.cumulated)
         below[np.isnan(values)] = 1.0
@@ -57,11 +55,11 @@ class Drawn(NamedTuple):
 
 
 def draw_set(tool: AttributeModel, samples: Tensor, found: Tensor, trait: str, to: Histogram, n: int) -> Drawn:
-    """`n` bones whose `trait` has the histogram, from `samples` (m, *code) with the attributes `found` (m, k).
+    """`n` bones whose `trait` has the histogram, from `samples` (m, *code) with the attributes `found` (m, k); fewer
+    where fewer can be read.
 
     Each quantile gets a sample of its own, so that the distances are the least in all; those that are not near enough
-    are moved to their value by `optimise_to_target`, with all other attributes left free. Fewer where fewer samples can
-    be read. Samples that are not taken are left.
+    are moved to their value by `optimise_to_target`, with all other attributes left free.
     """
     k, known = tool.index(trait), torch.arange(len(samples))[found.isfinite().all(1)]
     n = min(n, len(known))

@@ -49,11 +49,9 @@ def measure_groups(groups: dict[str, list[Volume]]) -> dict[str, list[dict | Non
 
 
 def spectrum(volume: Volume, region: np.ndarray) -> np.ndarray:
-    """Log10 of the mean in-plane power (mg HA/cm3)^2 of a region's voxels in radial bins up to the Nyquist frequency.
-
-    Slices are freed of the mean of the region and faded out over its border; power is per voxel of the region, so
-    that regions of different size agree. NaN where the region has no voxels.
-    """
+    """Log10 of the mean in-plane power (mg HA/cm3)^2 of a region's voxels in radial bins up to the Nyquist frequency,
+    after slices are freed of the mean of the region and faded out over its border, per voxel. NaN where the region has
+    none."""
     weight = ndimage.gaussian_filter(region.astype(np.float32), (0, 1, 1)) * region
     total = weight.sum(axis=(1, 2), keepdims=True)
     if not total.max() > 0:
@@ -72,9 +70,8 @@ def summary(
 ) -> dict[str, dict[str, float | int | None]]:
     """What morphometry says of a group: {quantity: value, low, high, n}, the interval by halves of `groups` (patients).
 
-    Shares with contours and of closed slices, fixed pattern, mean and SD of the traits. The fixed pattern
-    (`metrics.fixed_pattern_correlation`, of different patients) is None where no two interiors share voxels, and
-    so are traits that nothing has.
+    Shares with contours and of closed slices, fixed pattern of different patients, mean and SD of the traits; None
+    where there is none.
     """
     groups = np.asarray(groups)
     here = np.array([result is not None for result in found])
@@ -133,8 +130,8 @@ def as_numbers(findings: dict[str, dict]) -> dict[str, float | int | None]:
 def trait_features(groups: dict[str, list[dict | None]], patients: list[str]) -> tuple[dict[str, np.ndarray], list]:
     """The traits as one more family of features: {group: (n, 10)} with "real" at mean 0 and SD 1, patients of "real".
 
-    Bones in which a trait cannot be measured are left out, and so is a group that is left with fewer than `LEAST`;
-    nothing is returned if "real" has fewer than `LEAST` patients, so that neighbours can be counted in their halves.
+    Bones in which a trait cannot be measured are left out, and so is a group left with fewer than `LEAST`; nothing is
+    returned if "real" has fewer than `LEAST` patients.
     """
     sets = {name: matrix(found) for name, found in groups.items()}
     owners = [patients[i] for i in sets["real"][1]]
@@ -158,11 +155,9 @@ def _whole(rows: list, columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trait_distances(groups: dict[str, list[dict | None]], patients: list[str], *, seed: int, draws: int) -> list[dict]:
-    """Wasserstein distance of every trait between each group and "real", in standard deviations of "real".
-
-    And, under the trait "correlations", the mean absolute difference of the correlations between traits. With the
-    interval by patients, and the value of "other real"; groups with fewer than four measured volumes are left out.
-    """
+    """Wasserstein distance of every trait between each group and "real", in standard deviations of "real", and as
+    "correlations" the mean absolute difference of the correlations between traits; by patients. Groups with fewer than
+    four measured volumes are left out."""
     sets = {name: matrix(found) for name, found in groups.items()}
     names, enough = np.asarray(patients)[sets["real"][1]], {k: v for k, (v, _) in sets.items() if len(v) >= 4}
     if "real" not in enough or "other real" not in enough or len(set(names)) < FEWEST:
@@ -182,11 +177,8 @@ def _distances(real, fake, _):
 def spectral_distances(
     groups: dict[str, list[dict | None]], patients: list[str], *, seed: int, draws: int
 ) -> tuple[list[dict], list[dict]]:
-    """How far the mean spectra of each group are from those of "real", by region: (rows, spectra as a table).
-
-    The value is the mean over the bins of the absolute difference of log10 power (0.3 is a factor of two), with the
-    interval by patients and the value of "other real".
-    """
+    """How far the mean spectra of each group are from those of "real", by region: (rows, spectra as a table). The value
+    is the mean over the bins of the absolute difference of log10 power (0.3 is a factor of two), by patients."""
     rows, curves = [], [{"bin": i + 1} for i in range(BINS)]
     for region in REGIONS:
         sets = {name: _whole([r and r["spectra"][region] for r in found], BINS) for name, found in groups.items()}

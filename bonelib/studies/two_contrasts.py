@@ -63,11 +63,9 @@ class Extractor:
 
 
 def quality(tool: Extractor, drawn: dict[str, Tensor], data: Stacks, rows: list[dict], *, seed: int, draws: int):
-    """The Frechet distance on random3d of sets of slices (n, 1, 1, y, x) to real ones `rows` of held-out patients.
-
-    A row a set and contrast, and both pooled: Fetty et al. pool. Which contrast a sample has, features say; `share` is
-    that of samples. `real against real` is that of training slices; intervals are by halves of the patients.
-    """
+    """The Frechet distance on random3d of sets of slices (n, 1, 1, y, x) to real ones `rows` of held-out patients: a
+    row a set and contrast, and both pooled, as Fetty et al. have it. Which contrast a sample has, features say; `share`
+    is that of samples. `real against real` is that of training slices; intervals are by halves of the patients."""
     real, patients = tool(data.pooled(rows, 0)), np.array([row["patient"] for row in rows])
     second = {"real": np.array([row["contrast"] == SOFT for row in rows]), "known": tool.second(tool.of_known)}
     table = []
@@ -187,10 +185,9 @@ class Told(NamedTuple):
 
 def tell(known: Coded, other: Coded, attribute: str, how: TwoContrasts, *, seed: int) -> Told:
     """The models of one attribute, learned of the codes of `known` patients, every fourth of whom is left out for the
-    choice of networks, and tested on all `other` patients.
+    choice of networks, and tested on all `other` patients, with an interval by patient.
 
-    Scores are accuracies; `balanced` is the mean of both classes' shares, where one class is rare. Intervals are by
-    patient. Raises `InputError` where a class is empty.
+    `balanced` is the mean of both classes' accuracies. Raises `InputError` where a class is empty.
     """
     y, has = labels(known.rows, attribute)
     names = known.patients.repeat(2)
@@ -239,11 +236,9 @@ def regression(known: Coded, other: Coded, how: TwoContrasts, *, seed: int) -> l
 
 
 def bending(told: dict[str, Told], known: Coded, how: TwoContrasts, *, seed: int) -> list[dict]:
-    """How bent the networks' decision surfaces are: a row an attribute; curvature is in 1 / unit of the codes.
-
-    `p` is that of D'Agostino and Pearson for normal mean curvatures; `in spreads` is the median of the largest
-    principal curvature times the spread of the codes: at 1, the surface turns within the cloud of codes.
-    """
+    """How bent the networks' decision surfaces are, a row an attribute, in 1 / unit of the codes: `p` is that of
+    D'Agostino and Pearson for normal mean curvatures; `in spreads` is the median of the largest principal curvature
+    times the spread of the codes, 1 where the surface turns within their cloud."""
     rows, spread = [], float((known.codes - known.codes.mean(0)).norm(dim=1).mean())
     for attribute, found in told.items():
         bent = directions.bending(found.network, known.codes, how.points, seed=seed, tangents=how.tangents)
@@ -271,11 +266,9 @@ def unlabelled(model: Model, told: dict[str, Told]) -> list[dict]:
 
 
 def pockets(model: Model, tool: Extractor, real: Tensor, how: TwoContrasts, *, seed: int) -> list[dict]:
-    """The share of straight walks between two samples that pass a slice less like real ones than nearly all of these.
-
-    The border is the realism of the least real of `real` slices (1 %). `far` walks go on to three times as far from the
-    mean as samples lie, where there are no codes: the measure must fail there.
-    """
+    """The share of straight walks between two samples that pass a slice less like real ones than nearly all of these (1
+    %). `far` walks go on to three times as far from the mean as samples lie, where there are no codes: the measure must
+    fail there."""
     border = np.quantile(realism(tool.of_known, tool(real)), OUTLYING)
     generator, rng = model.generator, torch.Generator().manual_seed(seed)
     ends = generator.to_styles(generator.sample_latent(2 * how.walks, rng)).detach().reshape(2, how.walks, -1)

@@ -45,11 +45,9 @@ class Arm(NamedTuple):
 
 
 def draw_arm(how: VisitsAndAtlases, given: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Arm:
-    """Phantoms with a visit a year, whose trabeculae change by `how.change` of their first thickness every year: the
-    first `how.known` visits, and the last.
-
-    The grid is that of stacks of `spacing_mm`, preprocessed as `given` says, after so many halvings.
-    """
+    """Phantoms with the first `how.known` yearly visits and the last, whose trabeculae change by `how.change` of their
+    first thickness every year, on the grid of stacks of `spacing_mm`, preprocessed as `given` says, after so many
+    halvings."""
     years = (*map(float, range(how.known)), how.visits - 1.0)
     course, numbers = Course(years, SLOW_CHANGE | {TRAIT: (how.change, how.spread)}), range(FIRST, FIRST + how.patients)
     visits = range(1, len(years) + 1)
@@ -59,11 +57,9 @@ def draw_arm(how: VisitsAndAtlases, given: Preprocess, spacing_mm: float, halvin
 
 
 def invert_visits(volumes: Tensor, known: int, model: Model, inverter: Inverter, how, say=print) -> Tensor:
-    """Codes (patient, visit, *code) of stacks (patient, visit, 1, z, y, x), each refined as `how` says.
-
-    All visits of a patient start from the mean of what the encoder reads in the first `known` ones: where they end
-    then differs by what differs in their scans, and not by what the encoder makes of them.
-    """
+    """Codes (patient, visit, *code) of stacks (patient, visit, 1, z, y, x), each refined as `how` says from the mean
+    of what the encoder reads in the patient's first `known`: where visits end then differs by what differs in their
+    scans."""
     of, flat = volumes.shape[:2], volumes.flatten(0, 1)
     read = encode(inverter.encoder, flat).unflatten(0, of)[:, :known]
     start = read.mean(1, keepdim=True).expand(*of, *read.shape[2:]).flatten(0, 1).contiguous()
@@ -96,9 +92,9 @@ def predict(
     """The last visit as every method has it from the first `known`, (patient, 1, z, y, x), and `BEST` from itself.
 
     `codes` (patient, visit, *code) are those of `invert_visits`, `draw` makes volumes of them, `read` densities of
-    volumes. Methods that change the last known scan add to it what the change of the code changes, so that what no
-    code can draw stays. `ASKED` takes the nearest code that changes the density as much as the line through those read
-    in the scans; it is left out where nothing is calibrated.
+    volumes. Methods that change the last known scan add to it what the change of the code changes. `ASKED` takes the
+    nearest code that changes the density as much as the line through those read in the scans, where something is
+    calibrated.
     """
     years, year = arm.years[:known], arm.years[-1]
     before, last, scans = codes[:, :known], codes[:, known - 1], arm.volumes[:, :known]
