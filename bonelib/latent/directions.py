@@ -126,11 +126,8 @@ class _Trained(NamedTuple):
 
 
 def _perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
-    """Dense layers of these sizes, with a smooth rectifier between them.
-
-    Behind leaky rectifiers, as in Fetty et al.'s encoder, decision surfaces are made of planes: their curvature would
-    be 0 at every point whatever was learned.
-    """
+    """Dense layers of these sizes, with a smooth rectifier between them: behind leaky ones, as in Fetty et al.'s
+    encoder, decision surfaces are made of planes, whose curvature is 0 whatever was learned."""
     layers = []
     for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(a, b)]
@@ -142,11 +139,9 @@ def _perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
 def search(
     inputs: Tensor, outputs: Tensor, left_out: Tensor, *, seed: int, tries: int, epochs: int, least: int = 1
 ) -> _Trained:
-    """The best of `tries` perceptrons with random widths, dropout and rate, by its score where `left_out` (n,) is True.
-
-    `outputs` are labels (n,), for a classifier, or vectors (n, d). At least `least` hidden layers, up to two more.
-    Fetty et al., "Latent space models, and model selection"; their budget is not stated.
-    """
+    """The best of `tries` perceptrons with random widths, dropout and rate, by its score where `left_out` (n,) is True
+    (Fetty et al., "Latent space models, and model selection"). `outputs` are labels (n,), for a classifier, or vectors
+    (n, d). At least `least` hidden layers, up to two more."""
     best = None
     for i in range(tries):
         rng = numpy_rng(seed, "network", i)
@@ -219,7 +214,7 @@ def bent(network: nn.Sequential, back: nn.Module) -> Way:
 
 def formula3(way: Way, codes: Tensor, mean: Tensor, tau: float, alpha: float) -> Tensor:
     """Codes (n, d) moved by formula (3) of Fetty et al.: drawn to the `mean` code (d,) by the truncation `tau`, then
-    moved by `alpha` along the normal. On a straight way this is mean + tau (w - mean) + alpha normal."""
+    moved by `alpha` along the normal."""
     inner, centre = way.forward(codes), way.forward(mean[None])
     return way.reverse(centre + tau * (inner - centre) + alpha * way.normal)
 
@@ -227,12 +222,9 @@ def formula3(way: Way, codes: Tensor, mean: Tensor, tau: float, alpha: float) ->
 def compare_linear_nonlinear(
     codes: Tensor, values: Tensor, *, seed: int, tries: int, epochs: int, points: int, tangents: int
 ) -> dict:
-    """Logistic regression and networks on codes (n, d) with the lowest and highest 40 % of `values` (n,), as one row.
-
-    Accuracies and R2 of the way back are those of every fourth code, which was left out; then what the rule takes, and
-    mean, SD and median largest principal curvature of the network's decision surface at `points`. Fewer than `LEAST`
-    codes are not parted: then the row holds their number alone.
-    """
+    """Logistic regression and networks on codes (n, d) with the lowest and highest 40 % of `values` (n,), as one row:
+    accuracies and R2 of the way back on every fourth code, which was left out, what the rule takes, and mean, SD and
+    median largest principal curvature of the network's decision surface. Fewer than `LEAST` codes are not parted."""
     if len(codes) < LEAST:
         return {"N": len(codes)}
     low, high = values.quantile(torch.tensor(ENDS))
@@ -294,8 +286,8 @@ def curvature(
     """Curvature of the surface function = 0 at points on it, (n, d), in 1 / unit of the codes.
 
     The normal curvature along a unit tangent t is t' H t / |g|, with gradient g and Hessian H: positive where the
-    surface bends away from the side of larger values, 1 / R of a sphere whose inside is negative. `mean` averages it
-    over random tangents, as Fetty et al. do with 512, or over all of them, from the trace of H, if `tangents` is None.
+    surface bends away from the side of larger values. `mean` averages it over random tangents, as Fetty et al. do with
+    512, or over all of them, from the trace of H, if `tangents` is None.
     """
 
     def at(point):

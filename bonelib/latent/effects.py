@@ -48,11 +48,9 @@ def subjects(tool: AttributeModel, inverted: Tensor, patients: list[str], sample
 def effect_matrix(
     tool: AttributeModel, codes: Tensor, vectors: dict[str, Tensor], groups, *, step: float, seed: int, draws: int
 ) -> list[dict]:
-    """The effect of every direction on every attribute, per unit of the code: central differences over +-`step`.
-
-    Rows: direction, attribute, N codes, effect in the attribute's unit with its interval, the same in shares of the
-    calibrated range, and cross-talk, the direction's largest share on another attribute over that on this one.
-    """
+    """The effect of every direction on every attribute, per unit of the code, by central differences over +-`step`: a
+    row each, with its interval, the share of the calibrated range, and cross-talk, the direction's largest share on
+    another attribute over that on this one."""
     rows = []
     for name, vector in vectors.items():
         change = (
@@ -98,11 +96,8 @@ def responses(tool: AttributeModel, codes: Tensor, vector: Tensor, alphas) -> np
 
 
 def linear_range(alphas, response: np.ndarray) -> float:
-    """The largest alpha up to which a response (alphas,) stays within 10 % of the line through its smallest steps.
-
-    Both signs are looked at; `alphas` are symmetric about 0 and hold it. 0 where already the second step is off. A step
-    behind which nothing can be read (NaN) is off.
-    """
+    """The largest alpha up to which a response (alphas,), symmetric about 0, stays within 10 % of the line through its
+    smallest steps on both sides; 0 where already the second step is off, or cannot be read (NaN)."""
     alphas, response = np.asarray(alphas, float), np.asarray(response, float)
     least = np.abs(alphas[alphas != 0]).min()
     near = np.isclose(np.abs(alphas), least)
@@ -136,9 +131,8 @@ def by_rank(
     """Effects (directions, k) of all directions (d, d), strongest eigenvalue first, and what goes with their rank.
 
     The effect is the root mean square over codes of the derivative per unit of the code, in shares of the range. Rows:
-    attribute, Spearman's correlation of effect and rank (1 is the largest eigenvalue) with its interval, and the same
-    for the attribute's part in all effects of a direction: positive if small eigenvalues carry it. NaN if none is
-    read.
+    Spearman's correlation of effect and rank with its interval, and the same for the attribute's part in all effects of
+    a direction: positive if small eigenvalues carry it.
     """
     _, slopes = jacobian(tool.read, codes)
     kept = slopes.isfinite().all(-1).all(-1)

@@ -45,9 +45,8 @@ def train_encoder(
 ) -> tuple[Inverter, list[dict]]:
     """Train the encoder of a model by eq. (6) or (9), or on sampled pairs (Fetty et al. 2020); returns its curves too.
 
-    Writes encoder.safetensors, its weights in float16, and encoder.json. The generator and its critic stay as they are.
-    Killed, it goes on from the newest state in `state`, bit for bit. Raises `InputError` if it diverges, or when asked
-    to stop.
+    Writes encoder.safetensors, in float16, and encoder.json. Killed, it goes on from the newest state in `state`, bit
+    for bit. Raises `InputError` if it diverges, or when asked to stop.
     """
     folder, state = Path(folder), Path(state)
     patients = sorted({row["patient"] for row in data.of("train")})

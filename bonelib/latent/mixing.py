@@ -50,12 +50,9 @@ def scaled(styles: int, published, of: int) -> str:
 
 
 def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, trait: str, seed: int) -> list[dict]:
-    """One row for every pair (source, target) and every number of styles that are the source's, from 0 to all.
-
-    `overlap with source`: voxels within both outer contours over those within either, of the mix and the source;
-    `overlap with target` likewise; `distance to target`: absolute difference of `trait` from the target's, in its own
-    unit; `distance to source` likewise; and the share of closed slices of the mix. NaN where no contours are found.
-    """
+    """One row for every pair (source, target) and every number of styles that are the source's, from 0 to all: the
+    overlap of the mix's outline with either's, its distance to either in `trait`, in its unit, and its share of closed
+    slices. NaN where no contours are found."""
     count = codes.shape[1]
     mixes = [torch.stack([crossed(codes[i], codes[j], a) for a in range(count - 1, 0, -1)]) for i, j in pairs]
     rows = []
@@ -81,11 +78,9 @@ def _traits_and_outline(volume: Volume) -> tuple[dict[str, float], np.ndarray]:
 
 
 def swaps(model: Model, codes: Tensor, pairs: list[tuple[int, int]], seed: int) -> dict[str, np.ndarray]:
-    """What changes in the first bone of a pair when one style after the other, or every style, is the second's.
-
-    For every attribute of `TRAITS` the differences (pairs, styles + 1), the last column those of the whole other bone;
-    for `OUTLINE` the share of voxels within either outer contour that lies in one of them alone.
-    """
+    """What changes in the first bone of a pair when one style after the other, or every style, is the second's:
+    differences (pairs, styles + 1) of every attribute of `TRAITS`, and for `OUTLINE` the share of voxels within either
+    outer contour that lies in one of them alone. The last column is that of the whole other bone."""
     count = codes.shape[1]
     ones = sorted({i for pair in pairs for i in pair})
     swapped = [crossed(crossed(codes[i], codes[j], k), codes[i], k + 1) for i, j in pairs for k in range(count)]
@@ -104,11 +99,10 @@ def swaps(model: Model, codes: Tensor, pairs: list[tuple[int, int]], seed: int) 
 def style_attribution(
     changes: dict[str, np.ndarray], names: list[tuple[str, str]], *, seed: int, draws: int
 ) -> list[dict]:
-    """Which style carries which attribute: one row each, with value, low, high, N and patients.
+    """Which style carries which attribute: one row each, with its interval. `names` are the two patients of every pair.
 
-    The mean squared change when this style alone is another bone's, over the mean squared difference of the two bones,
-    which is twice the variance of the attribute. 1: the style decides it alone; 0: it has no say. Over the styles the
-    shares add up to 1 only if they act independently. `names` are the two patients of every pair.
+    The mean squared change when this style alone is another bone's, over that of the whole other bone. 1: the style
+    decides it alone; 0: it has no say. They add up to 1 only if styles act independently.
     """
     rows = []
     for trait, values in changes.items():
@@ -153,11 +147,10 @@ def by_style(rows: list[dict]) -> list[dict]:
 
 def paired_phantoms(count: int, mineral: float, how: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Tensor:
     """Phantoms in two contrasts (2, count, 1, z, y, x) in [0, 1]: as they are, and with `mineral` times the density of
-    both compartments, or the least that a phantom may have, in an otherwise equal bone, pose and scan. No cohort
-    holds these patients.
+    both compartments, or the least that a phantom may have, in an otherwise equal bone, pose and scan.
 
-    They are stacks from the middle of a scan preprocessed as `how` says, on the grid of the stacks (`spacing_mm`)
-    averaged over blocks of 2^`halvings` voxels a side; where that is coarse, they are drawn on voxels of `COARSE_MM`.
+    They are middle stacks of scans preprocessed as `how` says, on the grid of the stacks (`spacing_mm`) averaged over
+    blocks of 2^`halvings` voxels a side; where that is coarse, they are drawn on voxels of `COARSE_MM`.
     """
     coarse, voxel_mm, left = coarsened(how, spacing_mm, halvings, COARSE_MM)
     with workers() as pool:

@@ -102,11 +102,8 @@ def draw(model: Model, n: int, seed: int, truncation: float | None = None) -> np
 
 
 def growth_strip(folder: str | Path, seed: int) -> list[tuple[str, np.ndarray]]:
-    """The fixed latents of a training: (what it is, volumes (n, z, y, x)) of every grid, coarsest first.
-
-    Volumes of the stages were kept while they trained, the last of each is taken; those of the super-resolution are
-    drawn over the final ones, with the average texture.
-    """
+    """The fixed latents of a training: (what it is, volumes (n, z, y, x)) of every grid, coarsest first: the last that
+    was kept of each stage, and those of the super-resolution, over the final ones, with the average texture."""
     stages = {}
     for seen, values in sorted(load_file(Path(folder) / "growth.safetensors").items()):
         stages[values.shape[1]] = (f"after {int(seen)} samples", values.numpy())

@@ -34,11 +34,11 @@ def search_targets(
 ) -> tuple[list[dict], Tensor]:
     """`n` targets asked of codes in random order, met by the closed loop of `starts` walks and by one open step.
 
-    A target is one attribute of `straight`, uniform over its `attainable_range`; all others are to stay. The open step
-    goes along that attribute's direction. Rows: number of the code, its patient and source, attribute, start, asked,
-    measured; error and side effect (mean change of the others), in shares of the ranges, of both ways; length of the
-    move in SDs, whether the loop met all within 2 %. And the codes (n, ...) it ended at. Nothing is asked where no code
-    can be read, there is no direction, or nothing is calibrated.
+    A target is one attribute of `straight`, uniform over its `attainable_range`; all others are to stay. Rows: number
+    of the code, patient, source, attribute, start, asked, and of both ways what was measured, error and side effect
+    (mean change of the others) in shares of the ranges; length of the move in SDs, whether the loop met all within 2 %.
+    And the codes (n, ...) it ended at. Nothing is asked where no code can be read, there is no direction, or nothing is
+    calibrated.
     """
     start = readings(tool.read, codes)
     fit = start.isfinite().all(1).nonzero()[:, 0].tolist() if tool.calibrated else []
@@ -147,13 +147,10 @@ def measure_with_closure(volume: Volume) -> dict[str, float] | None:
 
 
 def verified_by_morphometry(rows: list[dict], before: list, after: list, names, *, least: float) -> list[dict]:
-    """What morphometry says of the bones of `search_targets` (rows), drawn whole before and after the move.
-
-    `before`, `after`: of every row what `measure_with_closure` found. Rows: attribute (of `names`), of all bones
-    with contours and of those whose cortex is closed in the share `least` of their slices, both before and after,
-    as contours forced over a gap may leave out part of a bone; N of how many; the mean change read, and measured
-    over it (1: morphometry sees all of it): slope through 0; correlation.
-    """
+    """What morphometry says of the bones of `search_targets` (rows), by what `measure_with_closure` found `before` and
+    `after` the move: a row an attribute of all bones with contours, and of those whose cortex is closed in the share
+    `least` of their slices, as contours forced over a gap may leave out part of a bone. The mean change read, and
+    measured over it (1: morphometry sees all of it): slope through 0; correlation."""
     table = []
     for name, (bones, limit) in product(names, {"contours found": 0.0, "cortex closed": least}.items()):
         mine = [i for i, row in enumerate(rows) if row["attribute"] == name]
