@@ -42,8 +42,12 @@ class Interval(NamedTuple):
 
 
 def of_rows(statistic: Callable, *values) -> Callable:
-    """`statistic` of arrays (n, ...) as a function of rows of each."""
-    return lambda *rows: statistic(*(v[i] for v, i in zip(values, rows, strict=True)))
+    """`statistic` of arrays (n, ...) as a function of rows of each, or of the same rows of all."""
+
+    def found(*rows):
+        return statistic(*(v[i] for v, i in zip(values, rows * len(values) if len(rows) == 1 else rows, strict=True)))
+
+    return found
 
 
 def patient_draws(statistic: Callable, *groups, rng: np.random.Generator, draws: int) -> np.ndarray:

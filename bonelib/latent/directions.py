@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
 from bonelib import InputError
@@ -80,11 +81,8 @@ def ridges(codes: Tensor, values: Tensor, names) -> tuple[dict[str, Direction], 
 
 
 def _ridge(x, y, penalty):
-    mean = x.mean(0)
-    square = (x - mean).T @ (x - mean)
-    square = square + penalty * square.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(square, (x - mean).T @ (y - y.mean()))
-    return weights, y.mean() - mean @ weights
+    found = Ridge(float(penalty * len(x) * x.var(0, correction=0).mean()), solver="cholesky").fit(x.numpy(), y.numpy())
+    return torch.from_numpy(found.coef_), float(found.intercept_)
 
 
 def logistic(codes: Tensor, labels: Tensor, penalty: float = 1e-2) -> Direction:
@@ -165,9 +163,8 @@ def _trained(inputs, outputs, left_out, widths, dropout, rate, epochs, seed, num
         for _ in range(epochs):
             for rows in torch.randperm(len(x))[: len(x) // batch * batch].split(batch):
                 found = network(x[rows])
-                loss = (
-                    F.binary_cross_entropy_with_logits(found[:, 0], y[rows]) if classes else F.mse_loss(found, y[rows])
-                )
+                logits, wanted = (found[:, 0] if classes else found), y[rows]
+                loss = F.binary_cross_entropy_with_logits(logits, wanted) if classes else F.mse_loss(logits, wanted)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.differentiable import UNITS
-from bonelib.evaluation.statistics import patient_draws, patient_interval, quantiles
+from bonelib.evaluation.statistics import of_rows, patient_draws, patient_interval, quantiles
 from bonelib.latent.attribute_model import AttributeModel, jacobian, readings, shifted
 from bonelib.latent.directions import Direction
 
@@ -53,30 +53,20 @@ def effect_matrix(
     another attribute over that on this one."""
     rows = []
     for name, vector in vectors.items():
-        change = (
-            readings(tool.read, shifted(codes, step * vector)) - readings(tool.read, shifted(codes, -step * vector))
-        ) / (2 * step)
-        change = change.double().numpy()
-
-        def means(rows, change=change):
-            return _mean(change[rows])
-
-        mean, low, high, *_ = patient_interval(means, groups, rng=numpy_rng(seed, "effects", name), draws=draws)
+        ahead, behind = (readings(tool.read, shifted(codes, way * vector)) for way in (step, -step))
+        change, rng = ((ahead - behind) / (2 * step)).double().numpy(), numpy_rng(seed, "effects", name)
+        mean, low, high, *_ = patient_interval(of_rows(_mean, change), groups, rng=rng, draws=draws)
         shares = np.abs(mean) / tool.span.numpy()
         for k, attribute in enumerate(tool.names):
-            others = np.delete(shares, k).max()
-            counts = dict(direction=name, attribute=attribute, N=int(np.isfinite(change[:, k]).sum()))
+            row = dict(direction=name, attribute=attribute, N=int(np.isfinite(change[:, k]).sum()))
             values = {
                 "effect": mean[k],
                 "low": low[k],
                 "high": high[k],
                 "share of range": mean[k] / float(tool.span[k]),
             }
-            rows.append(
-                counts
-                | {key: float(v) for key, v in values.items()}
-                | {"cross-talk": float(others / max(shares[k], 1e-9))}
-            )
+            values["cross-talk"] = np.delete(shares, k).max() / max(shares[k], 1e-9)
+            rows.append(row | {key: float(v) for key, v in values.items()})
     return rows
 
 
@@ -147,16 +137,14 @@ def by_rank(
     some = patient_draws(found, groups, rng=numpy_rng(seed, "ranks"), draws=draws)
     value, rows = found(np.arange(len(squares))), []
     # Fewer different codes blur the ranks of every draw: deviations from the draws' own mean are laid about the value
-    low, high = value + quantiles(some) - some.mean(0)
+    ends = value + quantiles(some) - some.mean(0)
+    numbers = zip(("rank", "low", "high"), (value, *ends), strict=True)
+    named = {
+        f"{key}, {what}": v[:, j] for what, v in numbers for j, key in enumerate(("effect", "part of all effects"))
+    }
     for k, attribute in enumerate(tool.names):
         row = dict(attribute=attribute, N=len(squares), directions=len(rank))
-        for j, key in enumerate(("effect", "part of all effects")):
-            row |= {
-                f"{key}, rank": float(value[k, j]),
-                f"{key}, low": float(low[k, j]),
-                f"{key}, high": float(high[k, j]),
-            }
-        rows.append(row)
+        rows.append(row | {name: float(values[k]) for name, values in named.items()})
     return np.sqrt(_mean(squares)).T, rows
 
 

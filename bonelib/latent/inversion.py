@@ -22,14 +22,7 @@ from bonelib.core.provenance import code_hash
 from bonelib.latent.codes import mean_code
 from bonelib.latent.config import Refinement
 from bonelib.latent.models import Model, enlarge
-from bonelib.networks.encoder import (
-    Encoder,
-    LatentDiscriminator,
-    critic_features,
-    style_layers,
-    texture_length,
-    trunk,
-)
+from bonelib.networks.encoder import Encoder, LatentDiscriminator, critic_features, style_layers, texture_length, trunk
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.tables import write_table
@@ -177,13 +170,7 @@ def objective(
     return value
 
 
-def losses(
-    how: Refinement,
-    model: Model,
-    volumes: Tensor,
-    codes: Tensor,
-    latent_discriminator: LatentDiscriminator | None = None,
-) -> Tensor:
+def losses(how: Refinement, model: Model, volumes: Tensor, codes: Tensor, latent_discriminator=None) -> Tensor:
     """What `objective` says of codes, (n,)."""
     with torch.no_grad():
         parts = zip(volumes.split(AT_ONCE), codes.split(AT_ONCE), strict=True)
@@ -200,14 +187,7 @@ class Inverted(NamedTuple):
 
 
 def refine(
-    start: Tensor,
-    volumes: Tensor,
-    model: Model,
-    how: Refinement,
-    *,
-    latent_discriminator: LatentDiscriminator | None = None,
-    state: str | Path | None = None,
-    say=print,
+    start: Tensor, volumes: Tensor, model: Model, how: Refinement, *, latent_discriminator=None, state=None, say=print
 ) -> Inverted:
     """Codes that draw `volumes` (n, 1, z, y, x) better than the codes `start` (n, code), by eq. (7) or (10); with
     `how.space` "w+" (n, layers, code), every layer's style on its own.
@@ -237,28 +217,14 @@ def refine(
         at.seen += 1
         return {"loss": total}
 
-    at = run.run(
-        step,
-        dict(codes=codes, adam=adam),
-        end=how.steps,
-        state=state and Path(state),
-        fingerprint=fingerprint(how, model.config["sha256"], data, CODE) if state else "",
-        name=f"refinement of {len(start)}",
-        say=say,
-        brief=True,
-    )
+    identity = fingerprint(how, model.config["sha256"], data, CODE) if state else ""
+    where = dict(state=state and Path(state), fingerprint=identity, name=f"refinement of {len(start)}")
+    at = run.run(step, dict(codes=codes, adam=adam), end=how.steps, **where, say=say, brief=True)
     return Inverted(codes["codes"].detach().cpu(), at.seconds)
 
 
 def invert_all(
-    volumes: Tensor,
-    model: Model,
-    inverter: Inverter,
-    how: Refinement,
-    *,
-    state: str | Path,
-    also: Tensor | None = None,
-    say=print,
+    volumes: Tensor, model: Model, inverter: Inverter, how: Refinement, *, state: str | Path, also=None, say=print
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Codes of volumes (n, 1, z, y, x) by encoder, optimisation and both (hybrid), and the seconds a volume of each.
 
@@ -273,9 +239,8 @@ def invert_all(
 
     def refined(name, start, of, how=how, after=0.0):
         say(f"{name}: {how.steps} steps for {len(of)} volumes", flush=True)
-        found = refine(
-            start, of, model, how, latent_discriminator=inverter.latent_discriminator, state=Path(state) / name, say=say
-        )
+        more = dict(latent_discriminator=inverter.latent_discriminator, state=Path(state) / name, say=say)
+        found = refine(start, of, model, how, **more)
         codes[name], seconds[name] = found.codes, after + found.seconds / len(of)
 
     refined("hybrid", first, every, after=seconds["encoder"])
@@ -312,9 +277,8 @@ def save_codes(
     kept = {"encoded": encoded, "refined": refined}
     kept = {name: with_texture(model, as_styles(model, codes), textures) for name, codes in kept.items()}
     checkpoint.save_tensors(folder / "codes.safetensors", kept)
-    table = [
-        {key: row[key] for key in ("scan", "patient")}
-        | {"visit": row["scan"].rpartition("_ses-")[2], "split": row["split"], "start": row["start"], "index": i}
-        for i, row in enumerate(rows)
-    ]
+    table = []
+    for i, row in enumerate(rows):
+        who = {"scan": row["scan"], "patient": row["patient"], "visit": row["scan"].rpartition("_ses-")[2]}
+        table.append(who | {"split": row["split"], "start": row["start"], "index": i})
     write_table(folder / "codes.csv", table)

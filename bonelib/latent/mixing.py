@@ -5,6 +5,7 @@ A code with several styles is (styles, width), from coarse to fine; `synthesize`
 """
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.compartments import CLOSED, overlap, read
 from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import pair_mean
-from bonelib.latent.codes import along, each_measured
+from bonelib.latent.codes import along
 from bonelib.latent.models import Model
 from bonelib.scans.config import Preprocess
 from bonelib.scans.phantom import make_radius
@@ -81,19 +82,15 @@ def swaps(model: Model, codes: Tensor, pairs: list[tuple[int, int]], seed: int) 
     """What changes in the first bone of a pair when one style after the other, or every style, is the second's:
     differences (pairs, styles + 1) of every attribute of `TRAITS`, and for `OUTLINE` the share of voxels within either
     outer contour that lies in one of them alone. The last column is that of the whole other bone."""
-    count = codes.shape[1]
-    ones = sorted({i for pair in pairs for i in pair})
-    swapped = [crossed(crossed(codes[i], codes[j], k), codes[i], k + 1) for i, j in pairs for k in range(count)]
-    found = each_measured(model, torch.cat([codes[ones], torch.stack(swapped)]), seed, _traits_and_outline)
-    whole, parts = dict(zip(ones, found, strict=False)), found[len(ones) :]
-    changes = {trait: np.full((len(pairs), count + 1), np.nan) for trait in (*TRAITS, OUTLINE)}
-    for row, (i, j) in enumerate(pairs):
-        own, outline = whole[i]
-        for k, (traits, other) in enumerate([*parts[row * count : (row + 1) * count], whole[j]]):
-            changes[OUTLINE][row, k] = 1 - overlap(outline, other)
-            for trait in TRAITS:
-                changes[trait][row, k] = traits[trait] - own[trait]
-    return changes
+    count, changes = codes.shape[1], {trait: [] for trait in (*TRAITS, OUTLINE)}
+    swapped = [
+        torch.stack([crossed(crossed(codes[i], codes[j], k), codes[i], k + 1) for k in range(count)]) for i, j in pairs
+    ]
+    for (own, outline), *others in along(model, codes, pairs, swapped, seed, _traits_and_outline):
+        changes[OUTLINE].append([1 - overlap(outline, other) for _, other in others])
+        for trait in TRAITS:
+            changes[trait].append([traits[trait] - own[trait] for traits, _ in others])
+    return {trait: np.array(of_pairs, float) for trait, of_pairs in changes.items()}
 
 
 def style_attribution(
@@ -135,14 +132,11 @@ def by_style(rows: list[dict]) -> list[dict]:
     """The rows of `style_attribution` of several models as a table to be read: a row an attribute, a column a style."""
     table = {}
     for row in rows:
-        line = table.setdefault(
-            (row["model"], row["attribute"]), {"model": row["model"], "": row["attribute"], "N": row["N"]}
-        )
+        first = {"model": row["model"], "": row["attribute"], "N": row["N"]}
+        line = table.setdefault((row["model"], row["attribute"]), first)
         ends = " ({low:.2f} to {high:.2f})" if row["low"] is not None else ""
-        known = row["value"] is not None
-        line[f"style {row['style']}"] = ("{value:.2f}" + ends).format(**row) if known else "none"
-    columns = dict.fromkeys(key for line in table.values() for key in line)
-    return [{key: line.get(key, "") for key in columns} for line in table.values()]
+        line[f"style {row['style']}"] = "none" if row["value"] is None else ("{value:.2f}" + ends).format(**row)
+    return pd.DataFrame(table.values()).fillna("").to_dict("records")
 
 
 def paired_phantoms(count: int, mineral: float, how: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Tensor:

@@ -142,10 +142,8 @@ def _steps(tool, values, change, slopes, asked, longest):
         step = _shortened(_min_norm_step(effect, wanted), longest[i])
         for margin, its in zip(values[i, k:], slopes[i, k:] @ tool.spread, strict=True):
             if float(margin + its @ step) < MARGIN_FLOOR:  # the cortex would open: hold it shut, as one attribute more
-                step = _min_norm_step(
-                    torch.cat([effect, its[None]]), torch.cat([wanted, (MARGIN_FLOOR - margin)[None]])
-                )
-                step = _shortened(step, longest[i])
+                both = torch.cat([effect, its[None]]), torch.cat([wanted, (MARGIN_FLOOR - margin)[None]])
+                step = _shortened(_min_norm_step(*both), longest[i])
         found.append(step)
     return torch.stack(found)
 
@@ -175,24 +173,19 @@ def move(
     start = readings(tool.read, code)[0]
     if not start.isfinite().all():
         raise InputError("the bone of this code has no closed cortex and cannot be measured; take another code")
-    wanted = start.clone() if hold else torch.full_like(start, torch.nan)
+    wanted, held = (start.clone(), " with all else held") if hold else (torch.full_like(start, torch.nan), "")
     for name, value in targets.items():
         i = tool.index(name)
         low, high, unit = float(tool.low[i]), float(tool.high[i]), UNITS.get(name, "")
         if not low <= value <= high:
-            raise InputError(
-                f"{name} {value:g} {unit} is outside of the calibrated range {low:.4g} to {high:.4g} {unit}"
-            )
+            says = f"{name} {value:g} {unit} is outside of the calibrated range"
+            raise InputError(f"{says} {low:.4g} to {high:.4g} {unit}")
         wanted[i] = value
-    if tool.mahalanobis(wanted) > max(
-        tool.max_mahalanobis, tool.mahalanobis(torch.where(wanted.isfinite(), start, torch.nan))
-    ):
-        held = ", with all else held," if hold else ""
+    own = tool.mahalanobis(torch.where(wanted.isfinite(), start, torch.nan))
+    if tool.mahalanobis(wanted) > max(tool.max_mahalanobis, own):
         raise InputError(f"{targets}{held} goes with no bone that this model draws; ask for less, or hold less")
     found = optimise_to_target(tool, code, wanted[None])
     if found.error > 2 * TOLERANCE:
         got = ", ".join(f"{name} {float(found.measured[0, tool.index(name)]):.4g}" for name in targets)
-        raise InputError(
-            f"no plausible bone near this one measures {targets}{' with all else held' if hold else ''}; reached: {got}"
-        )
+        raise InputError(f"no plausible bone near this one measures {targets}{held}; reached: {got}")
     return found.codes, dict(zip(tool.names, found.measured[0].tolist(), strict=True))
