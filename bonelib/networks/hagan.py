@@ -29,10 +29,6 @@ class Grid:
     def __init__(self, cells: int, depth: int, scale: int):
         self.cells, self.depth, self.scale, self.starts = cells, depth, scale, cells - depth + 1
 
-    def draw(self, rng: torch.Generator) -> int:
-        """A start, each alike: r of section III-B."""
-        return int(torch.randint(self.starts, (), generator=rng))
-
     def share(self, r: int) -> float:
         """Where a start lies, from 0 to 1: what D^H is told of it."""
         return r / max(1, self.starts - 1)
@@ -41,9 +37,9 @@ class Grid:
         """The starts T_v of adjoining sub-volumes that cover all; the last one overlaps where it must."""
         return [min(r, self.starts - 1) for r in range(0, self.cells, self.depth)]
 
-    def low(self, a: Tensor, r: int, depth: int | None = None) -> Tensor:
+    def low(self, a: Tensor, r: int) -> Tensor:
         """S^L: the cells of A (n, channel, z, y, x) from r on."""
-        return a[:, :, r : r + (depth or self.depth)]
+        return a[:, :, r : r + self.depth]
 
     def high(self, x: Tensor, r: int) -> Tensor:
         """S^H: the slices of a volume (n, 1, z, y, x) that belong to the cells from r on."""

@@ -70,14 +70,6 @@ class HAGANCritic(nn.Module):
         x = self.low[-1](x).float().flatten(2).mean(2)
         return x[:, 0], x[:, 1:] if self.class_of else None
 
-    def score_high(self, x: Tensor, r: int, seen=lambda active: None) -> Tensor:
-        """The logits (n,) of `judge_high`."""
-        return self.judge_high(x, r, seen)[0]
-
-    def score_low(self, x: Tensor, seen=lambda active: None) -> Tensor:
-        """The logits (n,) of `judge_low`."""
-        return self.judge_low(x, seen)[0]
-
     def forward(self, volumes: Tensor) -> Tensor:
         """The score (n,) of whole volumes: half the logit of D^L, half the mean of D^H over all sub-volumes."""
         return self.trace(volumes, self.stages, 1.0, lambda active: None)
@@ -86,11 +78,10 @@ class HAGANCritic(nn.Module):
         """The forward pass, as other critics have it; `seen` is shown layers of D^H, sub-volume after sub-volume, then
         those of D^L."""
         parts = self.grid.partition()
-        on_high = sum(self.score_high(self.grid.high(x, r), r, seen) for r in parts) / len(parts)
-        coarse = x
+        on_high = sum(self.judge_high(self.grid.high(x, r), r, seen)[0] for r in parts) / len(parts)
         for _ in range(self.doublings):
-            coarse = downsample(coarse)
-        return (on_high + self.score_low(coarse, seen)) / 2
+            x = downsample(x)
+        return (on_high + self.judge_low(x, seen)[0]) / 2
 
 
 def _inside(x: Tensor) -> Tensor:

@@ -88,16 +88,10 @@ def train_grader(how: Grading, data: Stacks, folder: str | Path, *, state: str |
         tensors, of_rest = _fold(how, data, graded, rest, state, "all scans", identity, seed, say)
         predicted |= of_rest
     checkpoint.save_tensors(folder / "grader.safetensors", tensors)
-    content = {
-        "run": identity,
-        "grading": json.loads(how.model_dump_json()),
-        "windows": _unit_windows(data.meta["intensity"]),
-        "outputs": "logits of the grade being above 1, 2, 3 and 4",
-        "data": data.meta,
-        "scans": len(graded),
-        "patients": len(patients),
-        "sha256": {"grader": checkpoint.digest(folder / "grader.safetensors")},
-    }
+    content = {"run": identity, "grading": how.model_dump(mode="json"), "data": data.meta}
+    content |= {"windows": _unit_windows(data.meta["intensity"]), "scans": len(graded), "patients": len(patients)}
+    content |= {"outputs": "logits of the grade being above 1, 2, 3 and 4"}
+    content |= {"sha256": {"grader": checkpoint.digest(folder / "grader.safetensors")}}
     checkpoint.write_json(folder / "config.json", content)
     return _written(folder, [_row(s, predicted[s["scan"]]) for s in scans])
 
@@ -194,15 +188,8 @@ def _trained(how: Grading, data: Stacks, scans: list[dict], state, name, identit
         at.seen += how.batch
         return {"loss": loss.item()}
 
-    run.run(
-        train_step,
-        dict(net=net, adam=adam),
-        end=max(2, how.samples // how.batch) * how.batch,
-        state=state,
-        fingerprint=identity,
-        name=name,
-        say=say,
-    )
+    end, where = max(2, how.samples // how.batch) * how.batch, dict(state=state, fingerprint=identity, name=name)
+    run.run(train_step, dict(net=net, adam=adam), end=end, **where, say=say)
     return net.eval()
 
 

@@ -61,10 +61,8 @@ def build(params: HierarchicalTrain, seed: int, device: torch.device) -> dict:
     critic = build_critic(params.critic, generator=params.generator, precision=params.precision).to(device)
     adam = partial(torch.optim.Adam, betas=params.betas, fused=True)
     objects = dict(generator=generator, critic=critic, average=copy.deepcopy(generator).requires_grad_(False))
-    objects |= dict(
-        adam_g=adam(_used(generator, params.low), lr=params.rate),
-        adam_c=adam(_used(critic, params.low), lr=params.critic_rate),
-    )
+    objects["adam_g"] = adam(_used(generator, params.low), lr=params.rate)
+    objects["adam_c"] = adam(_used(critic, params.low), lr=params.critic_rate)
     if params.encode:
         encoder = build_encoder(params.generator, precision=params.precision).to(device)
         ground = [*encoder.ground.parameters(), *encoder.code.parameters()]
@@ -87,12 +85,10 @@ def _step(trained: Trained, at: Progress) -> dict[str, float]:
     """One update of the discriminators, of the generator, of E^H and of E^G, with the same real volumes and r."""
     params, objects, ranks = trained.params, trained.objects, trained.ranks
     decay = run.rate_at(at.seen / at.end, params.final_decay) * 0.5**at.halved
-    rates = dict(
-        adam_g=params.rate, adam_c=params.critic_rate, adam_eh=params.encoder_rate, adam_eg=params.encoder_rate
-    )
-    for name, rate in rates.items():
-        if name in objects:
-            objects[name].param_groups[0]["lr"] = rate * decay
+    for name, adam in objects.items():
+        if name.startswith("adam"):
+            rate = {"adam_g": params.rate, "adam_c": params.critic_rate}.get(name, params.encoder_rate)
+            adam.param_groups[0]["lr"] = rate * decay
     real, begun = _real(trained, at), at.seen
     at.seen += params.batch
     losses = update_all(trained, at, real)

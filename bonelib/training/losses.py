@@ -20,21 +20,17 @@ def of_critic(
     term takes it. Nonsaturating is the logistic loss of single volumes; slopes are held at zero where they are real (R1
     of Mescheder et al. 2018), (n,).
     """
-    if how.loss == "nonsaturating":
-        on_real, on_fake = critic(torch.cat([real, fake]), stage, fade).split(len(real))
-        slope = slopes(critic.input_gradient(real, stage, fade))
-        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean() + how.penalty * slope.square().mean()
-        return loss, on_real, on_fake, slope
     both = torch.cat([real, fake])
     on_real, on_fake = critic(both, stage, fade).split(len(real))
-    if how.loss == "relativistic":
-        slope = slopes(critic.input_gradient(both, stage, fade))
-        loss = (
-            relativistic(on_real, on_fake) + how.penalty * slope.square().mean() + how.drift * on_real.square().mean()
-        )
-    else:
-        slope = slopes(critic.input_gradient(mix(real, fake, rng), stage, fade))
-        loss = critic_loss(on_real, on_fake, slope, penalty=how.penalty, drift=how.drift)
+    held = {"relativistic": both, "nonsaturating": real}
+    at = held[how.loss] if how.loss in held else mix(real, fake, rng)
+    slope = slopes(critic.input_gradient(at, stage, fade))
+    if how.loss == "wasserstein":
+        return critic_loss(on_real, on_fake, slope, penalty=how.penalty, drift=how.drift), on_real, on_fake, slope
+    if how.loss == "nonsaturating":
+        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean() + how.penalty * slope.square().mean()
+        return loss, on_real, on_fake, slope
+    loss = relativistic(on_real, on_fake) + how.penalty * slope.square().mean() + how.drift * on_real.square().mean()
     return loss, on_real, on_fake, slope
 
 
