@@ -82,8 +82,7 @@ def features(density: Tensor, spacing, closed: float = CLOSED) -> Tensor:
     """What a coarse grid tells of bones (n, 1, z, y, x) in mg HA/cm3: (n, `FEATURES` and rotation), differentiable.
 
     area in mm2 and outline in mm of the surface; the rim's density weighted by itself, the mean density of the core,
-    and the mean density at each of `DEPTHS` (mg HA/cm3); rotation in degrees. Which bone is the radius and which the
-    ulna is decided without a gradient. NaN if less than the share `closed` of the rays meets cortex.
+    and at each of `DEPTHS`; rotation in degrees. NaN if less than the share `closed` of the rays meets cortex.
     """
     return _features(_look(density, spacing), closed)
 

@@ -112,11 +112,9 @@ class Critic(nn.Module):
     def input_gradient(
         self, x: Tensor, stage: int | None = None, fade: float = 1.0, condition: Tensor | None = None
     ) -> Tensor:
-        """The gradient of the score with respect to `x`, as a function of the weights.
-
-        A critic of leaky rectifiers is piecewise linear, so its input gradient is a chain of transposed convolutions
-        with fixed masks: the penalty of eq. (1) needs no double backward pass, at less than half its cost.
-        """
+        """The gradient of the score with respect to `x`, as a function of the weights: of a critic of leaky
+        rectifiers a chain of transposed convolutions with fixed masks. The penalty of eq. (1) needs no double
+        backward pass then."""
         stage = self.stages if stage is None else stage
         masks = []
         with torch.no_grad():

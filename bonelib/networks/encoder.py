@@ -20,13 +20,11 @@ class Encoder(nn.Module):
     """Maps volumes (n, 1, z, y, x) of shape `base` x 2^stages to codes (n, code).
 
     Table A.2 read from its end: the image to the finest width, then every stage's two convolutions, the one that leaves
-    it with stride 2 where the generator's doubled the grid, and a dense layer. `widths` are the generator's, coarsest
-    first. There is no pixel norm. `dense` adds fully connected layers with leaky rectifiers: two in the paper for a
-    StyleGAN, whose codes come out of a leaky rectifier too; none for a ProGAN, whose codes are Gaussian.
+    it with stride 2, and a dense layer; there is no pixel norm. `widths` are the generator's, coarsest first. `dense`
+    adds fully connected layers: two in the paper for a StyleGAN, whose codes come out of a leaky rectifier too.
 
-    Not in the paper: `norm` "instance" (Fetty et al. 2020, with four dense layers); `haar` looks at the eight bands of
-    the volume, on a grid half as fine; `statistics` (2, bands), their mean and SD, standardise the input; `flat` reads
-    slices.
+    Not in the paper: `norm` "instance" (Fetty et al. 2020); `haar` and `flat` read what a generator draws that has
+    them; `statistics` (2, bands), mean and SD, standardise the input.
     """
 
     def __init__(

@@ -15,8 +15,7 @@ class HAGANCritic(nn.Module):
 
     `high` are the channels of D^H behind each halving of a sub-volume, `head` those of the two layers behind; `low`
     those of D^L. Along an axis of 2 to 6 voxels a halving takes kernels of 2, so that thin sub-volumes can be halved as
-    often as wide ones. All layers are spectrally normed; there is no other norm. Of `classes` both say logits as well,
-    from the layer that the logit of being real comes from (the auxiliary classifier of section IV-C).
+    often. All layers are spectrally normed. Of `classes` both say logits as well (section IV-C).
     """
 
     def __init__(

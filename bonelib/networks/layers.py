@@ -45,8 +45,7 @@ class Conv(nn.Module):
     (Karras et al. 2017, section 4.1; Angermann et al. 2023, Appendix B).
 
     `kernel` is (z, y, x). `stride` 2 halves the grid, `upsample` doubles it first (nearest; kernel 3 only), both along
-    the axes alone that the kernel extends over: `FLAT` makes a network of slices. `padding` is "zeros", "replicate" or
-    "none".
+    the axes alone that the kernel extends over. `padding` is "zeros", "replicate" or "none".
     """
 
     def __init__(
@@ -96,12 +95,9 @@ class Conv(nn.Module):
 
 
 def _lr_multiplier(stored: Tensor, rate: float) -> Tensor:
-    """`rate` times a stored parameter, with the gradient passed back as it is: whatever the optimiser, the value in use
-    then learns exactly as if its learning rate were multiplied by `rate`.
-
-    Were the gradient multiplied too (Karras et al. 2020), it would be so small in the mapping network that Adam's
-    epsilon of Appendix B, 1e-7, is no longer small beside it, and that clipping the gradient's norm hardly sees it.
-    """
+    """`rate` times a stored parameter, whose value then learns as if its learning rate were multiplied by it: the
+    gradient is passed back as it is. Were it multiplied too (Karras et al. 2020), Adam's epsilon of Appendix B would
+    not be small beside it, and clipping the gradient's norm would hardly see it."""
     return stored if rate == 1 else stored.detach() * rate + (stored - stored.detach())
 
 

@@ -37,16 +37,14 @@ class Residual(nn.Module):
 
 
 class SuperResolution(nn.Module):
-    """Maps volumes (n, 1, z, y, x) in [0, 1], a texture code and noise to volumes four times as fine.
+    """Maps volumes (n, 1, z, y, x) in [0, 1], a texture code (n, texture), standardised, and noise to volumes four
+    times as fine.
 
-    The given volume is kept as the mean of every block of 4x4x4 voxels, so that no mineral is made or lost. Channels
-    are where voxels are few: `depth` residual convolutions of `width` channels on the given grid, `fine_depth` of
-    `fine_width` on one twice as fine, where the eight Haar bands of the finest grid are drawn; behind their inverse a
-    small convolution sees all neighbours alike, with noise of its own. All is local: a network trained on windows draws
-    volumes of any size.
-
-    The texture code (n, texture), standardised, says what the trabeculae of this bone are like. `prior` draws one for a
-    given volume, as the training bones of such histograms have them.
+    The given volume is kept as the mean of every block of 4x4x4 voxels. `depth` residual convolutions of `width`
+    channels work on the given grid, `fine_depth` of `fine_width` on one twice as fine, where the eight Haar bands of
+    the finest grid are drawn; behind their inverse a small convolution sees all neighbours alike. All is local: a
+    network trained on windows draws volumes of any size. `prior` draws a code for a given volume, as the training bones
+    of such histograms have them.
     """
 
     def __init__(self, width=96, depth=4, fine_width=32, fine_depth=2, texture=5, dtype=torch.float32):

@@ -60,9 +60,8 @@ def train_grader(how: Grading, data: Stacks, folder: str | Path, *, state: str |
     """Grade all scans, and write grades.csv and, if one could be trained, the grader to `folder`; returns the rows.
 
     Given grades are kept as `grade`; their `predicted` (expected grade) comes from the fold that did not see the
-    patient. Scans without a grade get that of the grader trained on all graded scans, which is the one that is
-    written (grader.safetensors, config.json). Without two different grades from two patients none is trained, and
-    ungraded scans get no grade and the origin "none". Finished networks are kept in `state` and not trained again.
+    patient. Scans without a grade get that of the grader trained on all graded scans, which is written; "none" where
+    there are not two different grades from two patients. Finished networks are kept in `state`.
     """
     folder, state = Path(folder), Path(state)
     scans = scans_of(data)

@@ -65,9 +65,9 @@ def train_superres(
 ) -> list[list]:
     """Train the network and write superres.safetensors, curves.csv and config.json to `folder`; returns the curves.
 
-    It learns from real volumes averaged over blocks of 4x4x4 voxels, not from generated ones: what it learns serves
-    every generator. `textures` (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit. With
-    no `samples` the folder stays empty. `start` is a folder of weights to go on from, of an earlier training.
+    It learns from real volumes averaged over blocks of 4x4x4 voxels, and so serves every generator. `textures`
+    (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit. With no `samples` the folder
+    stays empty. `start` is a folder of weights to go on from.
     """
     folder, state = Path(folder), Path(state)
     folder.mkdir(parents=True, exist_ok=True)
