@@ -216,6 +216,16 @@ def formula3(way: Way, codes: Tensor, mean: Tensor, tau: float, alpha: float) ->
     return way.reverse(centre + tau * (inner - centre) + alpha * way.normal)
 
 
+def told_apart(x: Tensor, labels: Tensor, left: Tensor, codes: Tensor, apart: Tensor, **budget) -> tuple:
+    """What tells labels (n,) of codes x (n, d) apart: a plane, the best network of `search`, and its way back to
+    `codes` (m, d); and how well on those that are left out, `left` (n,) and `apart` (m,), with what the rule takes."""
+    plane, deep = logistic(x[~left], labels[~left]), search(x, labels, left, **budget)
+    back = search(hidden(deep.network, codes), codes, apart, **budget)
+    plain = accuracy(plane.value(x[left]), labels[left])
+    scores = {"logistic": plain, "network": deep.score, "R2 of the way back": back.score}
+    return plane, deep, back, scores | {"taken": chosen(back.score, deep.score, plain)}
+
+
 def compare_linear_nonlinear(
     codes: Tensor, values: Tensor, *, seed: int, tries: int, epochs: int, points: int, tangents: int
 ) -> dict:
@@ -227,13 +237,9 @@ def compare_linear_nonlinear(
     low, high = values.quantile(torch.tensor(ENDS))
     ends = (values < low) | (values > high)
     x, y = codes[ends], values[ends] > high
-    left = torch.arange(len(x)) % 4 == 0
-    plain = accuracy(logistic(x[~left], y[~left]).value(x[left]), y[left])
-    deep = search(x, y, left, seed=seed, tries=tries, epochs=epochs)
-    inner = hidden(deep.network, codes)
-    back = search(inner, codes, torch.arange(len(codes)) % 4 == 0, seed=seed, tries=tries, epochs=epochs)
-    row = {"N": len(x), "N left out": int(left.sum()), "logistic": plain, "network": deep.score}
-    row |= {"R2 of the way back": back.score, "taken": chosen(back.score, deep.score, plain)}
+    left, apart = (torch.arange(len(v)) % 4 == 0 for v in (x, codes))
+    _, deep, _, scores = told_apart(x, y, left, codes, apart, seed=seed, tries=tries, epochs=epochs)
+    row = {"N": len(x), "N left out": int(left.sum())} | scores
     try:
         bent = bending(deep.network, x, points, seed=seed, tangents=tangents)
     except InputError:  # the network says the same of all codes

@@ -9,8 +9,7 @@ from scipy import ndimage
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import standardised
 from bonelib.evaluation.metrics import realism
-from bonelib.latent.models import Model
-from bonelib.latent.sampling import draw_code, sampled_code
+from bonelib.latent.models import Model, draw_code, sampled_code
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
 from bonelib.studies.corruption import blurred, moving

@@ -194,16 +194,11 @@ def tell(known: Coded, other: Coded, attribute: str, how: TwoContrasts, *, seed:
     apart = np.isin(names, _evenly_apart(names, y if attribute == "sex" else None))
     if not all(0 < y[has & part].mean() < 1 for part in (apart, ~apart)):
         raise InputError(f"two_contrasts: {attribute}: a class is empty among the patients; take more")
-    x, kept, left = known.codes[has], torch.from_numpy(y[has]), torch.from_numpy(apart[has])
-    plane = directions.logistic(x[~left], kept[~left])
-    plain = directions.accuracy(plane.value(x[left]), kept[left])
+    labelled = known.codes[has], torch.from_numpy(y[has]), torch.from_numpy(apart[has])
     budget = dict(seed=seed, tries=how.tries, epochs=how.epochs)
-    deep = directions.search(x, kept, left, **budget)
-    inner = directions.hidden(deep.network, known.codes)
-    back = directions.search(inner, known.codes, torch.from_numpy(apart), **budget)
-    row = {"attribute": attribute, "N": int((~left).sum()), "N left out": int(left.sum()), "logistic": plain}
-    row |= {"network": deep.score, "R2 of the way back": back.score, "product": back.score * deep.score}
-    row |= {"taken": directions.chosen(back.score, deep.score, plain), "hidden": "-".join(map(str, deep.widths))}
+    plane, deep, back, scores = directions.told_apart(*labelled, known.codes, torch.from_numpy(apart), **budget)
+    row = {"attribute": attribute, "N": int((~apart[has]).sum()), "N left out": int(apart[has].sum())} | scores
+    row |= {"product": back.score * deep.score, "hidden": "-".join(map(str, deep.widths))}
     truth, tested = labels(other.rows, attribute)
     right = (plane.value(other.codes).numpy() > 0) == truth
     patients, rng = other.patients.repeat(2)[tested], numpy_rng(seed, "told", attribute)
