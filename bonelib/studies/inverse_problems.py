@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bonelib import InputError
 from bonelib.core.random import numpy_rng, torch_rng
-from bonelib.evaluation.morphometry import BONE
+from bonelib.evaluation.contours import BONE
 from bonelib.evaluation.similarity import psnr
 from bonelib.evaluation.statistics import mean_rows, pivoted
 from bonelib.latent import inverse_problems as ip
