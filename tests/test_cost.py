@@ -68,8 +68,8 @@ def test_the_plain_iteration_of_hagan_computes_what_ours_does():
             (a, plain),
             (generator.draw_high(a), hagan_cost.plain_image(generator.fine_blocks, generator.fine_image, plain)),
             (generator.draw_low(a), hagan_cost.plain_image(generator.low_blocks, generator.low_image, plain)),
-            (critic.score_high(real.high, real.r), hagan_cost.plain_logit(critic, real.high, real.r)),
-            (critic.score_low(real.low), hagan_cost.plain_logit(critic, real.low, None)),
+            (critic.judge_high(real.high, real.r)[0], hagan_cost.plain_logit(critic, real.high, real.r)),
+            (critic.judge_low(real.low)[0], hagan_cost.plain_logit(critic, real.low, None)),
             (encoder(real.whole), hagan_cost.plain_code(encoder, real.whole)),
         ]
     for ours, theirs in pairs:

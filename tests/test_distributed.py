@@ -187,7 +187,7 @@ def watch(rank, folder):
     if rank:
         for name in ("write_whole", "save_state", "locked"):
             setattr(checkpoint, name, None)
-        loop.write_model = hagan.write_model = loop.print = None
+        loop.write_model = loop.print = None
     run.SAVE_EVERY_S = run.SAY_EVERY_S = 0.0
 
 

@@ -74,9 +74,10 @@ def test_injecting_a_contrast_has_its_cliff_behind_the_style_that_carries_it(ora
     target = source.clone()
     target[:, 1] += 2 * oracle.direction("Ct.BMD").float()  # the same bones, with another cortex
     images = oracle.synthesize(target)
-    paired = mx.injected(oracle.synthesize, source, target, images, INTENSITY)
+    width = INTENSITY[1] - INTENSITY[0]
+    paired = mx.injected(oracle.synthesize, source, target, images) * width
     assert paired.shape == (8, 4) and paired[:, :2].max() < 1e-3 and paired[:, 2:].min() > 1
-    stranger = mx.injected(oracle.synthesize, source, target.roll(1, 0), images, INTENSITY)
+    stranger = mx.injected(oracle.synthesize, source, target.roll(1, 0), images) * width
     assert (stranger[:, 0] > 3 * paired[:, 2]).all()  # an unpaired target's shape comes along
     assert (stranger[:, 1] < stranger[:, 0]).all() and stranger[:, 1].min() > 1
 

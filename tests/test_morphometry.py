@@ -8,8 +8,8 @@ from scipy import ndimage
 
 from bonelib import InputError
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.contours import dilated, eroded
-from bonelib.evaluation.morphometry import contours, fabric, measure, segment, trabecular
+from bonelib.evaluation.contours import contours, dilated, eroded
+from bonelib.evaluation.morphometry import fabric, measure, segment, trabecular
 from bonelib.evaluation.thickness import local_thickness, thickness_and_axes
 from bonelib.scans.grids import Calibration
 from bonelib.scans.tables import read_table

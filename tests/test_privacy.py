@@ -58,18 +58,17 @@ def test_reconstruction_is_closer_for_what_the_generator_draws():
     torch.manual_seed(0)
     generator = ProGAN(base=(1, 9, 7), widths=(8, 8, 8), latent=8).requires_grad_(False)
     own = generator.synthesize(generator.sample_latent(3, torch_rng(0, "own")), 2)
-    found = privacy.reconstruction(generator, torch.cat([own, torch.rand_like(own)]), 2, 1, 30)
+    found = privacy.reconstruction(generator, torch.cat([own, torch.rand_like(own)]), 2, 1, 30, 0.05)
     assert found[:3].min() > found[3:].max() and (found < 0).all()
 
 
 def test_an_overtrained_critic_knows_its_patients_and_the_given_one_stays():
     torch.manual_seed(0)
-    build = lambda: Critic((24, 16), whole=(1, 9, 7))  # noqa: E731
-    critic = build().requires_grad_(False)
+    critic = Critic((24, 16), whole=(1, 9, 7)).requires_grad_(False)
     before = {k: v.clone() for k, v in critic.state_dict().items()}
     known, strange, others = (torch.from_numpy(bones(n, s))[:, None] for n, s in ((8, 7), (16, 8), (16, 9)))
     known, strange, others = (v[:, :, ::2, ::2, ::2] for v in (known, strange, others))
-    found = privacy.overtrained(critic, build, known, strange, 1, 150)
+    found = privacy.overtrained(critic, known, strange, 1, 150)
     scores = [privacy.critic_scores(found, v) for v in (known, others)]
     assert privacy.auc(*scores) > privacy.CAUGHT
     assert all(torch.equal(v, before[k]) for k, v in critic.state_dict().items())

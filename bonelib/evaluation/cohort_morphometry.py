@@ -20,10 +20,9 @@ COARSE_MM = 0.25  # areas, densities and the cortex can be read on voxels of up 
 def measure_scans(stacks: Stacks, folder: str | Path, *, path: str | Path, own: str | Path | None = None) -> list[dict]:
     """Measure each whole preprocessed scan of `stacks` in `folder`; one row a scan, also written to `path`.
 
-    Rows: scan, patient, split, grade, and the traits of `morphometry.measure`, on the grid of the stacks or, where
-    that is finer than needed, on its means over blocks of voxels: thicknesses of trabeculae are then those of a
-    blurred image. A scan that cannot be measured, as with strong motion, has empty traits. Where users gave contours
-    (contours.npy), they are measured in; traits in the table `own`, where it is there, take the place of ours. In
+    Rows: scan, patient, split, grade, and the traits of `morphometry.measure`, on voxels of up to `COARSE_MM`:
+    thicknesses of trabeculae are then those of a blurred image. A scan that cannot be measured has empty traits. Where
+    users gave contours (contours.npy), they are measured in; traits in the table `own` take the place of ours. In
     parallel.
     """
     scans = {row["volume"]: row for row in stacks.rows}

@@ -29,11 +29,10 @@ CORTEX_OF_BONE = 0.5  # share of the cortical compartment above `BONE` under whi
 def contours(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     """Boolean masks (z, y, x) of what the periosteal and what the endosteal contour of the radius encloses.
 
-    Dual threshold after Buie et al. 2007: the largest component of smoothed density above `BONE`, without an
-    ulna in contact with it, is closed and filled slice by slice from the outside; in it, the largest
-    component below `CORTEX` is closed, opened and smoothed. The cortex is the difference of the two. Raises
-    `InputError` if the unit is not mg HA/cm3, if nothing is as dense as bone, and if no closed cortex is
-    found.
+    Dual threshold after Buie et al. 2007: the largest component of smoothed density above `BONE`, without an ulna in
+    contact with it, is closed and filled slice by slice; in it, the largest component below `CORTEX` is closed, opened
+    and smoothed. Raises `InputError` if the unit is not mg HA/cm3, if nothing is as dense as bone, and if no closed
+    cortex is found.
     """
     return contours_in(smoothed(volume), volume.spacing)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import Interval, patient_interval
 from bonelib.scans.dataset import Stacks
 
 GRID_MM = 0.9  # volumes are averaged over blocks while their voxels are finer than this
@@ -82,8 +82,7 @@ def features(density: Tensor, spacing, closed: float = CLOSED) -> Tensor:
     """What a coarse grid tells of bones (n, 1, z, y, x) in mg HA/cm3: (n, `FEATURES` and rotation), differentiable.
 
     area in mm2 and outline in mm of the surface; the rim's density weighted by itself, the mean density of the core,
-    and the mean density at each of `DEPTHS` (mg HA/cm3); rotation in degrees. Which bone is the radius and which the
-    ulna is decided without a gradient. NaN if less than the share `closed` of the rays meets cortex.
+    and at each of `DEPTHS`; rotation in degrees. NaN if less than the share `closed` of the rays meets cortex.
     """
     return _features(_look(density, spacing), closed)
 
@@ -290,9 +289,7 @@ def agreement(read: Tensor, measured: np.ndarray, patients: list[str], *, seed: 
     found = patient_interval(statistics, np.asarray(patients)[kept], rng=numpy_rng(seed, "agreement"), draws=draws)
     for k, name in enumerate(FITTED):
         row = {"attribute": name, "unit": UNITS[name], "N": found.N, "patients": found.patients}
-        for j, key in enumerate(("r", "bias")):
-            ends = {f"{key} low": float(found.low[k, j]), f"{key} high": float(found.high[k, j])}
-            row |= {key: float(found.value[k][j])} | ends
+        row |= Interval(*(numbers[k] for numbers in found[:3]), found.N, found.patients).columns("r", "bias")
         rows.append(row | {"SD of error": float((x[:, k] - y[:, k]).std()), "SD": float(y[:, k].std())})
     return rows
 

@@ -38,9 +38,8 @@ def families(
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """The extractors that can be had, by the name that a metric's column bears: volumes (n, z, y, x) -> (n, d).
 
-    `inception` and `medicalnet` are among them if their weights are found at the path or in the usual cache, `vgs` if
-    a `grader` (network and configuration, as of `training.grading.load_grader`) is given, `random3d` and `spectrum`
-    always. `inception` has `SLICES` rows a volume, one after the other.
+    `inception`, of `SLICES` rows a volume, and `medicalnet` if their weights are found at the path or in the usual
+    cache, `vgs` if a `grader` (as of `training.grading.load_grader`) is given, `random3d` and `spectrum` always.
     """
     found = {}
     for name, path, extract in (
@@ -137,10 +136,9 @@ def grade_chances(volumes, grader) -> np.ndarray:
 def random3d(volumes, seed: int = 0) -> np.ndarray:
     """Mean and standard deviation of five layers of a frozen random 3D convolutional network, (n, 256).
 
-    Strided 3x3x3 convolutions with leaky rectifiers, He-scaled Gaussian weights and biases drawn from `seed`;
-    every other filter is made to sum to zero, so that texture is not drowned by brightness. Each layer is
-    pooled over all positions. Random features of this kind: Saxe et al. 2011. Raises `InputError` for a shape
-    that is not (n, z, y, x), NaN, or intensities outside [0, 1].
+    Strided 3x3x3 convolutions with leaky rectifiers, He-scaled weights and biases drawn from `seed`; every other filter
+    sums to zero, so that texture is not drowned by brightness (Saxe et al. 2011). Raises `InputError` for a shape that
+    is not (n, z, y, x), NaN, or intensities outside [0, 1].
     """
     volumes = _checked(volumes)
     layers = [(w.to(volumes.device), b.to(volumes.device)) for w, b in _random_layers(seed)]
@@ -150,10 +148,9 @@ def random3d(volumes, seed: int = 0) -> np.ndarray:
 def spectrum(volumes) -> np.ndarray:
     """Log10 power in radial bins of in-plane frequency, then in bins along z, of each volume: (n, d).
 
-    Slices and columns are freed of their mean and windowed (Hann); bins are equal in width from zero to the
-    Nyquist frequency in cycles per voxel, 16 of each kind or half of the shortest edge where that is less, so
-    only volumes of one grid can be compared. Raises `InputError` as `random3d`, and for fewer than 4 voxels
-    in-plane or 2 along z.
+    Slices and columns are freed of their mean and windowed (Hann); bins are equal in width up to the Nyquist frequency,
+    16 of each kind or half of the shortest edge, so only volumes of one grid can be compared. Raises `InputError` as
+    `random3d`, and for fewer than 4 voxels in-plane or 2 along z.
     """
     volumes = _checked(volumes)
     _, depth, height, width = volumes.shape

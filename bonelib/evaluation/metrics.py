@@ -120,9 +120,9 @@ def manifold(real: np.ndarray, fake: np.ndarray, k: int = 3, k_dense: int = 5) -
 def realism(real: np.ndarray, fake: np.ndarray, k: int = 3) -> np.ndarray:
     """Realism of every row of `fake` (m, d) -> (m,); at least 1 inside the pruned manifold of `real` (n, d).
 
-    Largest ratio, over the real samples, of the distance to their k-th real neighbour to the distance to the
-    generated sample: Kynkaanniemi et al. 2019, section 5, whose pruning drops the real balls larger than the
-    median. Infinite for an exact copy. Raises `InputError` for a bad shape, NaN, or no more than k samples.
+    Largest ratio of the distance of a real sample to its k-th real neighbour to that to the generated one, over the
+    half with the smaller balls (Kynkaanniemi et al. 2019, section 5). Infinite for an exact copy. Raises `InputError`
+    as `precision_recall`.
     """
     real, fake = _pair(real, fake, "real", "fake", least=_neighbours(k) + 1, least_fake=1)
     (reach,) = _squared_radii(real, (k,))
@@ -147,10 +147,9 @@ def _squared_radii(x, ks):
 def two_sample_auc(real: np.ndarray, fake: np.ndarray, real_groups, *, seed: int = 0, folds: int = 5) -> float:
     """How well a classifier tells `fake` (m, d) from `real` (n, d) that it has not seen: 0.5 not at all, 1 always.
 
-    Classifier two-sample test (Lopez-Paz and Oquab 2017) by ridge regression on standardised features, with as much
-    ridge as there is variance in all of them; `real_groups` names n patients, who are never in two of the `folds`.
-    The mean over the folds of the area under the ROC curve. Raises `InputError` for a bad shape, NaN, or fewer
-    patients or fake samples than folds.
+    Classifier two-sample test (Lopez-Paz and Oquab 2017): mean area under the ROC curve of ridge regression on
+    standardised features over `folds`; `real_groups` names n patients, who are never in two. Raises `InputError` for a
+    bad shape, NaN, or fewer patients or fake samples than folds.
     """
     real, fake = _pair(real, fake, "real", "fake", least=2 * folds)
     names, patient = np.unique(np.asarray(real_groups), return_inverse=True)
@@ -191,13 +190,12 @@ def inception_score(probabilities: np.ndarray) -> float:
 def fixed_pattern_correlation(
     volumes: np.ndarray, inside: np.ndarray, *, groups=None, sigma: float = 3.0, pairs: int = 500, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Correlations of two samples' high-passed interiors at the same voxels: (first, second, values) of the pairs.
+    """Correlations of two samples' high-passed interiors at the same voxels: (first, second, values) of the pairs. 0
+    means independent interiors, 1 one pattern in every sample, which Frechet distance and precision do not see.
 
-    0 means independent interiors, 1 one pattern in every sample, which Frechet distance and precision do not see. Of at
-    most `pairs` pairs of different `groups` (each sample its own if None). `volumes` is (n, z, y, x), `inside` the
-    boolean mask of each eroded trabecular interior, same shape; a sample twice freed of its Gaussian mean (`sigma`
-    voxels) within its own mask is its texture, and a pair is compared where both masks hold, NaN where they share less
-    than 50 voxels. Raises `InputError` for a bad shape or NaN.
+    Of at most `pairs` pairs of different `groups` (each sample its own if None). `volumes` is (n, z, y, x), `inside`
+    the boolean mask of each eroded trabecular interior, within which a sample is twice freed of its Gaussian mean
+    (`sigma` voxels); NaN where two share less than 50 voxels. Raises `InputError` for a bad shape or NaN.
     """
     volumes, inside = np.asarray(volumes), np.asarray(inside)
     if volumes.ndim != 4 or len(volumes) < 2:

@@ -17,25 +17,12 @@ from scipy import fft, ndimage
 from skimage.measure import euler_number
 
 from bonelib import InputError
-from bonelib.evaluation.contours import BONE, SMOOTHING_MM, bounding_box, closed_slices, contours, contours_in, smoothed
+from bonelib.evaluation.contours import BONE, bounding_box, contours_in, smoothed
 from bonelib.evaluation.neighbours import gradient_at
 from bonelib.evaluation.thickness import local_thickness, thickness_and_axes
 from bonelib.scans.grids import Calibration
 from bonelib.scans.plausibility import FLAGS, flags, largest
 from bonelib.scans.volumes import Volume
-
-__all__ = [
-    "BONE",
-    "SMOOTHING_MM",
-    "closed_slices",
-    "contours",
-    "fabric",
-    "connectivity",
-    "measure",
-    "measure_or_none",
-    "segment",
-    "trabecular",
-]
 
 SEGMENTATIONS = ("gaussian", "laplace-hamming")
 LAPLACE, CUTOFF_MM = 0.45, 0.0607 / 0.3  # weight of the Laplacian; period from which on nothing is kept, 4.94 per mm

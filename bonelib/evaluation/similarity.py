@@ -63,9 +63,8 @@ def ms_ssim(a, b) -> np.ndarray:
 def diversity(volumes: np.ndarray, groups=None, *, pairs: int = 100, seed: int = 0, draws: int = 200) -> dict:
     """Mean MS-SSIM of at most `pairs` random pairs of `volumes` (n, z, y, x): high where a set repeats itself.
 
-    `groups` (n,) names each volume's patient; only volumes of different patients are compared, and whole patients are
-    resampled for the interval. A drawn volume is its own (None). Returns value, low, high, n and pairs; compare it
-    with that of real bones: neither more nor less similar to each other is good.
+    `groups` (n,) names each volume's patient (None: all differ); only different ones are compared, and whole patients
+    are resampled. Returns value, low, high, n and pairs.
     """
     groups = np.arange(len(volumes)) if groups is None else np.asarray(groups)
     first, second = pairs_between(groups, pairs, numpy_rng(seed, "ms-ssim pairs"))

@@ -1,23 +1,25 @@
 """Estimates with intervals by patient: a patient's scans are not independent, nor are pairs that share a patient.
 
-`patient_interval` resamples whole patients with replacement. Statistics that duplicates distort, such as distances to
-nearest neighbours, take `half_interval`.
+`patient_interval` resamples whole patients with replacement; statistics that duplicates distort, such as distances to
+nearest neighbours, take `half_interval`. Both call `statistic(*rows)`, see `of_rows`.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from bonelib import InputError
+from bonelib.core.random import numpy_rng
 
 FEWEST = 4  # patients; with fewer there is no interval by halves
 
 
 class Interval(NamedTuple):
-    """An estimate, the ends of its interval, and what it is of; None where a number does not exist."""
+    """An estimate, a number or an array, the ends of its interval, and what it is of; None where a number does not
+    exist."""
 
     value: Any
     low: Any
@@ -26,9 +28,26 @@ class Interval(NamedTuple):
     patients: int
 
     def parts(self) -> list[tuple[float, float | None, float | None]]:
-        """(value, low, high) of each number of an estimate that has several."""
-        ends = [[None] * len(self.value) if end is None else map(float, end) for end in (self.low, self.high)]
-        return list(zip(self.value, *ends, strict=True))
+        """(value, low, high) of each number of the estimate."""
+        values = np.ravel(self.value).tolist()
+        ends = ([None] * len(values) if end is None else np.ravel(end).tolist() for end in (self.low, self.high))
+        return list(zip(values, *ends, strict=True))
+
+    def columns(self, *names: str, sep: str = " ") -> dict[str, float | None]:
+        """Each number of the estimate under its name, its ends under "name low" and "name high"."""
+        parts = zip(names, self.parts(), strict=True)
+        return {
+            f"{name}{end}": v for name, of in parts for end, v in zip(("", f"{sep}low", f"{sep}high"), of, strict=True)
+        }
+
+
+def of_rows(statistic: Callable, *values) -> Callable:
+    """`statistic` of arrays (n, ...) as a function of rows of each, or of the same rows of all."""
+
+    def found(*rows):
+        return statistic(*(v[i] for v, i in zip(values, rows * len(values) if len(rows) == 1 else rows, strict=True)))
+
+    return found
 
 
 def patient_draws(statistic: Callable, *groups, rng: np.random.Generator, draws: int) -> np.ndarray:
@@ -47,9 +66,9 @@ def patient_interval(
 
     Draws without a value (NaN) are left out; the ends are NaN if there is none.
     """
-    values = patient_draws(statistic, *groups, rng=rng, draws=draws)
-    low, high = quantiles(values, level)
-    return Interval(statistic(*(np.arange(len(names)) for names in groups)), low, high, *_counts(groups[0]))
+    low, high = quantiles(patient_draws(statistic, *groups, rng=rng, draws=draws), level)
+    value = statistic(*(np.arange(len(names)) for names in groups))
+    return Interval(*(float(v) if np.ndim(v) == 0 else v for v in (value, low, high)), *_counts(groups[0]))
 
 
 def quantiles(values: np.ndarray, level: float = 0.95) -> np.ndarray:
@@ -59,21 +78,19 @@ def quantiles(values: np.ndarray, level: float = 0.95) -> np.ndarray:
         return np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
-def half_interval(
-    statistic: Callable, *groups, rng: np.random.Generator, draws: int = 200, level: float = 0.95
-) -> Interval:
-    """`statistic(*rows)` with its interval by random halves of the patients of each set, without replacement.
+def half_interval(statistic: Callable, *groups, rng: np.random.Generator, draws: int = 200) -> Interval:
+    """`statistic(*rows)` with its 95 % interval by random halves of the patients of each set, without replacement.
 
     Duplicates of a draw with replacement collapse k-NN radii to zero and lift FD and KID. The deviations of the draws
     from their mean are laid about the value of all rows, scaled by sqrt(m / (n - m)) for m of n patients of the first
-    set (Shao and Wu 1989); an interval of a share may therefore end beyond 0 or 1. Each of `groups` names the patients
-    of one set, or its samples. No interval for fewer than 4 patients.
+    set (Shao and Wu 1989); an interval of a share may therefore end beyond 0 or 1. No interval for fewer than 4
+    patients.
     """
     value = statistic(*(np.arange(len(names)) for names in groups))
     known = [np.unique(np.asarray(names), return_inverse=True) for names in groups]
-    counts = _counts(groups[0])
+    none = Interval(float(value) if np.ndim(value) == 0 else value, None, None, *_counts(groups[0]))
     if min(len(names) for names, _ in known) < FEWEST or not np.isfinite(value).all():
-        return Interval(value, None, None, *counts)
+        return none
     values = []
     for _ in range(draws):
         chosen = [rng.choice(len(names), len(names) // 2, replace=False) for names, _ in known]
@@ -81,15 +98,35 @@ def half_interval(
         try:
             values.append(statistic(*rows))
         except InputError:  # half of them are too few
-            return Interval(value, None, None, *counts)
+            return none
     values = np.array(values, float)
     values = values[np.isfinite(values.reshape(draws, -1)).all(1)]
     if len(values) < 2:
-        return Interval(value, None, None, *counts)
+        return none
     n, half = len(known[0][0]), len(known[0][0]) // 2
-    spread = quantiles(values - values.mean(axis=0), level)
-    low, high = np.asarray(value, float) + np.sqrt(half / (n - half)) * spread
-    return Interval(value, *((float(low), float(high)) if low.ndim == 0 else (low, high)), *counts)
+    low, high = np.asarray(value, float) + np.sqrt(half / (n - half)) * quantiles(values - values.mean(axis=0))
+    return none._replace(**dict(low=float(low), high=float(high)) if low.ndim == 0 else dict(low=low, high=high))
+
+
+def against_real(
+    statistic: Callable, sets: dict[str, np.ndarray], patients, *key, seed: int, draws: int
+) -> Iterator[tuple[str, int, dict]]:
+    """`statistic(real, set, patients)`, one number or several, of each of `sets` (n, ...) but "real" and "other real".
+
+    Yields the name of the set, the place of the number, and it with its interval by halves of `patients`, those of
+    "real", which are the same for all sets: value, low, high, real_against_real, n_real, n_fake, n_other.
+    """
+    real, other, patients = sets["real"], sets["other real"], np.asarray(patients)
+    reference = np.ravel(statistic(real, other, patients)).tolist()
+    for name in [name for name in sets if name not in ("real", "other real")]:
+        fake = sets[name]
+        of_halves = of_rows(statistic, real, fake, patients)
+        found = half_interval(
+            lambda i, j, of=of_halves: of(i, j, i), patients, range(len(fake)), rng=numpy_rng(seed, *key), draws=draws
+        )
+        counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other))
+        for k, (value, low, high) in enumerate(found.parts()):
+            yield name, k, dict(value=value, low=low, high=high, real_against_real=reference[k]) | counts
 
 
 def bounded(low: float | None, high: float | None, limits: tuple[float, float]) -> tuple[float | None, float | None]:
@@ -109,8 +146,24 @@ def patient_mean(values, patients, *, rng: np.random.Generator, draws: int) -> I
     means = patient_means(values, patients)
     if not len(means):
         return Interval(np.nan, np.nan, np.nan, 0, 0)
-    found = patient_interval(lambda rows: float(means[rows].mean()), range(len(means)), rng=rng, draws=draws)
-    return found._replace(low=float(found.low), high=float(found.high), N=int(np.isfinite(values).sum()))
+    found = patient_interval(of_rows(np.mean, means), range(len(means)), rng=rng, draws=draws)
+    return found._replace(N=int(np.isfinite(values).sum()))
+
+
+def mean_rows(measures: dict[str, Any], patients, *key, seed: int, draws: int, column: str = "measure") -> list[dict]:
+    """`patient_mean` of every one of `measures` {name: values (n,)} as a row; draws are the same for the same key."""
+    how = {name: dict(rng=numpy_rng(seed, *key, name), draws=draws) for name in measures}
+    return [{column: name} | patient_mean(v, patients, **how[name])._asdict() for name, v in measures.items()]
+
+
+def pivoted(rows: list[dict], line: str, column: str) -> list[dict]:
+    """Rows with intervals as a table to be read: a line, and a column, for each value of the columns of these names."""
+    lines = {}
+    for r in rows:
+        text = f"{r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g})" if r["N"] else "none can be read"
+        lines.setdefault(r[line], {})[r[column]] = text
+    columns = dict.fromkeys(r[column] for r in rows)
+    return [{"": name} | {key: cells.get(key, "") for key in columns} for name, cells in lines.items()]
 
 
 def pair_mean(values, pairs, *, rng: np.random.Generator, draws: int, over=None) -> Interval:
@@ -141,21 +194,19 @@ def pair_mean(values, pairs, *, rng: np.random.Generator, draws: int, over=None)
 def pairs_between(groups, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """At most `most` random pairs (first, second) of samples of different `groups` (n,)."""
     names = np.asarray(groups)
-    first, second = np.triu_indices(len(names), 1)
-    apart = names[first] != names[second]
-    first, second = first[apart], second[apart]
-    order = rng.permutation(len(first))[:most]
-    return first[order], second[order]
+    pairs = np.stack(np.triu_indices(len(names), 1))
+    pairs = pairs[:, names[pairs[0]] != names[pairs[1]]]
+    first, second = pairs[:, rng.permutation(pairs.shape[1])[:most]]
+    return first, second
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counted half."""
-    positives, negatives = np.asarray(positives, float), np.asarray(negatives, float)
     ranks = stats.rankdata(np.concatenate([positives, negatives]))[: len(positives)]
     return float((ranks.mean() - (len(positives) + 1) / 2) / len(negatives))
 
 
-def tpr_at(positives: np.ndarray, negatives: np.ndarray, fpr: float = 0.01) -> float:
+def tpr_at(positives: np.ndarray, negatives: np.ndarray, fpr: float) -> float:
     """Share of positives above the threshold that at most a share `fpr` of the negatives exceeds."""
     negatives = np.sort(np.asarray(negatives, float))[::-1]
     threshold = negatives[min(int(fpr * len(negatives)), len(negatives) - 1)]

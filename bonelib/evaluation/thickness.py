@@ -169,12 +169,9 @@ def _off_border(mask):
 
 
 def _to_points(inside, points, shifts, spacing, *, surface):
-    """Distance in mm of the voxels inside to the nearest of `points` (flat indices), each moved by its shift in mm.
-
-    If `surface`, the points are all that lie next to the structure, the shift is at right angles to a surface, and the
-    distance is that to its tangent plane: the point whose voxel is nearest may lie some voxels to the side. Else the
-    points that are nearest to the six neighbours are tried as well. `FAR` outside.
-    """
+    """Distance in mm of the voxels inside to the nearest of `points` (flat indices), each moved by its shift in mm. If
+    `surface`, the shift is at right angles to a surface, and the distance is that to its tangent plane; else the points
+    nearest to the six neighbours are tried as well. `FAR` outside."""
     shape, steps = inside.shape, steps_of(inside.shape)
     row, away = np.zeros(inside.size, np.int32), np.ones(shape, bool)
     row[points] = np.arange(len(points), dtype=np.int32)

@@ -14,10 +14,8 @@ from bonelib.latent.transition import energy, line, minimise
 
 
 def conditions(rows: list[dict], people: dict[str, dict], density, grades=None) -> dict[str, np.ndarray]:
-    """Age, sex (F 0, M 1), trabecular density and grade of the bones of `rows`, as far as they are known: name to (n,).
-
-    `density` and `grades`, where they are given, have one number a bone.
-    """
+    """Age, sex (F 0, M 1), trabecular density and grade of the bones of `rows`, as far as they are known and vary: name
+    to (n,). `density` and `grades`, where they are given, have one number a bone."""
 
     def numbers(key, meaning):
         return np.array([meaning(people.get(row["patient"], {}).get(key) or "nan") for row in rows])
@@ -65,12 +63,12 @@ class IntrinsicMean(NamedTuple):
 
 
 def intrinsic_mean(draw: Callable[[Tensor], Tensor], codes: Tensor, points: int, steps: int) -> IntrinsicMean:
-    """The Fréchet mean of `codes` (n, *code): whose squared geodesic distances to them add up to the least.
+    """The Fréchet mean of `codes` (n, *code): whose squared geodesic distances to them (`transition.geodesic`, of the
+    volumes that `draw` makes) add up to the least.
 
-    Distances are those of `transition.geodesic`, of the volumes that `draw` makes of codes. Of a polygon with held
-    ends, the least energy is half the squared length. So one minimisation, over the mean and the inner codes of the
-    `points` of every path together, finds the mean and all geodesics; it takes at most `steps` iterations of L-BFGS
-    from the straight mean.
+    Of a polygon with held ends, the least energy is half the squared length: so one minimisation, over the mean and the
+    inner codes of the `points` of every path together, finds all, by at most `steps` iterations of L-BFGS from the
+    straight mean.
     """
     if points < 3:
         raise InputError(f"paths of {points} codes have none between their ends; at least 3 are needed")

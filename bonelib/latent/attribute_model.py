@@ -1,8 +1,7 @@
 """A generator whose attributes can be read: ranges, what goes together, and how far out a code lies.
 
 A *code* is what `synthesize` takes: (n, d), or (n, layers, d) with a style a layer. A *shift* is (n, d); it is added to
-all styles of a code alike. Whatever reads attributes is a function of codes, `read(codes) -> (n, attributes)`, which
-torch can differentiate.
+all styles of a code alike. `read(codes) -> (n, attributes)` is differentiable.
 """
 
 from collections.abc import Callable
@@ -29,12 +28,11 @@ STORED = ("low", "high", "centre", "shape", "max_mahalanobis", "mean", "spread",
 class AttributeModel(NamedTuple):
     """A generator whose attributes can be read and asked for.
 
-    `read(codes)` gives attributes `names` (n, k). `low`, `high` (k,): the calibrated range, outside of which nothing is
-    drawn. `centre` (k,) and `shape` (k, k), mean and covariance of the attributes of samples, and `max_mahalanobis`,
-    the distance from the mean that `LIKELY` of them do not exceed, say which attributes go together (`mahalanobis`).
-    `read_with_margin(codes)` (n, k + 1), where readings can be lost: `read`, and behind it how far they are from that.
-    `mean` (d,), `spread` (d, d): of the generator's codes, a code is mean + spread @ white; `max_latent_norm`: the norm
-    of white that `PLAUSIBLE` of them do not exceed.
+    `read(codes)` gives attributes `names` (n, k), of which `low` and `high` (k,) are the calibrated range. `centre`
+    (k,), `shape` (k, k) and `max_mahalanobis`, the distance from the mean that `LIKELY` samples do not exceed, say
+    which attributes go together. `read_with_margin(codes)` (n, k + 1), where readings can be lost: `read`, and behind
+    it how far they are from that. `mean` (d,), `spread` (d, d): a code is mean + spread @ white, and `max_latent_norm`
+    the norm of white that `PLAUSIBLE` of them do not exceed.
     """
 
     read: Callable[[Tensor], Tensor]
@@ -76,10 +74,8 @@ class AttributeModel(NamedTuple):
         return float((off @ torch.linalg.solve(self.shape[asked][:, asked].double(), off)).sqrt())
 
     def attainable_range(self, values: Tensor, k: int) -> tuple[float, float]:
-        """Between which values attribute `k` of a bone with attributes (k,) may be asked for, with all else held.
-
-        The part of the calibrated range where `mahalanobis` is at most `max_mahalanobis`, or that of the bone itself.
-        """
+        """Between which values attribute `k` of a bone with attributes (k,) may be asked for, with all else held: the
+        part of the calibrated range where `mahalanobis` is at most `max_mahalanobis`, or that of the bone itself."""
         inverse, off = torch.linalg.inv(self.shape.double()), (values - self.centre).double()
         off[k] = 0
         bend, tilt = float(inverse[k, k]), float(inverse[k] @ off)
@@ -99,11 +95,8 @@ def shifted(codes: Tensor, shift: Tensor) -> Tensor:
 
 
 def readers(generator, gauge: SurrogateMorphometry, data: dict) -> tuple[Callable, Callable]:
-    """`read(codes)` on what the generator itself draws, without noise, and `read_with_margin`, which adds the margin of
-    the cortex. `data` is of the model's config.json.
-
-    Super-resolution is left out: it keeps the mean of every block of voxels, which is all that a gauge looks at.
-    """
+    """`read(codes)` on what the generator itself draws, without noise, and `read_with_margin`. `data` is of the model's
+    config.json. Super-resolution keeps the mean of every block of voxels, which is all that a gauge looks at."""
     draw, (low, high) = coarsely(generator), data["intensity"]
     spacing = [mm * 2 ** (generator.stages - trunk(generator).stages) for mm in data["spacing_mm"]]
 
@@ -145,11 +138,11 @@ def calibrate(
     within=None,
     read_with_margin=None,
 ):
-    """An `AttributeModel` for a generator: range and plausible density from samples of its own, with their readings.
+    """An `AttributeModel` for a generator from samples of its own, the codes (samples, d) and their readings (samples,
+    k).
 
     `within` (low, high), each (k,) with NaN for no bound, narrows the range, as to what a gauge was fitted on. If fewer
-    than `LEAST` of the samples can be measured, the range is NaN and nothing can be asked for. Returns the instrument,
-    the codes (samples, d) and their readings (samples, k).
+    than `LEAST` of the samples can be measured, the range is NaN and nothing can be asked for.
     """
 
     def drawn(n, purpose):

@@ -60,7 +60,7 @@ def choose_pairs(
     """`count` pairs (all, if there are fewer) of codes of two patients, in random order.
 
     `values` (n,) is an attribute of every code, NaN where it is not known. Both codes are among the lowest `share` of
-    it; `opposite`: the first among the lowest, and the second among the highest. Raises `InputError` if there are none.
+    it, or, `opposite`, the second among the highest. Raises `InputError` if there are none.
     """
     values = np.asarray(values, float)
     known = np.flatnonzero(np.isfinite(values))
@@ -89,11 +89,8 @@ def scan_of(data: Stacks, row: dict) -> Volume:
 
 
 def decode(model: Model, code: Tensor, seed: int, voxel_mm: float = 0.0) -> Volume:
-    """The bone of one code in mg HA/cm3, on the grid of the scans or, up to `voxel_mm`, on a coarser one.
-
-    All bones of a seed get the same noise, so that two of them differ by their codes alone. The coarser grid holds the
-    means of the finer one's blocks of voxels: super-resolution keeps them, and need not be drawn for it.
-    """
+    """The bone of one code in mg HA/cm3, on the grid of the scans or, up to `voxel_mm`, on a coarser one, without the
+    super-resolution, which keeps the means of blocks. All bones of a seed get the same noise."""
     data = model.config["data"]
     halvings = int(math.log2(max(1.0, voxel_mm / min(data["spacing_mm"]))))
     enlarged = model.generator.stages - trunk(model.generator).stages
@@ -135,9 +132,7 @@ def along(
     model: Model, codes: Tensor, pairs: list[tuple[int, int]], between: list[Tensor], seed: int, measure: Callable
 ) -> list[list]:
     """`measure` along one path of bones a pair: [of the first bone, of those `between` (k, *code), of the last].
-
-    `pairs` are places in `codes` (n, *code); bones that end several paths are drawn and measured once.
-    """
+    `pairs` are places in `codes` (n, *code); bones that end several paths are drawn and measured once."""
     ends = sorted({i for pair in pairs for i in pair})
     found = each_measured(model, torch.cat([codes[ends], *between]), seed, measure)
     at, rest = dict(zip(ends, found, strict=False)), iter(found[len(ends) :])

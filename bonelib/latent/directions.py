@@ -4,6 +4,7 @@ Ridge and logistic regression give a straight direction; the forward and reverse
 along a bent one where these earn it. Codes are (n, d): one style of a bone.
 """
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
 from bonelib import InputError
@@ -20,6 +22,7 @@ PENALTIES = tuple(10.0**p for p in range(-4, 3))  # of the ridge, in shares of t
 FOLDS = 5
 STEPS_OF_LOGISTIC = 200
 LEAST = 20  # codes with labels from which directions are learned
+HALVINGS = 40  # of the distance of two codes, between which a surface is found
 ENDS = (0.4, 0.6)  # classes are codes below the first and above the second quantile
 
 
@@ -47,7 +50,7 @@ def ridge(codes: Tensor, values: Tensor, groups=None) -> tuple[Direction, float]
         for k in range(FOLDS):
             weights, offset = _ridge(x[fold != k], y[fold != k], penalty)
             predicted[fold == k] = x[fold == k] @ weights + offset
-        scores.append(float(1 - (predicted - y).square().sum() / (y - y.mean()).square().sum()))
+        scores.append(r2(predicted, y))
     weights, offset = _ridge(x, y, PENALTIES[int(np.argmax(scores))])
     slope = float(weights.norm())
     return Direction((weights / slope).float(), slope, float(offset)), max(scores)
@@ -78,11 +81,8 @@ def ridges(codes: Tensor, values: Tensor, names) -> tuple[dict[str, Direction], 
 
 
 def _ridge(x, y, penalty):
-    mean = x.mean(0)
-    square = (x - mean).T @ (x - mean)
-    square = square + penalty * square.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(square, (x - mean).T @ (y - y.mean()))
-    return weights, y.mean() - mean @ weights
+    found = Ridge(float(penalty * len(x) * x.var(0, correction=0).mean()), solver="cholesky").fit(x.numpy(), y.numpy())
+    return torch.from_numpy(found.coef_), float(found.intercept_)
 
 
 def logistic(codes: Tensor, labels: Tensor, penalty: float = 1e-2) -> Direction:
@@ -124,11 +124,8 @@ class _Trained(NamedTuple):
 
 
 def _perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
-    """Dense layers of these sizes, with a smooth rectifier between them.
-
-    Behind leaky rectifiers, as in Fetty et al.'s encoder, decision surfaces are made of planes: their curvature would
-    be 0 at every point whatever was learned.
-    """
+    """Dense layers of these sizes, with a smooth rectifier between them: behind leaky ones, as in Fetty et al.'s
+    encoder, decision surfaces are made of planes, whose curvature is 0 whatever was learned."""
     layers = []
     for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(a, b)]
@@ -140,11 +137,9 @@ def _perceptron(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
 def search(
     inputs: Tensor, outputs: Tensor, left_out: Tensor, *, seed: int, tries: int, epochs: int, least: int = 1
 ) -> _Trained:
-    """The best of `tries` perceptrons with random widths, dropout and rate, by its score where `left_out` (n,) is True.
-
-    `outputs` are labels (n,), for a classifier, or vectors (n, d). At least `least` hidden layers, up to two more.
-    Fetty et al., "Latent space models, and model selection"; their budget is not stated.
-    """
+    """The best of `tries` perceptrons with random widths, dropout and rate, by its score where `left_out` (n,) is True
+    (Fetty et al., "Latent space models, and model selection"). `outputs` are labels (n,), for a classifier, or vectors
+    (n, d). At least `least` hidden layers, up to two more."""
     best = None
     for i in range(tries):
         rng = numpy_rng(seed, "network", i)
@@ -168,21 +163,20 @@ def _trained(inputs, outputs, left_out, widths, dropout, rate, epochs, seed, num
         for _ in range(epochs):
             for rows in torch.randperm(len(x))[: len(x) // batch * batch].split(batch):
                 found = network(x[rows])
-                loss = (
-                    F.binary_cross_entropy_with_logits(found[:, 0], y[rows]) if classes else F.mse_loss(found, y[rows])
-                )
+                logits, wanted = (found[:, 0] if classes else found), y[rows]
+                loss = F.binary_cross_entropy_with_logits(logits, wanted) if classes else F.mse_loss(logits, wanted)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 schedule.step()
     network.requires_grad_(False).eval()
     found, truth = network(inputs[left_out]), outputs[left_out].float()
-    score = accuracy(found[:, 0], truth) if classes else _r2(found, truth)
+    score = accuracy(found[:, 0], truth) if classes else r2(found, truth)
     return _Trained(network, score, widths, rate)
 
 
-def _r2(predicted: Tensor, truth: Tensor) -> float:
-    """Share of the variance of vectors (n, d) that is predicted, over all their entries."""
+def r2(predicted: Tensor, truth: Tensor) -> float:
+    """Share of the variance of numbers (n,) or vectors (n, d) that is predicted, over all entries."""
     return float(1 - (predicted - truth).square().sum() / (truth - truth.mean(0)).square().sum())
 
 
@@ -217,48 +211,54 @@ def bent(network: nn.Sequential, back: nn.Module) -> Way:
 
 def formula3(way: Way, codes: Tensor, mean: Tensor, tau: float, alpha: float) -> Tensor:
     """Codes (n, d) moved by formula (3) of Fetty et al.: drawn to the `mean` code (d,) by the truncation `tau`, then
-    moved by `alpha` along the normal. On a straight way this is mean + tau (w - mean) + alpha normal."""
+    moved by `alpha` along the normal."""
     inner, centre = way.forward(codes), way.forward(mean[None])
     return way.reverse(centre + tau * (inner - centre) + alpha * way.normal)
+
+
+def told_apart(x: Tensor, labels: Tensor, left: Tensor, codes: Tensor, apart: Tensor, **budget) -> tuple:
+    """What tells labels (n,) of codes x (n, d) apart: a plane, the best network of `search`, and its way back to
+    `codes` (m, d); and how well on those that are left out, `left` (n,) and `apart` (m,), with what the rule takes."""
+    plane, deep = logistic(x[~left], labels[~left]), search(x, labels, left, **budget)
+    back = search(hidden(deep.network, codes), codes, apart, **budget)
+    plain = accuracy(plane.value(x[left]), labels[left])
+    scores = {"logistic": plain, "network": deep.score, "R2 of the way back": back.score}
+    return plane, deep, back, scores | {"taken": chosen(back.score, deep.score, plain)}
 
 
 def compare_linear_nonlinear(
     codes: Tensor, values: Tensor, *, seed: int, tries: int, epochs: int, points: int, tangents: int
 ) -> dict:
-    """Logistic regression and networks on codes (n, d) with the lowest and highest 40 % of `values` (n,), as one row.
-
-    Accuracies and R2 of the way back are those of every fourth code, which was left out; then what the rule takes, and
-    mean, SD and median largest principal curvature of the network's decision surface at `points`. Fewer than `LEAST`
-    codes are not parted: then the row holds their number alone.
-    """
+    """Logistic regression and networks on codes (n, d) with the lowest and highest 40 % of `values` (n,), as one row:
+    accuracies and R2 of the way back on every fourth code, which was left out, what the rule takes, and mean, SD and
+    median largest principal curvature of the network's decision surface. Fewer than `LEAST` codes are not parted."""
     if len(codes) < LEAST:
         return {"N": len(codes)}
     low, high = values.quantile(torch.tensor(ENDS))
     ends = (values < low) | (values > high)
     x, y = codes[ends], values[ends] > high
-    left = torch.arange(len(x)) % 4 == 0
-    plain = accuracy(logistic(x[~left], y[~left]).value(x[left]), y[left])
-    deep = search(x, y, left, seed=seed, tries=tries, epochs=epochs)
-    inner = hidden(deep.network, codes)
-    back = search(inner, codes, torch.arange(len(codes)) % 4 == 0, seed=seed, tries=tries, epochs=epochs)
-    row = {"N": len(x), "N left out": int(left.sum()), "logistic": plain, "network": deep.score}
-    row |= {"R2 of the way back": back.score, "taken": chosen(back.score, deep.score, plain)}
-    deep.network.double()
-
-    def odds(z):
-        return deep.network(z.double())[:, 0]
-
+    left, apart = (torch.arange(len(v)) % 4 == 0 for v in (x, codes))
+    _, deep, _, scores = told_apart(x, y, left, codes, apart, seed=seed, tries=tries, epochs=epochs)
+    row = {"N": len(x), "N left out": int(left.sum())} | scores
     try:
-        bent = curvature(odds, surface_points(odds, x, points, seed=seed), seed=seed, tangents=tangents)
+        bent = bending(deep.network, x, points, seed=seed, tangents=tangents)
     except InputError:  # the network says the same of all codes
         return row | {"points": 0}
     row |= {"points": points, "mean curvature": float(bent.mean.mean()), "SD": float(bent.mean.std())}
     return row | {"largest principal, median": float(bent.largest.abs().median())}
 
 
-def surface_points(
-    function: Callable[[Tensor], Tensor], codes: Tensor, n: int, *, seed: int, halvings: int = 40
-) -> Tensor:
+def bending(network: nn.Module, codes: Tensor, points: int, *, seed: int, tangents: int) -> "Curvature":
+    """The `curvature` of a classifier's decision surface at points between codes; raises as `surface_points`."""
+    exact = copy.deepcopy(network).double()
+
+    def odds(z):
+        return exact(z.double())[:, 0]
+
+    return curvature(odds, surface_points(odds, codes, points, seed=seed), seed=seed, tangents=tangents)
+
+
+def surface_points(function: Callable[[Tensor], Tensor], codes: Tensor, n: int, *, seed: int) -> Tensor:
     """`n` points (n, d) where `function` (n, d) -> (n,) is 0, on lines between random codes on either side.
 
     Raises `InputError` if all codes lie on one side.
@@ -269,7 +269,7 @@ def surface_points(
     rng = numpy_rng(seed, "surface points")
     inner, outer = (torch.from_numpy(rng.choice(np.flatnonzero(mask.numpy()), n)) for mask in (~side, side))
     low, high = codes[inner], codes[outer]
-    for _ in range(halvings):
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         above = (function(middle) > 0)[:, None]
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
@@ -289,8 +289,8 @@ def curvature(
     """Curvature of the surface function = 0 at points on it, (n, d), in 1 / unit of the codes.
 
     The normal curvature along a unit tangent t is t' H t / |g|, with gradient g and Hessian H: positive where the
-    surface bends away from the side of larger values, 1 / R of a sphere whose inside is negative. `mean` averages it
-    over random tangents, as Fetty et al. do with 512, or over all of them, from the trace of H, if `tangents` is None.
+    surface bends away from the side of larger values. `mean` averages it over random tangents, as Fetty et al. do with
+    512, or over all of them, from the trace of H, if `tangents` is None.
     """
 
     def at(point):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.differentiable import UNITS
-from bonelib.evaluation.statistics import patient_draws, patient_interval, quantiles
+from bonelib.evaluation.statistics import of_rows, patient_draws, patient_interval, quantiles
 from bonelib.latent.attribute_model import AttributeModel, jacobian, readings, shifted
 from bonelib.latent.directions import Direction
 
@@ -48,37 +48,25 @@ def subjects(tool: AttributeModel, inverted: Tensor, patients: list[str], sample
 def effect_matrix(
     tool: AttributeModel, codes: Tensor, vectors: dict[str, Tensor], groups, *, step: float, seed: int, draws: int
 ) -> list[dict]:
-    """The effect of every direction on every attribute, per unit of the code: central differences over +-`step`.
-
-    Rows: direction, attribute, N codes, effect in the attribute's unit with its interval, the same in shares of the
-    calibrated range, and cross-talk, the direction's largest share on another attribute over that on this one.
-    """
+    """The effect of every direction on every attribute, per unit of the code, by central differences over +-`step`: a
+    row each, with its interval, the share of the calibrated range, and cross-talk, the direction's largest share on
+    another attribute over that on this one."""
     rows = []
     for name, vector in vectors.items():
-        change = (
-            readings(tool.read, shifted(codes, step * vector)) - readings(tool.read, shifted(codes, -step * vector))
-        ) / (2 * step)
-        change = change.double().numpy()
-
-        def means(rows, change=change):
-            return _mean(change[rows])
-
-        mean, low, high, *_ = patient_interval(means, groups, rng=numpy_rng(seed, "effects", name), draws=draws)
+        ahead, behind = (readings(tool.read, shifted(codes, way * vector)) for way in (step, -step))
+        change, rng = ((ahead - behind) / (2 * step)).double().numpy(), numpy_rng(seed, "effects", name)
+        mean, low, high, *_ = patient_interval(of_rows(_mean, change), groups, rng=rng, draws=draws)
         shares = np.abs(mean) / tool.span.numpy()
         for k, attribute in enumerate(tool.names):
-            others = np.delete(shares, k).max()
-            counts = dict(direction=name, attribute=attribute, N=int(np.isfinite(change[:, k]).sum()))
+            row = dict(direction=name, attribute=attribute, N=int(np.isfinite(change[:, k]).sum()))
             values = {
                 "effect": mean[k],
                 "low": low[k],
                 "high": high[k],
                 "share of range": mean[k] / float(tool.span[k]),
             }
-            rows.append(
-                counts
-                | {key: float(v) for key, v in values.items()}
-                | {"cross-talk": float(others / max(shares[k], 1e-9))}
-            )
+            values["cross-talk"] = np.delete(shares, k).max() / max(shares[k], 1e-9)
+            rows.append(row | {key: float(v) for key, v in values.items()})
     return rows
 
 
@@ -98,11 +86,8 @@ def responses(tool: AttributeModel, codes: Tensor, vector: Tensor, alphas) -> np
 
 
 def linear_range(alphas, response: np.ndarray) -> float:
-    """The largest alpha up to which a response (alphas,) stays within 10 % of the line through its smallest steps.
-
-    Both signs are looked at; `alphas` are symmetric about 0 and hold it. 0 where already the second step is off. A step
-    behind which nothing can be read (NaN) is off.
-    """
+    """The largest alpha up to which a response (alphas,), symmetric about 0, stays within 10 % of the line through its
+    smallest steps on both sides; 0 where already the second step is off, or cannot be read (NaN)."""
     alphas, response = np.asarray(alphas, float), np.asarray(response, float)
     least = np.abs(alphas[alphas != 0]).min()
     near = np.isclose(np.abs(alphas), least)
@@ -136,9 +121,8 @@ def by_rank(
     """Effects (directions, k) of all directions (d, d), strongest eigenvalue first, and what goes with their rank.
 
     The effect is the root mean square over codes of the derivative per unit of the code, in shares of the range. Rows:
-    attribute, Spearman's correlation of effect and rank (1 is the largest eigenvalue) with its interval, and the same
-    for the attribute's part in all effects of a direction: positive if small eigenvalues carry it. NaN if none is
-    read.
+    Spearman's correlation of effect and rank with its interval, and the same for the attribute's part in all effects of
+    a direction: positive if small eigenvalues carry it.
     """
     _, slopes = jacobian(tool.read, codes)
     kept = slopes.isfinite().all(-1).all(-1)
@@ -153,16 +137,14 @@ def by_rank(
     some = patient_draws(found, groups, rng=numpy_rng(seed, "ranks"), draws=draws)
     value, rows = found(np.arange(len(squares))), []
     # Fewer different codes blur the ranks of every draw: deviations from the draws' own mean are laid about the value
-    low, high = value + quantiles(some) - some.mean(0)
+    ends = value + quantiles(some) - some.mean(0)
+    numbers = zip(("rank", "low", "high"), (value, *ends), strict=True)
+    named = {
+        f"{key}, {what}": v[:, j] for what, v in numbers for j, key in enumerate(("effect", "part of all effects"))
+    }
     for k, attribute in enumerate(tool.names):
         row = dict(attribute=attribute, N=len(squares), directions=len(rank))
-        for j, key in enumerate(("effect", "part of all effects")):
-            row |= {
-                f"{key}, rank": float(value[k, j]),
-                f"{key}, low": float(low[k, j]),
-                f"{key}, high": float(high[k, j]),
-            }
-        rows.append(row)
+        rows.append(row | {name: float(values[k]) for name, values in named.items()})
     return np.sqrt(_mean(squares)).T, rows
 
 

@@ -34,20 +34,12 @@ CODE = code_hash(sys.modules[__name__], inversion, networks, training, dataset, 
 
 
 def train_encoder(
-    params: EncoderTraining,
-    model: Model,
-    data: Stacks,
-    folder: str | Path,
-    *,
-    state: str | Path,
-    seed: int,
-    say=print,
+    params: EncoderTraining, model: Model, data: Stacks, folder: str | Path, *, state: str | Path, seed: int, say=print
 ) -> tuple[Inverter, list[dict]]:
     """Train the encoder of a model by eq. (6) or (9), or on sampled pairs (Fetty et al. 2020); returns its curves too.
 
-    Writes encoder.safetensors, its weights in float16, and encoder.json. The generator and its critic stay as they are.
-    Killed, it goes on from the newest state in `state`, bit for bit. Raises `InputError` if it diverges, or when asked
-    to stop.
+    Writes encoder.safetensors, in float16, and encoder.json. Killed, it goes on from the newest state in `state`, bit
+    for bit. Raises `InputError` if it diverges, or when asked to stop.
     """
     folder, state = Path(folder), Path(state)
     patients = sorted({row["patient"] for row in data.of("train")})
@@ -64,8 +56,8 @@ def train_encoder(
     pool = data.pooled(data.of("train"), max(0, times - 1))
     watched = inversion.targets(model, data, data.of("held-out")[:WATCHED]).to(inversion.place_of(model))
     with torch.no_grad():
-        watched = _Watched(watched, critic_features(model.critic, watched))
-    step = partial(_step, params, model, objects, _Real(pool, bool(times), seed), watched)
+        features = critic_features(model.critic, watched)
+    step = partial(_step, params, model, objects, _Real(pool, bool(times), seed, watched), features)
     at = run.run(step, objects, end=params.samples, state=state, fingerprint=identity, name="encoder", say=say)
     inverter = _at_rest(Inverter(average, latent_discriminator))
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +67,7 @@ def train_encoder(
     checkpoint.unpack(weights, **_parts(inverter))
     curves = [dict(zip(CURVES, point, strict=True)) for point in at.curves]
     write_table(folder / "encoder-curves.csv", curves)
-    content = {
-        "run": identity,
-        "encoder": json.loads(params.model_dump_json()),
-        "model": _learned_from(model.config["sha256"]),
-    }
+    content = dict(run=identity, encoder=params.model_dump(mode="json"), model=_learned_from(model.config["sha256"]))
     checkpoint.write_json(folder / "encoder.json", content)
     return inverter, curves
 
@@ -120,34 +108,24 @@ def _at_rest(inverter: Inverter) -> Inverter:
 
 def _new_inverter(params: EncoderTraining, model: Model) -> Inverter:
     how, statistics = model.how, getattr(model.critic, "statistics", None)
-    encoder = build_encoder(
-        how.generator,
-        dense=params.dense,
-        norm=params.norm,
-        haar=how.haar,
-        precision=how.precision,
-        statistics=None if statistics is None else statistics[-1],
-    )
+    seen = dict(haar=how.haar, statistics=None if statistics is None else statistics[-1])
+    encoder = build_encoder(how.generator, dense=params.dense, norm=params.norm, precision=how.precision, **seen)
     place, code = inversion.place_of(model), how.generator.code
     latent_discriminator = LatentDiscriminator(code).to(place) if params.prior == "discriminator" else None
     return Inverter(encoder.to(place), latent_discriminator)
 
 
 class _Real(NamedTuple):
-    """Real volumes, on a grid once finer than needed where that is to be `halved`."""
+    """Real volumes, on a grid once finer than needed where that is to be `halved`; held-out ones that are watched."""
 
     pool: Tensor
     halved: bool
     seed: int
+    watched: Tensor
 
 
-class _Watched(NamedTuple):
-    volumes: Tensor
-    features: list[Tensor]
-
-
-def _step(params, model: Model, objects: dict, real: _Real, watched: _Watched, at: run.Progress) -> dict[str, float]:
-    """One update of the encoder, and of the latent discriminator if there is one."""
+def _step(params, model: Model, objects: dict, real: _Real, features: list[Tensor], at: run.Progress):
+    """One update of the encoder, and of the latent discriminator; `features` are the critic's of what is watched."""
     generator, latent_discriminator = trunk(model.generator), objects.get("latent_discriminator")
     for adam in (objects[name] for name in objects if name.startswith("adam")):
         adam.param_groups[0]["lr"] = params.rate * run.rate_at(at.seen / at.end, params.final_decay)
@@ -170,9 +148,8 @@ def _step(params, model: Model, objects: dict, real: _Real, watched: _Watched, a
     run.update_ema(objects["average"], objects["encoder"], params.ema, at.seen // params.batch)
     at.seen += params.batch
     with torch.no_grad():
-        drawn = generator.synthesize(objects["average"](watched.volumes))
-        features = critic_features(model.critic, drawn)
-        unseen = distortion(watched.volumes, drawn), perceptual(watched.features, features)
+        drawn = generator.synthesize(objects["average"](real.watched))
+        unseen = distortion(real.watched, drawn), perceptual(features, critic_features(model.critic, drawn))
     values = (*(float(term.detach().mean()) for term in (*terms, *unseen)), auc)
     return dict(zip(CURVES[1:], values, strict=True))
 

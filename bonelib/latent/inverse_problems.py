@@ -1,11 +1,9 @@
 """Bones from degraded observations of them: maximum a posteriori inversion through a forward operator.
 
-An observation is y = A x + n with white noise n, where the operator A averages blocks of voxels, leaves all as it is,
-or moves the arm while it is scanned. What is known of a bone x beforehand is x = m + r: a first estimate m and a
-deviation r that is Gaussian and stationary. With the mean bone as m, the most probable x is the Wiener filter. With
-m = G(w), the volume of a code w, it is inversion through the operator (Marinescu et al. 2020, "Bayesian image
-reconstruction using deep generative models"), with what no code can draw taken from the observation. Volumes are
-intensities.
+An observation is y = A x + n with white noise n. Beforehand a bone is x = m + r: a first estimate m and a deviation r
+that is Gaussian and stationary. With the mean bone as m, the most probable x is the Wiener filter; with m = G(w), the
+volume of a code w, it is inversion through the operator (Marinescu et al. 2020, "Bayesian image reconstruction using
+deep generative models"), with what no code can draw taken from the observation. Volumes are intensities.
 """
 
 from collections.abc import Callable, Sequence
@@ -139,21 +137,16 @@ def _spectrum(problem: Problem, left: Tensor) -> np.ndarray:
 
 
 def unexplained(problem: Problem, left: Tensor) -> tuple[float, float]:
-    """What an observation may differ from that of the best code: its variance, and the share that is independent.
-
-    `left` (n, 1, z, y, x) is what codes left of training bones. Through the operator, neighbouring voxels of it are
-    alike: so many independent ones as the participation ratio of its spectrum says would hold as much.
-    """
+    """What an observation may differ from that of the best code: its variance, and the share that is independent, by
+    the participation ratio of its spectrum. `left` (n, 1, z, y, x) is what codes left of training bones."""
     power = _spectrum(problem, left)
     return float(power.mean()), float(power.mean() ** 2 / (power**2).mean())
 
 
 def evidence(problem: Problem, first: Tensor, left: Tensor) -> np.ndarray:
     """The logarithm of the density of every observation about that of its first estimate, up to a constant, (n,).
-
-    `left` (m, 1, z, y, x) is what such estimates left of training bones. As it is stationary, the parts in cosines of
-    what the operator makes of it are taken as independent.
-    """
+    `left` (m, 1, z, y, x) is what such estimates left of training bones: stationary, so that parts in cosines are taken
+    as independent."""
     power, found = ndimage.gaussian_filter(_spectrum(problem, left), SMOOTH, mode="reflect"), []
     for m, operator, y in zip(first.split(1), problem.operators, problem.observed, strict=True):
         with torch.no_grad():
@@ -166,10 +159,8 @@ def likely_trajectory(
     observed: Tensor, first: Tensor, prior: Deviation, noise: float, spacing, intensity, *, grade: int, count: int, rng
 ) -> list[Event]:
     """Of `count` trajectories as the phantom draws them for `grade`, that under which the observation is most probable.
-
-    `first` (1, 1, z, y, x) is an estimate of the bone at rest, from which it deviates as `prior` says. To move a
-    deviation hardly changes its spectrum, so that the error of A m is weighed by that of r and the noise.
-    """
+    `first` (1, 1, z, y, x) is an estimate of the bone at rest, from which it deviates as `prior` says: moving hardly
+    changes that spectrum."""
     weight = 1 / (prior.root**2 + noise**2)
 
     def misfit(events: list[Event]) -> float:
@@ -193,11 +184,12 @@ class Codes(NamedTuple):
 def most_probable_codes(
     start: Tensor, problem: Problem, model: Model, inverter: Inverter, left: Tensor, *, steps: int, rate: float
 ) -> Codes:
-    """The codes (n, code) of which the observations are most probable, from a `start` on the generator's grid.
+    """The codes (n, code) of which the observations are most probable, from those that the encoder reads in first
+    estimates `start` (n, 1, z, y, x) on the generator's grid.
 
-    `start` (n, 1, z, y, x) are first estimates, whose codes the encoder reads. From there Adam lowers half the squared
-    error of A G(w) over its variance, of as many voxels as are independent (`unexplained`), less the logarithm of the
-    codes' density: half their square, or the latent discriminator's eq. (8) for every one of their numbers.
+    Adam lowers half the squared error of A G(w) over its variance, of as many voxels as are independent
+    (`unexplained`), less the logarithm of the codes' density: half their square, or eq. (8) for every one of their
+    numbers.
     """
     variance, share = unexplained(problem, left)
     generator, place = trunk(model.generator), place_of(model)

@@ -22,14 +22,7 @@ from bonelib.core.provenance import code_hash
 from bonelib.latent.codes import mean_code
 from bonelib.latent.config import Refinement
 from bonelib.latent.models import Model, enlarge
-from bonelib.networks.encoder import (
-    Encoder,
-    LatentDiscriminator,
-    critic_features,
-    style_layers,
-    texture_length,
-    trunk,
-)
+from bonelib.networks.encoder import Encoder, LatentDiscriminator, critic_features, style_layers, texture_length, trunk
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.tables import write_table
@@ -77,10 +70,8 @@ def feature_norms(real: list[Tensor], drawn: list[Tensor]) -> Tensor:
 
 
 def on_device(model: Model) -> Model:
-    """The model with its generator and critic on the GPU, if there is one; all that follows then works there.
-
-    Volumes and codes are given and come back on the CPU. Super-resolution stays where it is.
-    """
+    """The model with its generator and critic on the GPU, if there is one; all that follows then works there, but
+    super-resolution. Volumes and codes are given and come back on the CPU."""
     for part in (trunk(model.generator), model.critic):
         part.to(distributed.single_process().device)
     return model
@@ -132,20 +123,15 @@ def as_styles(model: Model, codes: Tensor) -> Tensor:
 
 
 def decode_full_resolution(model: Model, coarse: Tensor, seed: int) -> np.ndarray:
-    """Volumes of the generator's own grid (n, 1, z, y, x) at full size (n, z, y, x), through its super-resolution.
-
-    The noise of number i is the same for all volumes of one seed, so that two volumes differ by what was given alone.
-    """
+    """Volumes of the generator's own grid (n, 1, z, y, x) at full size (n, z, y, x), through its super-resolution. The
+    noise of number i is the same for all volumes of one seed."""
     superres = getattr(model.generator, "superres", None)
     return coarse[:, 0].numpy() if superres is None else enlarge(superres, coarse[:, 0].numpy(), seed)
 
 
 def with_texture(model: Model, codes: Tensor, textures: np.ndarray) -> Tensor:
-    """Codes of the generator itself, followed by the draw that gives their bones the texture of scans.
-
-    `textures` (n, 5) are those of `dataset.load_textures`; where a scan has none, the draw is 0. Codes of a model
-    without super-resolution stay as they are.
-    """
+    """Codes of the generator itself, followed by the draw that gives their bones the textures (n, 5) of scans
+    (`dataset.load_textures`), 0 where a scan has none; as they are without super-resolution."""
     superres = getattr(model.generator, "superres", None)
     if superres is None:
         return codes
@@ -167,11 +153,8 @@ def with_average_texture(model: Model, codes: Tensor) -> Tensor:
 def objective(
     how: Refinement, model: Model, volumes: Tensor, latent_discriminator: LatentDiscriminator | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """The function of codes (n, code) or (n, layers, code) that refinement minimises, one value a volume, (n,).
-
-    `how.loss` "squares": eqs. (7) and (10), which are twice the weighted sum of eqs. (3), (4) and (5) or (8); "norms":
-    eq. (1) of Fetty et al. 2020.
-    """
+    """The function of codes (n, code) or (n, layers, code) that refinement minimises, (n,): eqs. (7) and (10), twice
+    the weighted sum of eqs. (3), (4) and (5) or (8), or as "norms" eq. (1) of Fetty et al. 2020."""
     volumes, which = volumes.to(place_of(model)), "penultimate" if how.loss == "squares" else "first"
     with torch.no_grad():
         features = critic_features(model.critic, volumes, which)
@@ -187,13 +170,7 @@ def objective(
     return value
 
 
-def losses(
-    how: Refinement,
-    model: Model,
-    volumes: Tensor,
-    codes: Tensor,
-    latent_discriminator: LatentDiscriminator | None = None,
-) -> Tensor:
+def losses(how: Refinement, model: Model, volumes: Tensor, codes: Tensor, latent_discriminator=None) -> Tensor:
     """What `objective` says of codes, (n,)."""
     with torch.no_grad():
         parts = zip(volumes.split(AT_ONCE), codes.split(AT_ONCE), strict=True)
@@ -210,20 +187,13 @@ class Inverted(NamedTuple):
 
 
 def refine(
-    start: Tensor,
-    volumes: Tensor,
-    model: Model,
-    how: Refinement,
-    *,
-    latent_discriminator: LatentDiscriminator | None = None,
-    state: str | Path | None = None,
-    say=print,
+    start: Tensor, volumes: Tensor, model: Model, how: Refinement, *, latent_discriminator=None, state=None, say=print
 ) -> Inverted:
-    """Codes that draw `volumes` (n, 1, z, y, x) better than the codes `start`, by eq. (7) or (10).
+    """Codes that draw `volumes` (n, 1, z, y, x) better than the codes `start` (n, code), by eq. (7) or (10); with
+    `how.space` "w+" (n, layers, code), every layer's style on its own.
 
-    `start` is (n, code), and so is the result; with `how.space` "w+" the result is (n, layers, code), every layer's
-    style on its own. All volumes take every step together, and each goes its own way. With a folder `state` it goes on
-    where it was killed. Raises `InputError` for "w+" where a generator has one style alone.
+    All volumes take every step together, and each goes its own way. With a folder `state` it goes on where it was
+    killed. Raises `InputError` for "w+" where a generator has one style alone.
     """
     if how.space == "w+":
         if style_layers(model.generator) is None:
@@ -247,33 +217,19 @@ def refine(
         at.seen += 1
         return {"loss": total}
 
-    at = run.run(
-        step,
-        dict(codes=codes, adam=adam),
-        end=how.steps,
-        state=state and Path(state),
-        fingerprint=fingerprint(how, model.config["sha256"], data, CODE) if state else "",
-        name=f"refinement of {len(start)}",
-        say=say,
-        brief=True,
-    )
+    identity = fingerprint(how, model.config["sha256"], data, CODE) if state else ""
+    where = dict(state=state and Path(state), fingerprint=identity, name=f"refinement of {len(start)}")
+    at = run.run(step, dict(codes=codes, adam=adam), end=how.steps, **where, say=say, brief=True)
     return Inverted(codes["codes"].detach().cpu(), at.seconds)
 
 
 def invert_all(
-    volumes: Tensor,
-    model: Model,
-    inverter: Inverter,
-    how: Refinement,
-    *,
-    state: str | Path,
-    also: Tensor | None = None,
-    say=print,
+    volumes: Tensor, model: Model, inverter: Inverter, how: Refinement, *, state: str | Path, also=None, say=print
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Codes of volumes (n, 1, z, y, x) by encoder, optimisation and both (hybrid), and the seconds a volume of each.
 
-    Optimisation alone starts at the mean code. A generator with a style a layer is inverted in W+ as well, if `how`
-    does not already. The codes of volumes `also` are made by encoder and hybrid and follow behind the others'.
+    Optimisation alone starts at the mean code. A generator with a style a layer is inverted in W+ as well. The codes of
+    volumes `also` are made by encoder and hybrid and follow behind the others'.
     """
     every, n = volumes if also is None else torch.cat([volumes, also]), len(volumes)
     start = time.monotonic()
@@ -283,9 +239,8 @@ def invert_all(
 
     def refined(name, start, of, how=how, after=0.0):
         say(f"{name}: {how.steps} steps for {len(of)} volumes", flush=True)
-        found = refine(
-            start, of, model, how, latent_discriminator=inverter.latent_discriminator, state=Path(state) / name, say=say
-        )
+        more = dict(latent_discriminator=inverter.latent_discriminator, state=Path(state) / name, say=say)
+        found = refine(start, of, model, how, **more)
         codes[name], seconds[name] = found.codes, after + found.seconds / len(of)
 
     refined("hybrid", first, every, after=seconds["encoder"])
@@ -315,18 +270,15 @@ def further_measures(
 def save_codes(
     folder: str | Path, model: Model, rows: list[dict], encoded: Tensor, refined: Tensor, textures: np.ndarray
 ) -> None:
-    """codes.safetensors (`encoded` and `refined`, in the shape of styles) and codes.csv, one row a code.
-
-    `rows` are rows of stacks.csv; a scan's name ends in its visit. `textures` (n, 5) are theirs, for `with_texture`.
-    """
+    """codes.safetensors (`encoded` and `refined`, in the shape of styles) and codes.csv, one row a code. `rows` are
+    rows of stacks.csv; a scan's name ends in its visit. `textures` (n, 5) are theirs, for `with_texture`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kept = {"encoded": encoded, "refined": refined}
     kept = {name: with_texture(model, as_styles(model, codes), textures) for name, codes in kept.items()}
     checkpoint.save_tensors(folder / "codes.safetensors", kept)
-    table = [
-        {key: row[key] for key in ("scan", "patient")}
-        | {"visit": row["scan"].rpartition("_ses-")[2], "split": row["split"], "start": row["start"], "index": i}
-        for i, row in enumerate(rows)
-    ]
+    table = []
+    for i, row in enumerate(rows):
+        who = {"scan": row["scan"], "patient": row["patient"], "visit": row["scan"].rpartition("_ses-")[2]}
+        table.append(who | {"split": row["split"], "start": row["start"], "index": i})
     write_table(folder / "codes.csv", table)

@@ -5,6 +5,7 @@ A code with several styles is (styles, width), from coarse to fine; `synthesize`
 """
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.compartments import CLOSED, overlap, read
 from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import pair_mean
-from bonelib.latent.codes import along, each_measured
+from bonelib.latent.codes import along
 from bonelib.latent.models import Model
 from bonelib.scans.config import Preprocess
 from bonelib.scans.phantom import make_radius
@@ -50,12 +51,9 @@ def scaled(styles: int, published, of: int) -> str:
 
 
 def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, trait: str, seed: int) -> list[dict]:
-    """One row for every pair (source, target) and every number of styles that are the source's, from 0 to all.
-
-    `overlap with source`: voxels within both outer contours over those within either, of the mix and the source;
-    `overlap with target` likewise; `distance to target`: absolute difference of `trait` from the target's, in its own
-    unit; `distance to source` likewise; and the share of closed slices of the mix. NaN where no contours are found.
-    """
+    """One row for every pair (source, target) and every number of styles that are the source's, from 0 to all: the
+    overlap of the mix's outline with either's, its distance to either in `trait`, in its unit, and its share of closed
+    slices. NaN where no contours are found."""
     count = codes.shape[1]
     mixes = [torch.stack([crossed(codes[i], codes[j], a) for a in range(count - 1, 0, -1)]) for i, j in pairs]
     rows = []
@@ -81,34 +79,27 @@ def _traits_and_outline(volume: Volume) -> tuple[dict[str, float], np.ndarray]:
 
 
 def swaps(model: Model, codes: Tensor, pairs: list[tuple[int, int]], seed: int) -> dict[str, np.ndarray]:
-    """What changes in the first bone of a pair when one style after the other, or every style, is the second's.
-
-    For every attribute of `TRAITS` the differences (pairs, styles + 1), the last column those of the whole other bone;
-    for `OUTLINE` the share of voxels within either outer contour that lies in one of them alone.
-    """
-    count = codes.shape[1]
-    ones = sorted({i for pair in pairs for i in pair})
-    swapped = [crossed(crossed(codes[i], codes[j], k), codes[i], k + 1) for i, j in pairs for k in range(count)]
-    found = each_measured(model, torch.cat([codes[ones], torch.stack(swapped)]), seed, _traits_and_outline)
-    whole, parts = dict(zip(ones, found, strict=False)), found[len(ones) :]
-    changes = {trait: np.full((len(pairs), count + 1), np.nan) for trait in (*TRAITS, OUTLINE)}
-    for row, (i, j) in enumerate(pairs):
-        own, outline = whole[i]
-        for k, (traits, other) in enumerate([*parts[row * count : (row + 1) * count], whole[j]]):
-            changes[OUTLINE][row, k] = 1 - overlap(outline, other)
-            for trait in TRAITS:
-                changes[trait][row, k] = traits[trait] - own[trait]
-    return changes
+    """What changes in the first bone of a pair when one style after the other, or every style, is the second's:
+    differences (pairs, styles + 1) of every attribute of `TRAITS`, and for `OUTLINE` the share of voxels within either
+    outer contour that lies in one of them alone. The last column is that of the whole other bone."""
+    count, changes = codes.shape[1], {trait: [] for trait in (*TRAITS, OUTLINE)}
+    swapped = [
+        torch.stack([crossed(crossed(codes[i], codes[j], k), codes[i], k + 1) for k in range(count)]) for i, j in pairs
+    ]
+    for (own, outline), *others in along(model, codes, pairs, swapped, seed, _traits_and_outline):
+        changes[OUTLINE].append([1 - overlap(outline, other) for _, other in others])
+        for trait in TRAITS:
+            changes[trait].append([traits[trait] - own[trait] for traits, _ in others])
+    return {trait: np.array(of_pairs, float) for trait, of_pairs in changes.items()}
 
 
 def style_attribution(
     changes: dict[str, np.ndarray], names: list[tuple[str, str]], *, seed: int, draws: int
 ) -> list[dict]:
-    """Which style carries which attribute: one row each, with value, low, high, N and patients.
+    """Which style carries which attribute: one row each, with its interval. `names` are the two patients of every pair.
 
-    The mean squared change when this style alone is another bone's, over the mean squared difference of the two bones,
-    which is twice the variance of the attribute. 1: the style decides it alone; 0: it has no say. Over the styles the
-    shares add up to 1 only if they act independently. `names` are the two patients of every pair.
+    The mean squared change when this style alone is another bone's, over that of the whole other bone. 1: the style
+    decides it alone; 0: it has no say. They add up to 1 only if styles act independently.
     """
     rows = []
     for trait, values in changes.items():
@@ -120,42 +111,40 @@ def style_attribution(
     return rows
 
 
-def injected(draw, source: Tensor, target: Tensor, images: Tensor, intensity) -> np.ndarray:
-    """Mean absolute error (n, styles + 1) in mg HA/cm3 of the bones drawn with the target's styles from the a-th on.
+def absolute_error(drawn: Tensor, images: Tensor) -> Tensor:
+    """Mean absolute difference of images (n, 1, z, y, x), (n,)."""
+    return (drawn - images).abs().flatten(1).mean(1)
+
+
+def injected(draw, source: Tensor, target: Tensor, images: Tensor, error=absolute_error) -> np.ndarray:
+    """`error` (n, styles + 1) of the images drawn with the target's styles from the a-th on (Fetty et al. 2020).
 
     Column a keeps a styles of the source: column 0 is the target alone, the last the source alone. `source` and
     `target` are (n, styles, width), `images` (n, 1, z, y, x) in [0, 1] what should come out, such as the source's bone
-    in the target's contrast (Fetty et al. 2020); `draw` maps codes to such images, `intensity` are the densities of 0
-    and 1.
+    in the target's contrast; `draw` maps codes to such images.
     """
-    columns = []
-    for a in range(source.shape[1] + 1):
-        with torch.no_grad():
-            columns.append((draw(crossed(source, target, a)) - images).abs().flatten(1).mean(1))
-    return torch.stack(columns, 1).numpy() * (intensity[1] - intensity[0])
+    with torch.no_grad():
+        ways = (crossed(source, target, a) for a in range(source.shape[1] + 1))
+        return torch.stack([error(draw(codes), images) for codes in ways], 1).numpy()
 
 
 def by_style(rows: list[dict]) -> list[dict]:
     """The rows of `style_attribution` of several models as a table to be read: a row an attribute, a column a style."""
     table = {}
     for row in rows:
-        line = table.setdefault(
-            (row["model"], row["attribute"]), {"model": row["model"], "": row["attribute"], "N": row["N"]}
-        )
+        first = {"model": row["model"], "": row["attribute"], "N": row["N"]}
+        line = table.setdefault((row["model"], row["attribute"]), first)
         ends = " ({low:.2f} to {high:.2f})" if row["low"] is not None else ""
-        known = row["value"] is not None
-        line[f"style {row['style']}"] = ("{value:.2f}" + ends).format(**row) if known else "none"
-    columns = dict.fromkeys(key for line in table.values() for key in line)
-    return [{key: line.get(key, "") for key in columns} for line in table.values()]
+        line[f"style {row['style']}"] = "none" if row["value"] is None else ("{value:.2f}" + ends).format(**row)
+    return pd.DataFrame(table.values()).fillna("").to_dict("records")
 
 
 def paired_phantoms(count: int, mineral: float, how: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Tensor:
     """Phantoms in two contrasts (2, count, 1, z, y, x) in [0, 1]: as they are, and with `mineral` times the density of
-    both compartments, or the least that a phantom may have, in an otherwise equal bone, pose and scan. No cohort
-    holds these patients.
+    both compartments, or the least that a phantom may have, in an otherwise equal bone, pose and scan.
 
-    They are stacks from the middle of a scan preprocessed as `how` says, on the grid of the stacks (`spacing_mm`)
-    averaged over blocks of 2^`halvings` voxels a side; where that is coarse, they are drawn on voxels of `COARSE_MM`.
+    They are middle stacks of scans preprocessed as `how` says, on the grid of the stacks (`spacing_mm`) averaged over
+    blocks of 2^`halvings` voxels a side; where that is coarse, they are drawn on voxels of `COARSE_MM`.
     """
     coarse, voxel_mm, left = coarsened(how, spacing_mm, halvings, COARSE_MM)
     with workers() as pool:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from bonelib import InputError
 from bonelib.core.config import section
@@ -35,24 +36,23 @@ class Model(NamedTuple):
 
 def load_model(folder: str | Path) -> Model:
     """Open a model folder. Raises `InputError` naming a missing or damaged file."""
-    folder = Path(folder)
-    for name in ("config.json", "generator.safetensors", "critic.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(
-                f"{folder / name}: no such file; a model folder holds config.json and two safetensors files"
-            )
+    folder, files = Path(folder), ("config.json", "generator.safetensors", "critic.safetensors")
+    _require(folder, files, "a model folder holds config.json and two safetensors files")
     config = read_config(folder, "train", "data")
     params = training_section(config["train"], "train", str(folder / "config.json"))
-    parts = dict(
-        generator=build_generator(params.generator, haar=params.haar, precision=params.precision),
-        critic=build_critic(params.critic, generator=params.generator, haar=params.haar, precision=params.precision),
-    )
-    for name, network in parts.items():
-        _fill(network, folder / f"{name}.safetensors")
-    generator = parts["generator"]
+    how = dict(haar=params.haar, precision=params.precision)
+    generator = build_generator(params.generator, **how)
+    critic = build_critic(params.critic, generator=params.generator, **how)
+    for network, name in zip((generator, critic), files[1:], strict=True):
+        _fill(network, folder / name)
     if "superres" in config:
         generator = Cascaded(generator, load_superres(folder)).requires_grad_(False).eval()
-    return Model(generator, parts["critic"], config)
+    return Model(generator, critic, config)
+
+
+def _require(folder: Path, names: tuple[str, ...], says: str) -> None:
+    if missing := [folder / name for name in names if not (folder / name).is_file()]:
+        raise InputError(f"{missing[0]}: no such file; {says}")
 
 
 def read_config(folder: Path, *sections: str) -> dict:
@@ -71,9 +71,7 @@ def read_config(folder: Path, *sections: str) -> dict:
 def load_superres(folder: str | Path) -> SuperResolution:
     """The network of superres.safetensors in a folder. Raises `InputError` naming what is missing."""
     folder = Path(folder)
-    for name in ("config.json", "superres.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; a super-resolution network is both")
+    _require(folder, ("config.json", "superres.safetensors"), "a super-resolution network is both")
     config = read_config(folder, "superres")
     network = build_superres(section(SuperRes, config["superres"], f"{folder / 'config.json'}: superres"))
     _fill(network, folder / "superres.safetensors")
@@ -90,23 +88,29 @@ def _fill(network: torch.nn.Module, file: Path) -> None:
     network.requires_grad_(False).eval()
 
 
+def sampled_code(model: Model, seed: int, truncation: float | None = None, number: int = 0) -> Tensor:
+    """The code (1, *style shape) of a sample of a seed."""
+    return model.generator.to_styles(model.generator.sample_latent(1, torch_rng(seed, "sample", number)), truncation)
+
+
+def draw_code(model: Model, code: Tensor, seed: int, stage: int | None = None, number: int = 0) -> np.ndarray:
+    """The volume (z, y, x) in [0, 1] of a code (1, *style shape), with the noise of a sample of a seed.
+
+    At a `stage` below the last it is a preview on a coarser grid.
+    """
+    with torch.inference_mode():
+        return model.generator.synthesize(code, stage, noise=torch_rng(seed, "sample noise", number))[0, 0].numpy()
+
+
 def draw(model: Model, n: int, seed: int, truncation: float | None = None) -> np.ndarray:
     """`n` volumes (n, z, y, x), float32 in [0, 1]. Number i is the same for every n: it depends on (seed, i) alone."""
-    volumes = []
-    for i in range(n):
-        latent = model.generator.sample_latent(1, torch_rng(seed, "sample", i))
-        styles = model.generator.to_styles(latent, truncation)
-        with torch.inference_mode():
-            volumes.append(model.generator.synthesize(styles, noise=torch_rng(seed, "sample noise", i))[0, 0])
-    return torch.stack(volumes).numpy()
+    codes = (sampled_code(model, seed, truncation, i) for i in range(n))
+    return np.stack([draw_code(model, code, seed, number=i) for i, code in enumerate(codes)])
 
 
 def growth_strip(folder: str | Path, seed: int) -> list[tuple[str, np.ndarray]]:
-    """The fixed latents of a training: (what it is, volumes (n, z, y, x)) of every grid, coarsest first.
-
-    Volumes of the stages were kept while they trained, the last of each is taken; super-resolution draws the middle
-    quarter of the final ones, with the average texture.
-    """
+    """The fixed latents of a training: (what it is, volumes (n, z, y, x)) of every grid, coarsest first: the last that
+    was kept of each stage, and the middle of the final ones, drawn by super-resolution with the average texture."""
     stages = {}
     for seen, values in sorted(load_file(Path(folder) / "growth.safetensors").items()):
         stages[values.shape[1]] = (f"after {int(seen)} samples", values.numpy())

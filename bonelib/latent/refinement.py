@@ -21,11 +21,9 @@ FILE = "refinement.json"
 
 
 def morphometric_error(model: Model, real: Tensor, drawn: Tensor) -> np.ndarray:
-    """Error of reconstructions (n,): RMS over `differentiable.FEATURES`, each in SDs over the real volumes.
-
-    `real` and `drawn` (n, 1, z, y, x) are on the generator's grid. What is measured are area, outline and
-    densities of core and rim, of which no loss of an inversion knows. NaN where no bone is found.
-    """
+    """Error of reconstructions (n,): RMS over `differentiable.FEATURES`, of which no loss of an inversion knows, each
+    in SDs over the real volumes. `real` and `drawn` (n, 1, z, y, x) are on the generator's grid. NaN where no bone is
+    found."""
     low, high = model.config["data"]["intensity"]
     levels = model.generator.stages - trunk(model.generator).stages
     spacing = [mm * 2**levels for mm in model.config["data"]["spacing_mm"]]
@@ -39,9 +37,8 @@ def choose(
 ) -> tuple[Refinement, list[dict]]:
     """`how` with the weights and the rate of `tried` whose reconstructions of `volumes` measure most like them.
 
-    Rows: weights, rate, `morphometric_error` (mean over the bones that can be read in all of them, and how many
-    these are), PSNR, latent loss, share of bones whose loss was lowered, whether it was chosen. If no bone can be
-    read, none is chosen, and `how` stays as it is.
+    Rows: weights, rate, PSNR, latent loss, share of bones whose loss was lowered, `morphometric_error` (mean over the N
+    bones that can be read in all of them), whether it was chosen. If no bone can be read, `how` stays as it is.
     """
     start, rows, ways, wrong = encode(inverter.encoder, volumes), [], [], []
     for weights, rate in product(tried.weights, tried.rates):

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,9 +18,8 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.core.cli import command
 from bonelib.core.parallel import workers
-from bonelib.core.random import torch_rng
 from bonelib.evaluation.morphometry import measure
-from bonelib.latent.models import Model, calibrated, draw, load_model
+from bonelib.latent.models import Model, calibrated, draw, draw_code, load_model, sampled_code
 from bonelib.scans.tables import write_table
 from bonelib.scans.volumes import write_volume
 
@@ -46,20 +44,6 @@ def draw_settings(
 
 def _drawn(folder, n, seed, truncation):
     return draw(load_model(folder), n, seed, truncation).astype(np.float16)
-
-
-def sampled_code(model: Model, seed: int, truncation: float | None = None) -> Tensor:
-    """The code (1, *style shape) of the first sample of a seed, number 0 of `models.draw`."""
-    return model.generator.to_styles(model.generator.sample_latent(1, torch_rng(seed, "sample", 0)), truncation)
-
-
-def draw_code(model: Model, code: Tensor, seed: int, stage: int | None = None) -> np.ndarray:
-    """The volume (z, y, x) in [0, 1] of a code (1, *style shape), with the noise of the first sample of a seed.
-
-    At a `stage` below the last it is a preview on a coarser grid.
-    """
-    with torch.inference_mode():
-        return model.generator.synthesize(code, stage, noise=torch_rng(seed, "sample noise", 0))[0, 0].numpy()
 
 
 def write_samples(model: Model, volumes: np.ndarray, folder: str | Path, name: str, seed: int) -> list[Path]:

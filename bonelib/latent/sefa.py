@@ -18,9 +18,8 @@ class Directions(NamedTuple):
 def directions(weight: Tensor, k: int, normalise: bool = False) -> Directions:
     """The `k` eigenvectors of A^T A with the largest eigenvalues (section 4.4, eq. (11)); `weight` is A, (outputs, d).
 
-    `normalise` first brings every row of A to length one, as SeFa's own code does and the paper does not say. The sign
-    of an eigenvector is free: here its largest entry by amount is positive. Raises `InputError` for a weight that is no
-    matrix, holds NaN, or has fewer than `k` columns.
+    `normalise` first brings every row of A to length one, as SeFa's own code does. The largest entry of a vector by
+    amount is positive. Raises `InputError` for a weight that is no finite matrix, or has fewer than `k` columns.
     """
     if weight.dim() != 2 or not torch.isfinite(weight).all():
         raise InputError(f"weight has shape {tuple(weight.shape)}; accepted is a matrix (outputs, d) of finite numbers")

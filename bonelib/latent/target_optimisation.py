@@ -52,15 +52,13 @@ def optimise_to_target(
 ) -> Moved:
     """Move each of the codes (n, ...) until its attributes are `targets` (n, k), NaN where one may go anywhere.
 
-    Gauss-Newton on measured values: a step is the shortest, in SDs of the latent distribution, that corrects all
-    errors by the effects measured at the code, so that what is right already is held by their null space; so is the
-    cortex, where the step would open it (`AttributeModel.read_with_margin`). Of its longer parts the better one is
-    taken; if it leaves much, the best of all parts and of parts turned aside at random; if none is better than
-    where it stands, the step is halved. No step leaves the plausible region (`AttributeModel`, `REACH`); a code
-    that lies outside of it may not move farther out. What a code does to a bone turns on the way, and a walk may
-    end where it turns: up to `starts` walks are made, the later ones from places `RESTART_SD` the best so far and
-    `RESTART_SD` the code, by turns. The best of all is returned, whether as asked or not. Codes share passes of the
-    generator and nothing else; `seeds` has one of each.
+    Gauss-Newton on measured values: a step is the shortest, in SDs of the latent distribution, that corrects all errors
+    by the effects measured at the code; so is the cortex held, where the step would open it. Of its longer parts the
+    better one is taken; if it leaves much, the best of all parts and of parts turned aside at random; if none is better
+    than where it stands, the step is halved. No step leaves the plausible region (`AttributeModel`, `REACH`). Up to
+    `starts` walks are made, the later ones from places `RESTART_SD` beside the best so far and the code, by turns. The
+    best of all is returned, whether as asked or not. Codes share passes of the generator and nothing else; `seeds` has
+    one of each.
     """
     rngs, white = [torch_rng(seed, "closed loop") for seed in seeds], torch.zeros(len(codes), codes.shape[-1])
     best, left = _gauss_newton(tool, codes, white, targets, steps, rngs), torch.arange(len(codes))
@@ -144,10 +142,8 @@ def _steps(tool, values, change, slopes, asked, longest):
         step = _shortened(_min_norm_step(effect, wanted), longest[i])
         for margin, its in zip(values[i, k:], slopes[i, k:] @ tool.spread, strict=True):
             if float(margin + its @ step) < MARGIN_FLOOR:  # the cortex would open: hold it shut, as one attribute more
-                step = _min_norm_step(
-                    torch.cat([effect, its[None]]), torch.cat([wanted, (MARGIN_FLOOR - margin)[None]])
-                )
-                step = _shortened(step, longest[i])
+                both = torch.cat([effect, its[None]]), torch.cat([wanted, (MARGIN_FLOOR - margin)[None]])
+                step = _shortened(_min_norm_step(*both), longest[i])
         found.append(step)
     return torch.stack(found)
 
@@ -166,35 +162,30 @@ def _min_norm_step(effect: Tensor, change: Tensor) -> Tensor:
 def move(
     tool: AttributeModel, code: Tensor, targets: dict[str, float], hold: bool = True
 ) -> tuple[Tensor, dict[str, float]]:
-    """A code whose bone measures `targets`, {attribute: value in `UNITS`}, and what is measured on it, attribute by
-    attribute. With `hold` all attributes that are not named stay as they are on `code` (1, ...), a sample or a scan's.
+    """A code whose bone measures `targets`, {attribute: value in `UNITS`}, and what is measured on it. With `hold` all
+    other attributes stay as they are on `code` (1, ...).
 
     Raises `InputError` for an unknown attribute, a target outside its calibrated range or of attributes that do not go
-    together, and a target that is not met within plausible latent density (to 2 % of the range): then nothing is drawn.
+    together, and a target that is not met within plausible latent density (to 2 % of the range).
     """
     if not tool.calibrated:
         raise InputError("too few of the bones that this model draws can be measured; nothing can be asked for")
     start = readings(tool.read, code)[0]
     if not start.isfinite().all():
         raise InputError("the bone of this code has no closed cortex and cannot be measured; take another code")
-    wanted = start.clone() if hold else torch.full_like(start, torch.nan)
+    wanted, held = (start.clone(), " with all else held") if hold else (torch.full_like(start, torch.nan), "")
     for name, value in targets.items():
         i = tool.index(name)
         low, high, unit = float(tool.low[i]), float(tool.high[i]), UNITS.get(name, "")
         if not low <= value <= high:
-            raise InputError(
-                f"{name} {value:g} {unit} is outside of the calibrated range {low:.4g} to {high:.4g} {unit}"
-            )
+            says = f"{name} {value:g} {unit} is outside of the calibrated range"
+            raise InputError(f"{says} {low:.4g} to {high:.4g} {unit}")
         wanted[i] = value
-    if tool.mahalanobis(wanted) > max(
-        tool.max_mahalanobis, tool.mahalanobis(torch.where(wanted.isfinite(), start, torch.nan))
-    ):
-        held = ", with all else held," if hold else ""
+    own = tool.mahalanobis(torch.where(wanted.isfinite(), start, torch.nan))
+    if tool.mahalanobis(wanted) > max(tool.max_mahalanobis, own):
         raise InputError(f"{targets}{held} goes with no bone that this model draws; ask for less, or hold less")
     found = optimise_to_target(tool, code, wanted[None])
     if found.error > 2 * TOLERANCE:
         got = ", ".join(f"{name} {float(found.measured[0, tool.index(name)]):.4g}" for name in targets)
-        raise InputError(
-            f"no plausible bone near this one measures {targets}{' with all else held' if hold else ''}; reached: {got}"
-        )
+        raise InputError(f"no plausible bone near this one measures {targets}{held}; reached: {got}")
     return found.codes, dict(zip(tool.names, found.measured[0].tolist(), strict=True))

@@ -14,7 +14,7 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation.compartments import CLOSED, read
 from bonelib.evaluation.differentiable import UNITS
 from bonelib.evaluation.morphometry import measure_or_none
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import of_rows, patient_interval
 from bonelib.latent.attribute_model import BATCH, AttributeModel, readings, shifted
 from bonelib.latent.directions import Direction
 from bonelib.latent.target_optimisation import STARTS, TOLERANCE, Moved, move, optimise_to_target
@@ -34,11 +34,11 @@ def search_targets(
 ) -> tuple[list[dict], Tensor]:
     """`n` targets asked of codes in random order, met by the closed loop of `starts` walks and by one open step.
 
-    A target is one attribute of `straight`, uniform over its `attainable_range`; all others are to stay. The open step
-    goes along that attribute's direction. Rows: number of the code, its patient and source, attribute, start, asked,
-    measured; error and side effect (mean change of the others), in shares of the ranges, of both ways; length of the
-    move in SDs, whether the loop met all within 2 %. And the codes (n, ...) it ended at. Nothing is asked where no code
-    can be read, there is no direction, or nothing is calibrated.
+    A target is one attribute of `straight`, uniform over its `attainable_range`; all others are to stay. Rows: number
+    of the code, patient, source, attribute, start, asked, and of both ways what was measured, error and side effect
+    (mean change of the others) in shares of the ranges; length of the move in SDs, whether the loop met all within 2 %.
+    And the codes (n, ...) it ended at. Nothing is asked where no code can be read, there is no direction, or nothing is
+    calibrated.
     """
     start = readings(tool.read, codes)
     fit = start.isfinite().all(1).nonzero()[:, 0].tolist() if tool.calibrated else []
@@ -49,40 +49,25 @@ def search_targets(
     if not picked:
         return [], codes[:0]
     index, which = torch.tensor([i for i, _ in picked]), torch.tensor([tool.index(name) for _, name in picked])
-    shares = [numpy_rng(seed, "asked", number).random() for number in range(n)]
-    targets = [
-        room[pair][0] + (room[pair][1] - room[pair][0]) * share for pair, share in zip(picked, shares, strict=True)
-    ]
+    targets, steps = [], []
+    for number, (i, name) in enumerate(picked):
+        (low, high), direction = room[i, name], straight[name]
+        targets.append(low + (high - low) * numpy_rng(seed, "asked", number).random())
+        steps.append((targets[-1] - float(start[i, tool.index(name)])) / direction.slope * direction.vector)
     wanted = start[index].index_put((torch.arange(n), which), torch.tensor(targets))
-    opened = torch.stack(
-        [
-            (target - float(start[i, tool.index(name)])) / straight[name].slope * straight[name].vector
-            for (i, name), target in zip(picked, targets, strict=True)
-        ]
-    )
-    opened, parts = readings(tool.read, shifted(codes[index], opened)), []
+    opened, parts = readings(tool.read, shifted(codes[index], torch.stack(steps))), []
     for some in torch.arange(n).split(BATCH):
         parts.append(optimise_to_target(tool, codes[index[some]], wanted[some], seeds=some.tolist(), starts=starts))
         print(f"{int(some[-1]) + 1} of {n} targets", flush=True)
     found, rows = Moved(*(torch.cat(values) for values in zip(*parts, strict=True))), []
     for number, ((i, name), target) in enumerate(zip(picked, targets, strict=True)):
         k = int(which[number])
-        row = dict(
-            number=i,
-            patient=groups[i],
-            source=sources[i],
-            attribute=name,
-            start=float(start[i, k]),
-            asked=target,
-        )
+        row = dict(number=i, patient=groups[i], source=sources[i], attribute=name, start=float(start[i, k]))
+        row["asked"] = target
         for way, values in (("closed", found.measured[number]), ("open", opened[number])):
             off = ((values - wanted[number]) / tool.span).abs()
-            others = torch.cat([off[:k], off[k + 1 :]])
-            row |= {
-                f"{way} measured": float(values[k]),
-                f"{way} error": float(off[k]),
-                f"{way} side": float(others.mean()),
-            }
+            side = float(torch.cat([off[:k], off[k + 1 :]]).mean())
+            row |= {f"{way} measured": float(values[k]), f"{way} error": float(off[k]), f"{way} side": side}
         met = float(found.error[number]) <= 2 * TOLERANCE
         rows.append(row | dict(length=float(found.length[number]), steps=int(found.steps[number]), met=met))
     return rows, found.codes
@@ -95,29 +80,17 @@ def _asked_summary(rows: list[dict], *, seed: int, draws: int) -> dict[str, floa
     keys = ("closed error", "open error", "closed side", "open side", "met")
     table = np.array([[float(row[key]) for key in keys] for row in rows])
 
-    def found(values):
+    def of_all(values):
         closed, opened, side, other, met = values.T
-        other = np.nanmedian(other)
-        return np.array(
-            [
-                (closed <= 2 * TOLERANCE).mean(),
-                met.mean(),
-                (opened <= 2 * TOLERANCE).mean(),
-                np.median(side),
-                other,
-                np.median(side) / other,
-            ]
-        )
+        within, medians = 2 * TOLERANCE, (np.median(side), np.nanmedian(other))
+        shares = [(closed <= within).mean(), met.mean(), (opened <= within).mean()]
+        return np.array([*shares, *medians, medians[0] / medians[1]])
 
     names = ("closed loop within 2 %", "and all others held within 2 %", "open loop within 2 %")
     names += ("closed side effect", "open side effect", "side effect, closed over open")
-    rng = numpy_rng(seed, "asked summary")
-    patients = [row["patient"] for row in rows]
-    value, low, high, *_, n = patient_interval(lambda i: found(table[i]), patients, rng=rng, draws=draws)
-    values = {"N": len(rows), "patients": n}
-    for i, name in enumerate(names):
-        values |= {name: float(value[i]), f"{name}, low": float(low[i]), f"{name}, high": float(high[i])}
-    return values
+    patients, rng = [row["patient"] for row in rows], numpy_rng(seed, "asked summary")
+    found = patient_interval(of_rows(of_all, table), patients, rng=rng, draws=draws)
+    return {"N": len(rows), "patients": found.patients} | found.columns(*names, sep=", ")
 
 
 def asked_table(rows: list[dict], *, seed: int, draws: int) -> dict[str, dict[str, float]]:
@@ -147,15 +120,13 @@ def infeasible_targets(tool: AttributeModel, codes: Tensor, n: int, names, *, se
 
 def with_intervals(columns: dict[str, dict[str, float]]) -> list[dict]:
     """Summaries {column: {key: value}} with keys "key, low" and "key, high" as rows of text for `as_markdown`."""
-    rows = []
-    for key in (k for k in next(iter(columns.values())) if not k.endswith((", low", ", high"))):
-        row = {"": key}
-        for name, v in columns.items():
-            row[name] = f"{v[key]:.3g}" + (
-                f" ({v[f'{key}, low']:.3g} to {v[f'{key}, high']:.3g})" if f"{key}, low" in v else ""
-            )
-        rows.append(row)
-    return rows
+
+    def cell(of, key):
+        ends = f" ({of[f'{key}, low']:.3g} to {of[f'{key}, high']:.3g})" if f"{key}, low" in of else ""
+        return f"{of[key]:.3g}{ends}"
+
+    keys = (k for k in next(iter(columns.values())) if not k.endswith((", low", ", high")))
+    return [{"": key} | {name: cell(of, key) for name, of in columns.items()} for key in keys]
 
 
 def panels(tool: AttributeModel, rows: list[dict], names) -> list[dict]:
@@ -176,13 +147,10 @@ def measure_with_closure(volume: Volume) -> dict[str, float] | None:
 
 
 def verified_by_morphometry(rows: list[dict], before: list, after: list, names, *, least: float) -> list[dict]:
-    """What morphometry says of the bones of `search_targets` (rows), drawn whole before and after the move.
-
-    `before`, `after`: of every row what `measure_with_closure` found. Rows: attribute (of `names`), of all bones
-    with contours and of those whose cortex is closed in the share `least` of their slices, both before and after,
-    as contours forced over a gap may leave out part of a bone; N of how many; the mean change read, and measured
-    over it (1: morphometry sees all of it): slope through 0; correlation.
-    """
+    """What morphometry says of the bones of `search_targets` (rows), by what `measure_with_closure` found `before` and
+    `after` the move: a row an attribute of all bones with contours, and of those whose cortex is closed in the share
+    `least` of their slices, as contours forced over a gap may leave out part of a bone. The mean change read, and
+    measured over it (1: morphometry sees all of it): slope through 0; correlation."""
     table = []
     for name, (bones, limit) in product(names, {"contours found": 0.0, "cortex closed": least}.items()):
         mine = [i for i, row in enumerate(rows) if row["attribute"] == name]

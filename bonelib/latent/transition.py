@@ -29,7 +29,7 @@ def line(first: Tensor, last: Tensor, weights) -> Tensor:
 
 def slerp(first: Tensor, last: Tensor, weights, centre: Tensor) -> Tensor:
     """The path on a sphere about `centre` (weights, *code): the direction from it turns evenly, and the distance from
-    it changes evenly, so that no code between two lies nearer to the mean than both do. For codes of one shape."""
+    it changes evenly. For codes of one shape."""
     a, b = first - centre, last - centre
     size_a, size_b = a.norm(), b.norm()
     angle = torch.arccos((a * b / (size_a * size_b)).sum().clamp(-1, 1))
@@ -44,9 +44,8 @@ def geodesic(draw: Callable[[Tensor], Tensor], path: Tensor, steps: int) -> Tens
     """The path with the ends of `path` (points, *code) whose volumes change least: a geodesic of the metric that the
     generator pulls back from voxels to codes (Shao et al. 2018).
 
-    The energy of the polygon, half the sum of squared voxel differences between neighbours times the number of
-    segments, is minimised over the inner codes by at most `steps` iterations of L-BFGS; at its minimum all segments
-    are equally long. `draw` maps codes to volumes, differentiably.
+    The energy of the polygon of volumes, which `draw` makes of codes, is minimised over the inner codes by at most
+    `steps` iterations of L-BFGS; at its minimum all segments are equally long.
     """
     if len(path) < 3:
         raise InputError(f"a path of {len(path)} codes has none between its ends; at least 3 are needed")
@@ -76,12 +75,12 @@ def energy(volumes: Tensor) -> Tensor:
 
 
 def smoothness(features: np.ndarray) -> dict[str, float]:
-    """How smoothly a path runs through named features (points, d), at equal steps from 0 to 1.
+    """How smoothly a path runs through named features (points, d), at equal steps from 0 to 1. NaN where the ends are
+    the same.
 
     `detour`: its length over the distance of its ends. `path length`: twice its energy over that distance squared, the
-    perceptual path length of Karras et al. 2019 for this step and these features, freed of their unit: 1 for a path
-    that is straight at even speed, and never less. `jolt`: the largest second derivative over the same distance, 0 for
-    such a path. NaN where the ends are the same.
+    perceptual path length of Karras et al. 2019 freed of its unit: 1 for a path that is straight at even speed, and
+    never less. `jolt`: the largest second derivative over the same distance.
     """
     segments = len(features) - 1
     if segments < 2:
@@ -104,12 +103,9 @@ def overshoot(values: np.ndarray) -> np.ndarray:
 
 
 def density_constrained_path(tool: AttributeModel, paths: Tensor, weights, name: str) -> Tensor:
-    """Paths (n, weights, *code) whose inner codes are moved until attribute `name` runs straight from end to end.
-
-    Each goes as short a way as it can (`target_optimisation.optimise_to_target`), with all other attributes left free;
-    where the loop does not get there, it ends as near as it came. Where an end cannot be read, the path stays as it
-    is.
-    """
+    """Paths (n, weights, *code) whose inner codes are moved as short a way as can be (`optimise_to_target`) until
+    attribute `name` runs straight from end to end, with all others left free; as near as the loop comes. Where an end
+    cannot be read, the path stays as it is."""
     ends = torch.stack([readings(tool.read, paths[:, k])[:, tool.index(name)] for k in (0, -1)], 1)
     known, inner = ends.isfinite().all(1), weights[1:-1]
     if not known.any() or not len(inner):
@@ -147,11 +143,10 @@ def density_retention(
 ) -> list[dict]:
     """What the paths (n, points) of one density do between their ends, a row each, with intervals by patient.
 
-    The share that stays below `low`, which both ends should be, up to `margin`, and within the ends, exactly and up to
-    `margin`; how far a path leaves them on average; and how much its middle lies above the mean of its ends, since a
-    code between two codes is nearer to the mean bone. All this for paths on which every bone has contours, and for
-    those on which every bone also has a closed cortex in the share `least` of its slices (`closed`, (n, points)), where
-    the density can be trusted. `patients` names the two of a path.
+    The share that stays below `low` and within the ends, exactly and up to `margin`; how far a path leaves them; and
+    how much its middle lies above the mean of its ends, since a code between two is nearer to the mean bone. For paths
+    on which every bone has contours, and for those on which it also has a closed cortex in the share `least` of its
+    slices (`closed`, (n, points)), where the density can be trusted. `patients` names the two of a path.
     """
     values, closed = np.asarray(values, float), np.asarray(closed, float)
     away, measured = overshoot(values), np.isfinite(values).all(axis=1)

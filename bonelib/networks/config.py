@@ -83,12 +83,9 @@ class StyleGANConfig(_Generator):
 
 
 class HAGANConfig(Section):
-    """The published networks of HA-GAN for volumes of 128^3, but for their `base`, which is (4, 4, 4) there; they
-    double the grid `stages` times (see `networks.hagan.HAGAN`). `encoder` are the channels of E^G, `classes` those of
-    the conditional variant.
-
-    Truncations bound the normal distribution of the latents, as in a ProGAN.
-    """
+    """The published networks of HA-GAN for volumes of 128^3, but for their `base`, which is (4, 4, 4) there (see
+    `networks.hagan.HAGAN`). `encoder` are the channels of E^G, `classes` those of the conditional variant. Truncations
+    are those of a ProGAN."""
 
     kind: Literal["hagan"] = "hagan"
     base: Shape = BASE
@@ -154,11 +151,10 @@ class HAGANCriticNet(Section):
 
 
 class SuperRes(Section):
-    """The network that draws a generator's volumes four times as fine; not in the paper, where there is none.
+    """The network that draws a generator's volumes four times as fine; not in the paper.
 
-    `samples` windows of `window` (z, y, x) voxels of the given grid are seen (0: no network). `width`, `depth`,
-    `fine_width` and `fine_depth` describe the network, `critic` the critic's channels from its coarsest grid on;
-    `penalty` holds the critic's slope at zero; `lattice`, where it is not 0, keeps air free of the grid, and
+    `samples` windows of `window` (z, y, x) voxels of the given grid are seen (0: no network). `critic` are the critic's
+    channels from its coarsest grid on; `penalty` holds its slope at zero; `lattice` keeps air free of the grid, and
     `obedience` the texture at what is asked for. `added` times the SD of what is missing in the given volume is the
     unit of the output; `corruption` is the largest SD of the noise on the volumes given in training.
     """

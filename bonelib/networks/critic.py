@@ -1,6 +1,7 @@
 """The critic that grows with either generator (Angermann et al. 2023, section 3.2)."""
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +21,14 @@ def _leaky_relu_backward(gradient: Tensor, active: Tensor) -> Tensor:
 class Critic(nn.Module):
     """Scores volumes (n, 1, z, y, x) of shape base x 2^stage by the mean of its patch outputs, (n,).
 
-    `widths` runs from the coarsest grid to the finest, as in the generator: published (128, 128, 128, 64, 32, 16).
-    A 1x1x1 convolution links the image at a stage to features; stride-2 convolutions lead to the coarsest grid, then a
-    3x3x3 convolution to one channel.
+    `widths` runs from the coarsest grid to the finest, as in the generator. A 1x1x1 convolution links the image at a
+    stage to features; stride-2 convolutions lead to the coarsest grid, then a 3x3x3 convolution to one channel.
 
     Not in the paper, all off by default: `convs` 2 puts a stride-1 convolution before each of stride 2; `whole`,
     the coarsest grid, makes the last layer see all of it at once instead of patches; `head` puts fully connected layers
-    of these widths before the score, the first of which sees what the last layer would; `haar` looks at the
-    Haar bands of the volume, on a grid half as fine, as the generator's `haar` makes them; `statistics` (stages, 2,
-    bands), the mean and SD of every band at every stage, standardise the input; `condition` numbers (n, condition) that
-    a volume should agree with shift the output of every convolution but the last; `flat` looks at slices, as the
-    generator's `flat` draws them.
+    of these widths before the score; `haar` and `flat` look at what a generator draws that has them; `statistics`
+    (stages, 2, bands), the mean and SD of every band at every stage, standardise the input; `condition` numbers (n,
+    condition) that a volume should agree with shift the output of every convolution but the last.
     """
 
     def __init__(
@@ -53,23 +51,15 @@ class Critic(nn.Module):
             statistics = torch.tensor([0.0, 1.0])[None, :, None].expand(self.stages, 2, bands)
         self.register_buffer("statistics", statistics.clone())
         self.from_image = nn.ModuleList(Conv(bands, w, (1, 1, 1), dtype=dtype) for w in widths[0 if haar else 1 :])
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    *(Conv(fine, fine, full, dtype=dtype) for _ in range(convs - 1)),
-                    Conv(fine, coarse, full, stride=2, dtype=dtype),
-                ]
-            )
-            for coarse, fine in zip(widths[:-1], widths[1:], strict=True)
-        )
-        kernels = [full if whole is None else tuple(whole), *[(1, 1, 1)] * len(head)]
-        how = dict(padding="zeros" if whole is None else "none", dtype=dtype)
-        *hidden, self.out = (
-            Conv(i, o, kernel, gain=gain, **how)
-            for i, o, kernel, gain in zip(
-                (widths[0], *head), (*head, 1), kernels, [2**0.5] * len(head) + [1.0], strict=True
-            )
-        )
+        self.blocks = nn.ModuleList()
+        for coarse, fine in zip(widths[:-1], widths[1:], strict=True):
+            block = [Conv(fine, fine, full, dtype=dtype) for _ in range(convs - 1)]
+            self.blocks.append(nn.ModuleList([*block, Conv(fine, coarse, full, stride=2, dtype=dtype)]))
+        sizes, kernel, hidden = (widths[0], *head, 1), full if whole is None else tuple(whole), []
+        for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+            gain, padding = 2**0.5 if i < len(head) else 1.0, "zeros" if whole is None else "none"
+            hidden.append(Conv(inputs, outputs, (1, 1, 1) if i else kernel, gain=gain, padding=padding, dtype=dtype))
+        *hidden, self.out = hidden
         self.head = nn.ModuleList(hidden)
         layers = [*self.from_image, *(conv for block in self.blocks for conv in block), *self.head]
         self.shifts = nn.ModuleList(Dense(condition, conv.weight.shape[0]) for conv in layers) if condition else None
@@ -122,12 +112,9 @@ class Critic(nn.Module):
     def input_gradient(
         self, x: Tensor, stage: int | None = None, fade: float = 1.0, condition: Tensor | None = None
     ) -> Tensor:
-        """The gradient of the score with respect to `x`, as a function of the weights.
-
-        A critic of leaky rectifiers is piecewise linear, so its input gradient is a chain of transposed
-        convolutions with fixed masks: the penalty of eq. (1) then needs no double backward pass. Equal to
-        autograd's result, at less than half its cost.
-        """
+        """The gradient of the score with respect to `x`, as a function of the weights: of a critic of leaky
+        rectifiers a chain of transposed convolutions with fixed masks. The penalty of eq. (1) needs no double
+        backward pass then."""
         stage = self.stages if stage is None else stage
         masks = []
         with torch.no_grad():
@@ -139,13 +126,9 @@ class Critic(nn.Module):
             mask = masks.pop()
             return conv.transposed(_leaky_relu_backward(gradient, mask))
 
-        first = (*self.head, self.out)[0]
-        patches = [
-            (n >> halved) - k + 1 + 2 * p
-            for n, halved, k, p in zip(
-                x.shape[2:], (0 if self.flat else stage, stage, stage), first.weight.shape[2:], first.pad, strict=True
-            )
-        ]
+        first, halved = (*self.head, self.out)[0], (0 if self.flat else stage, stage, stage)
+        sizes = zip(x.shape[2:], halved, first.weight.shape[2:], first.pad, strict=True)
+        patches = [(n >> times) - k + 1 + 2 * pad for n, times, k, pad in sizes]
         gradient = self.out.transposed(x.new_full((len(x), 1, *patches), 1 / math.prod(patches)))
         for conv in reversed(self.head):
             gradient = back(conv, gradient)

@@ -20,13 +20,11 @@ class Encoder(nn.Module):
     """Maps volumes (n, 1, z, y, x) of shape `base` x 2^stages to codes (n, code).
 
     Table A.2 read from its end: the image to the finest width, then every stage's two convolutions, the one that leaves
-    it with stride 2 where the generator's doubled the grid, and a dense layer. `widths` are the generator's, coarsest
-    first. There is no pixel norm. `dense` adds fully connected layers with leaky rectifiers: two in the paper for a
-    StyleGAN, whose codes come out of a leaky rectifier too; none for a ProGAN, whose codes are Gaussian.
+    it with stride 2, and a dense layer; there is no pixel norm. `widths` are the generator's, coarsest first. `dense`
+    adds fully connected layers: two in the paper for a StyleGAN, whose codes come out of a leaky rectifier too.
 
-    Not in the paper: `norm` "instance" (Fetty et al. 2020, with four dense layers); `haar` looks at the eight bands of
-    the volume, on a grid half as fine; `statistics` (2, bands), their mean and SD, standardise the input; `flat` reads
-    slices.
+    Not in the paper: `norm` "instance" (Fetty et al. 2020); `haar` and `flat` read what a generator draws that has
+    them; `statistics` (2, bands), mean and SD, standardise the input.
     """
 
     def __init__(
@@ -94,22 +92,17 @@ class LatentDiscriminator(nn.Module):
 
 
 def build_encoder(
-    generator: Generator | HAGANConfig,
-    *,
-    dense: int = 0,
-    norm: str = "none",
-    haar: bool = False,
-    precision: str = "float32",
-    statistics: Tensor | None = None,
+    generator: Generator | HAGANConfig, *, dense: int = 0, norm: str = "none", precision: str = "float32", **how
 ) -> Encoder | HAGANEncoder:
-    """The reverse of the generator that a section describes; a HA-GAN has an encoder of its own."""
+    """The reverse of the generator that a section describes; a HA-GAN has an encoder of its own. `how` are `haar` and
+    `statistics` of an `Encoder`."""
     if isinstance(generator, HAGANConfig):
         if dense or norm != "none":
             raise InputError(f"encoder: dense {dense}, norm {norm}: that of a HA-GAN accepts dense 0 and norm none")
-        how = dict(features=generator.widths[-1], widths=generator.encoder, latent=generator.code)
-        return HAGANEncoder(**generator.parts(), **how, dtype=compute_dtype(precision))
-    how = dense, norm, haar, generator.padding, statistics, compute_dtype(precision)
-    return Encoder(generator.base, generator.widths, generator.code, *how[:-1], generator.flat, how[-1])
+        own = dict(features=generator.widths[-1], widths=generator.encoder, latent=generator.code)
+        return HAGANEncoder(**generator.parts(), **own, dtype=compute_dtype(precision))
+    how |= dict(padding=generator.padding, flat=generator.flat, dtype=compute_dtype(precision))
+    return Encoder(generator.base, generator.widths, generator.code, dense, norm, **how)
 
 
 def trunk(generator: nn.Module) -> nn.Module:

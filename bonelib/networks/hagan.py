@@ -29,10 +29,6 @@ class Grid:
     def __init__(self, cells: int, depth: int, scale: int):
         self.cells, self.depth, self.scale, self.starts = cells, depth, scale, cells - depth + 1
 
-    def draw(self, rng: torch.Generator) -> int:
-        """A start, each alike: r of section III-B."""
-        return int(torch.randint(self.starts, (), generator=rng))
-
     def share(self, r: int) -> float:
         """Where a start lies, from 0 to 1: what D^H is told of it."""
         return r / max(1, self.starts - 1)
@@ -41,9 +37,9 @@ class Grid:
         """The starts T_v of adjoining sub-volumes that cover all; the last one overlaps where it must."""
         return [min(r, self.starts - 1) for r in range(0, self.cells, self.depth)]
 
-    def low(self, a: Tensor, r: int, depth: int | None = None) -> Tensor:
+    def low(self, a: Tensor, r: int) -> Tensor:
         """S^L: the cells of A (n, channel, z, y, x) from r on."""
-        return a[:, :, r : r + (depth or self.depth)]
+        return a[:, :, r : r + self.depth]
 
     def high(self, x: Tensor, r: int) -> Tensor:
         """S^H: the slices of a volume (n, 1, z, y, x) that belong to the cells from r on."""
@@ -53,15 +49,13 @@ class Grid:
 class HAGAN(nn.Module):
     """Maps latents z ~ N(0, I) to volumes (n, 1, z, y, x) in (0, 1) of shape `base` x 2^`stages`.
 
-    G^A makes features A on a grid coarser by 2^(1 + len(fine)); G^L draws a whole volume there; G^H draws any part
-    of the fine one from the part of A below it. Published is `base` (4, 4, 4) and, for 128^3, `stages` 5.
-    `widths` are the channels of G^A: of the dense layer and the convolution behind it, then of one convolution each;
-    the first ones double the grid, until it is that of A. `fine` are the channels of G^H between A and the volume, one
-    each time the grid is doubled but the last; `low` those of G^L. `division` says what part of the volume's slices a
+    G^A makes features A on a grid coarser by 2^(1 + len(fine)); G^L draws a whole volume there; G^H draws any part of
+    the fine one from the part of A below it. `widths` are the channels of G^A: of the dense layer and the convolution
+    behind it, then of one convolution each; the first ones double the grid, until it is that of A. `fine` are the
+    channels of G^H between A and the volume; `low` those of G^L. `division` says what part of the volume's slices a
     sub-volume has, `halo` whether its borders are drawn from one more cell of A on each side; without, as published,
-    zeros stand beyond them in training and not later, when the whole volume is drawn.
-
-    With `classes`, the conditional variant of section IV-C, a latent ends in that many numbers of which one is 1.
+    zeros stand beyond them in training and not later, when the whole volume is drawn. With `classes`, the conditional
+    variant of section IV-C, a latent ends in that many numbers of which one is 1.
 
     Stages as other generators have them: the last is the fine volume, that of A's grid what G^L draws, and others are
     block means. There are no noise inputs.
@@ -202,11 +196,9 @@ class Block(nn.Module):
 
 
 class HAGANEncoder(nn.Module):
-    """E^H, which maps sub-volumes to features like those of A, and E^G, which maps these to codes (n, latent).
-
-    `widths` are the channels of E^G behind each halving, from the grid of A to the `base`; the features have `features`
-    channels. E^H is G^H reversed: a strided convolution each time the grid is halved, and one more between them.
-    """
+    """E^H, which maps sub-volumes to `features` channels like those of A, and E^G, which maps these to codes (n,
+    latent). `widths` are the channels of E^G behind each halving. E^H is G^H reversed: a strided convolution each time
+    the grid is halved, and one more between them."""
 
     def __init__(
         self,

@@ -15,8 +15,7 @@ class HAGANCritic(nn.Module):
 
     `high` are the channels of D^H behind each halving of a sub-volume, `head` those of the two layers behind; `low`
     those of D^L. Along an axis of 2 to 6 voxels a halving takes kernels of 2, so that thin sub-volumes can be halved as
-    often as wide ones. All layers are spectrally normed; there is no other norm. Of `classes` both say logits as well,
-    from the layer that the logit of being real comes from (the auxiliary classifier of section IV-C).
+    often. All layers are spectrally normed. Of `classes` both say logits as well (section IV-C).
     """
 
     def __init__(
@@ -70,14 +69,6 @@ class HAGANCritic(nn.Module):
         x = self.low[-1](x).float().flatten(2).mean(2)
         return x[:, 0], x[:, 1:] if self.class_of else None
 
-    def score_high(self, x: Tensor, r: int, seen=lambda active: None) -> Tensor:
-        """The logits (n,) of `judge_high`."""
-        return self.judge_high(x, r, seen)[0]
-
-    def score_low(self, x: Tensor, seen=lambda active: None) -> Tensor:
-        """The logits (n,) of `judge_low`."""
-        return self.judge_low(x, seen)[0]
-
     def forward(self, volumes: Tensor) -> Tensor:
         """The score (n,) of whole volumes: half the logit of D^L, half the mean of D^H over all sub-volumes."""
         return self.trace(volumes, self.stages, 1.0, lambda active: None)
@@ -86,11 +77,10 @@ class HAGANCritic(nn.Module):
         """The forward pass, as other critics have it; `seen` is shown layers of D^H, sub-volume after sub-volume, then
         those of D^L."""
         parts = self.grid.partition()
-        on_high = sum(self.score_high(self.grid.high(x, r), r, seen) for r in parts) / len(parts)
-        coarse = x
+        on_high = sum(self.judge_high(self.grid.high(x, r), r, seen)[0] for r in parts) / len(parts)
         for _ in range(self.doublings):
-            coarse = downsample(coarse)
-        return (on_high + self.score_low(coarse, seen)) / 2
+            x = downsample(x)
+        return (on_high + self.judge_low(x, seen)[0]) / 2
 
 
 def _inside(x: Tensor) -> Tensor:

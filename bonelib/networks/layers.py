@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bonelib.core.pyramid import unhaar, upsample
+from bonelib.core.random import Rng, sample_per_rank
 from bonelib.networks import numerics
 from bonelib.networks.numerics import Operation
 
@@ -43,8 +45,7 @@ class Conv(nn.Module):
     (Karras et al. 2017, section 4.1; Angermann et al. 2023, Appendix B).
 
     `kernel` is (z, y, x). `stride` 2 halves the grid, `upsample` doubles it first (nearest; kernel 3 only), both along
-    the axes alone that the kernel extends over: `FLAT` makes a network of slices. `padding` is "zeros", "replicate" or
-    "none".
+    the axes alone that the kernel extends over. `padding` is "zeros", "replicate" or "none".
     """
 
     def __init__(
@@ -94,12 +95,9 @@ class Conv(nn.Module):
 
 
 def _lr_multiplier(stored: Tensor, rate: float) -> Tensor:
-    """`rate` times a stored parameter, with the gradient passed back as it is: whatever the optimiser, the value in use
-    then learns exactly as if its learning rate were multiplied by `rate`.
-
-    Were the gradient multiplied too (Karras et al. 2020), it would be so small in the mapping network that Adam's
-    epsilon of Appendix B, 1e-7, is no longer small beside it, and that clipping the gradient's norm hardly sees it.
-    """
+    """`rate` times a stored parameter, whose value then learns as if its learning rate were multiplied by it: the
+    gradient is passed back as it is. Were it multiplied too (Karras et al. 2020), Adam's epsilon of Appendix B would
+    not be small beside it, and clipping the gradient's norm would hardly see it."""
     return stored if rate == 1 else stored.detach() * rate + (stored - stored.detach())
 
 
@@ -168,6 +166,31 @@ class PixelNorm(nn.Module):
         mean = (last * last) @ last.new_full((last.shape[-1], 1), 1 / last.shape[-1])
         times = torch.mul if torch.is_grad_enabled() else Tensor.mul_
         return times(last, torch.rsqrt(mean + 1e-8)).movedim(-1, 1)
+
+
+class Growing(nn.Module):
+    """What generators that grow stage by stage share; they have `latent`, `haar`, `flat` and `to_image`."""
+
+    def sample_latent(self, n: int, rng: Rng) -> Tensor:
+        """`n` latents from N(0, I), shape (n, latent)."""
+        return sample_per_rank(torch.randn, n, self.latent, rng=rng)
+
+    def image(self, x: Tensor, before: Tensor, stage: int, fade: float) -> Tensor:
+        """Volumes of the features of a stage; `fade` < 1 blends them with those of the features `before` it."""
+        image = self._image(x, stage)
+        if fade == 1 or stage == 1:
+            return image
+        return fade * image + (1 - fade) * upsample(self._image(before, stage - 1), self.flat)
+
+    def _image(self, x: Tensor, stage: int) -> Tensor:
+        image = self.to_image[stage - 1](x).float()
+        return torch.sigmoid(unhaar(image) if self.haar else image)
+
+
+def to_images(widths, haar: bool, kernel, padding: str, dtype: torch.dtype) -> nn.ModuleList:
+    """A convolution from the features of each stage to its volume, or to its eight Haar bands."""
+    how = dict(gain=1.0, padding=padding, dtype=dtype)
+    return nn.ModuleList(Conv(o, 8 if haar else 1, kernel, **how) for o in widths[0 if haar else 1 :])
 
 
 class AddNoise(nn.Module):

@@ -3,27 +3,35 @@
 import torch
 from torch import Tensor, nn
 
-from bonelib.core.pyramid import unhaar, upsample
 from bonelib.core.random import Rng, sample_per_rank
-from bonelib.networks.layers import CHANNELS_LAST, FLAT, FULL, AddNoise, Conv, Dense, PixelNorm, silu
+from bonelib.networks.layers import (
+    CHANNELS_LAST,
+    FLAT,
+    FULL,
+    AddNoise,
+    Conv,
+    Dense,
+    Growing,
+    PixelNorm,
+    silu,
+    to_images,
+)
 
 
-class ProGAN(nn.Module):
+class ProGAN(Growing):
     """Maps latents z ~ N(0, I) to volumes in (0, 1) of shape `base` x 2^stage.
 
-    `widths` has one entry for the reshaped dense layer and one for each time the grid is doubled; the published
-    network is `base` (1, 9, 7), `latent` 512 and `widths` (128, 128, 128, 64, 32, 16). Where Table A.2 lists 128
-    channels for the upsampling layers u4 and u5, their inputs have 64 and 32, and upsampling keeps the number of
+    `widths` has one entry for the reshaped dense layer and one for each time the grid is doubled. Where Table A.2 lists
+    128 channels for the upsampling layers u4 and u5, their inputs have 64 and 32, and upsampling keeps the number of
     channels: the table is read so.
 
     Not in the paper, all off by default: `base_convs` puts so many convolutions before the first upsampling, on a grid
     so coarse that they cost next to nothing and that four of them see all of the bone; `noise` adds noise inputs behind
     every other convolution, scaled per channel by weights drawn with this SD (without them, on grids that show
     trabeculae, all bones carry the same pattern); `haar` lets each stage draw the eight Haar bands of its volume on
-    the grid before it, so that the finest one needs no features, and the first stage draws from the dense layer's grid;
-    `padding` "replicate" repeats the border of a grid instead of adding zeros.
-    The coarsest grid is one voxel deep, and only zeros beyond it tell its upper from its lower half: with "replicate"
-    and without noise all slices of a bone are alike, or, with `haar`, all second ones.
+    the grid before it; `padding` "replicate" repeats the border of a grid instead of adding zeros. (The coarsest grid
+    is one voxel deep, and only zeros beyond it tell its upper from its lower half: without these and without noise all
+    slices of a bone are alike, or, with `haar`, all second ones.)
     """
 
     def __init__(
@@ -48,17 +56,10 @@ class ProGAN(nn.Module):
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
         self.first = nn.ModuleList(Conv(i, o, upsample=True, **how) for i, o in pairs)
         self.second = nn.ModuleList(Conv(o, o, **how) for _, o in pairs)
-        self.to_image = nn.ModuleList(
-            Conv(o, 8 if haar else 1, kernel, gain=1.0, padding=padding, dtype=dtype)
-            for o in widths[0 if haar else 1 :]
-        )
+        self.to_image = to_images(widths, haar, kernel, padding, dtype)
         scales = [nn.Parameter(noise * torch.randn(2, o)) for _, o in pairs]
         self.noise_scale = nn.ParameterList(scales) if noise else None
         self.norm, self.add_noise = PixelNorm(), AddNoise()
-
-    def sample_latent(self, n: int, rng: Rng) -> Tensor:
-        """`n` latents from N(0, I), shape (n, latent)."""
-        return sample_per_rank(torch.randn, n, self.latent, rng=rng)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """The latents, redrawn beyond +-`truncation` by folding the normal distribution's quantiles onto those of
@@ -66,11 +67,7 @@ class ProGAN(nn.Module):
         return fold_normal(latent, truncation)
 
     def synthesize(
-        self,
-        styles: Tensor,
-        stage: int | None = None,
-        fade: float = 1.0,
-        noise: Rng | None = None,
+        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: Rng | None = None
     ) -> Tensor:
         """Volumes (n, 1, z, y, x) at `stage`; `fade` < 1 blends the new stage with the upsampled one before it.
 
@@ -80,18 +77,12 @@ class ProGAN(nn.Module):
         x = self.dense(styles).reshape(len(styles), -1, *self.base).contiguous(memory_format=CHANNELS_LAST)
         for conv in self.ground:
             x = self.norm(silu(conv(x)))
+        before = x
         for s in range(stage - self.haar):
             before = x
             x = self._behind(self.first[s](x), s, 0, noise)
             x = self._behind(self.second[s](x), s, 1, noise)
-        image = self._image(x, stage)
-        if fade < 1 and stage > 1:
-            image = fade * image + (1 - fade) * upsample(self._image(before, stage - 1), self.flat)
-        return image
-
-    def _image(self, x: Tensor, stage: int) -> Tensor:
-        image = self.to_image[stage - 1](x).float()
-        return torch.sigmoid(unhaar(image) if self.haar else image)
+        return self.image(x, before, stage, fade)
 
     def _behind(self, x: Tensor, stage: int, layer: int, noise: Rng | None) -> Tensor:
         if self.noise_scale is not None and noise is not None:

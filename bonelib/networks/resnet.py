@@ -50,21 +50,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norms[0](self.convs[0](x)))
-        y = self.norms[1](self.convs[1](y))
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        return F.relu(x + y)
+        x = x if self.shortcut is None else self.shortcut(x)
+        return F.relu(x + self.norms[1](self.convs[1](y)))
 
 
 class ResNet(nn.Module):
     """Motion grade of volumes (n, 1, z, y, x) in [0, 1] of any size.
 
-    `windows` are grey windows (centre, half width) in the unit of the input, as a reader sets them: streaks are faint
-    in soft tissue and bone is bright. Each window enters twice, as it is and freed of its local mean in plane.
-    `widths` and `blocks` are the channels and residual blocks of each stage; (64, 128, 256, 512) and (2, 2, 2, 2) is
-    a ResNet-18 in 3D. The first convolution halves the grid in plane only, where motion acts. `forward` gives the
-    logits (n, 4) of the grade being above 1, 2, 3 and 4, `features` the vectors (n, d) before them: mean and maximum
-    over space, as streaks are local.
+    `windows` are grey windows (centre, half width) in the unit of the input: streaks are faint in soft tissue and bone
+    is bright. Each enters twice, as it is and freed of its local mean in plane. (64, 128, 256, 512) `widths` and (2, 2,
+    2, 2) `blocks` are a ResNet-18 in 3D. The first convolution halves the grid in plane only, where motion acts.
+    `forward` gives the logits (n, 4) of the grade being above 1, 2, 3 and 4, `features` the vectors (n, d) before them.
     """
 
     def __init__(

@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonelib import InputError
-from bonelib.core.pyramid import unhaar, upsample
 from bonelib.core.random import Rng, sample_per_rank, torch_rng
-from bonelib.networks.layers import CHANNELS_LAST, FLAT, FULL, AddNoise, Conv, Dense, ModulatedConv
+from bonelib.networks.layers import CHANNELS_LAST, FLAT, FULL, AddNoise, Dense, Growing, ModulatedConv, to_images
 
 MAPPING = 6  # dense layers from z to w: m1 ... m5 and w
 PER_STAGE = 3  # styles, one for each convolution: c_1 before the upsampling, c_3 and c_5 behind it
@@ -16,13 +15,12 @@ GAIN = 2**0.5  # of a layer, since its rectifier halves the power
 MEAN_OF = 1024  # latents whose styles are averaged for the truncation trick
 
 
-class StyleGAN(nn.Module):
+class StyleGAN(Growing):
     """Maps latents z ~ N(0, I) to styles w, and these to volumes in (0, 1) of shape `base` x 2^stage. Every convolution
     but those to the image follows a style: `layers` in all, three each time the grid is doubled.
 
-    `widths` has one entry for the learned constant and one for each doubling; the published network is `base`
-    (1, 9, 7), `latent` 512 and `widths` (128, 128, 128, 64, 32, 16), which makes fifteen layers. How Table A.3 is
-    read, where it contradicts the text or itself:
+    `widths` has one entry for the learned constant and one for each doubling; by default there are the fifteen layers
+    that are published. How Table A.3 is read, where it contradicts the text or itself:
 
     - Its layer w has 128 channels, but W lies in R^512 in sections 3.2 and 3.5 and the encoder ends there: `style` is
       512 unless given.
@@ -37,13 +35,9 @@ class StyleGAN(nn.Module):
     at 0. `mapping_rate` multiplies the learning rate of the mapping network (0.02 in Appendix B).
 
     Not in the paper, all off by default: `affine_rate` multiplies the learning rate of the styles' affine maps (at the
-    full rate a short training first learns to leave the styles out, and draws one bone: see `ModulatedConv`, where
-    nothing but the bias of 1 is then left); `base_convs` puts so many more layers before the first upsampling, which
-    follow the first layer's style (on the coarsest grid they cost next to nothing, and four of them see all of the
-    bone); `haar` lets each stage draw the eight Haar bands of its volume on the grid before
-    it, the first one on that of the constant;
-    `padding` "replicate" repeats the border of a grid instead of adding zeros (what that costs: see `ProGAN`); `flat`
-    draws slices, (n, 1, 1, y, x): kernels are 1x3x3, and grids are doubled in plane alone.
+    full rate a short training first learns to leave the styles out, and draws one bone); `base_convs`, which follow the
+    first layer's style, `haar` and `padding` are those of a `ProGAN`; `flat` draws slices, (n, 1, 1, y, x): kernels are
+    1x3x3, and grids are doubled in plane alone.
     """
 
     def __init__(
@@ -77,16 +71,9 @@ class StyleGAN(nn.Module):
         )
         self.noise_scale = nn.ParameterList(torch.tensor(float(noise)) for _ in self.convs)
         self.add_noise = AddNoise()
-        self.to_image = nn.ModuleList(
-            Conv(o, 8 if haar else 1, kernel, gain=1.0, padding=padding, dtype=dtype)
-            for o in widths[0 if haar else 1 :]
-        )
+        self.to_image = to_images(widths, haar, kernel, padding, dtype)
         self.register_buffer("mean_style", torch.zeros(style))
         self.centre()
-
-    def sample_latent(self, n: int, rng: Rng) -> Tensor:
-        """`n` latents from N(0, I), shape (n, latent)."""
-        return sample_per_rank(torch.randn, n, self.latent, rng=rng)
 
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """The styles w (n, style) of latents (n, latent); `truncation` is psi of section 4.1, published 0.8: it draws
@@ -102,11 +89,7 @@ class StyleGAN(nn.Module):
         return torch.lerp(self.mean_style, latent, truncation)
 
     def synthesize(
-        self,
-        styles: Tensor,
-        stage: int | None = None,
-        fade: float = 1.0,
-        noise: Rng | None = None,
+        self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: Rng | None = None
     ) -> Tensor:
         """Volumes (n, 1, z, y, x) at `stage`; `fade` < 1 blends the new stage with the upsampled one before it.
 
@@ -119,6 +102,7 @@ class StyleGAN(nn.Module):
         x = self.constant.expand(len(styles), *self.constant.shape).contiguous(memory_format=CHANNELS_LAST)
         for conv in self.ground:
             x = F.leaky_relu(conv(x, styles[:, 0]), SLOPE, inplace=True)
+        before = x
         for layer in range(PER_STAGE * (stage - self.haar)):
             if layer % PER_STAGE == 0:
                 before = x
@@ -127,14 +111,7 @@ class StyleGAN(nn.Module):
                 field = sample_per_rank(torch.randn, len(x), 1, *x.shape[2:], rng=noise).to(x)
                 x = self.add_noise(x, field, self.noise_scale[layer])
             x = F.leaky_relu(x, SLOPE, inplace=True)
-        image = self._image(x, stage)
-        if fade < 1 and stage > 1:
-            image = fade * image + (1 - fade) * upsample(self._image(before, stage - 1), self.flat)
-        return image
-
-    def _image(self, x: Tensor, stage: int) -> Tensor:
-        image = self.to_image[stage - 1](x).float()
-        return torch.sigmoid(unhaar(image) if self.haar else image)
+        return self.image(x, before, stage, fade)
 
     def factorized_weight(self) -> Tensor:
         """The matrix A of eq. (11): the affine maps of all layers, one below the other, (channels, style)."""

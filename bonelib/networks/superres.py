@@ -37,16 +37,14 @@ class Residual(nn.Module):
 
 
 class SuperResolution(nn.Module):
-    """Maps volumes (n, 1, z, y, x) in [0, 1], a texture code and noise to volumes four times as fine.
+    """Maps volumes (n, 1, z, y, x) in [0, 1], a texture code (n, texture), standardised, and noise to volumes four
+    times as fine.
 
-    The given volume is kept as the mean of every block of 4x4x4 voxels, so that no mineral is made or lost. Channels
-    are where voxels are few: `depth` residual convolutions of `width` channels on the given grid, `fine_depth` of
-    `fine_width` on one twice as fine, where the eight Haar bands of the finest grid are drawn; behind their inverse a
-    small convolution sees all neighbours alike, with noise of its own. All is local: a network trained on windows draws
-    volumes of any size.
-
-    The texture code (n, texture), standardised, says what the trabeculae of this bone are like. `prior` draws one for a
-    given volume, as the training bones of such histograms have them.
+    The given volume is kept as the mean of every block of 4x4x4 voxels. `depth` residual convolutions of `width`
+    channels work on the given grid, `fine_depth` of `fine_width` on one twice as fine, where the eight Haar bands of
+    the finest grid are drawn; behind their inverse a small convolution sees all neighbours alike. All is local: a
+    network trained on windows draws volumes of any size. `prior` draws a code for a given volume, as the training bones
+    of such histograms have them.
     """
 
     def __init__(self, width=96, depth=4, fine_width=32, fine_depth=2, texture=5, dtype=torch.float32):
@@ -140,13 +138,13 @@ class TexturePrior(nn.Module):
         return torch.cat([asked, asked @ torch.linalg.solve(covariance[:k, :k], covariance[:k, k:])], 1)
 
 
-def ridge(x: Tensor, y: Tensor, strength: float = 1e-2) -> tuple[Tensor, Tensor, Tensor]:
+def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weight (features, numbers), mean (features,) and bias (numbers,) of y ~ (x - mean) @ weight + bias."""
     mean, bias = x.mean(0), y.mean(0)
     a, b = (x - mean).double(), (y - bias).double()
     scale = a.std(0).clamp(min=1e-6)
     a = a / scale
-    gram = a.T @ a + strength * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+    gram = a.T @ a + 1e-2 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
     return (torch.linalg.solve(gram, a.T @ b) / scale[:, None]).float(), mean, bias
 
 
@@ -180,13 +178,8 @@ class Cascaded(nn.Module):
     def to_styles(self, latent: Tensor, truncation: float | None = None) -> Tensor:
         """As the generator's own; a truncation below 1 shrinks the texture's draw as well."""
         own, texture = latent[:, : -self.texture], latent[:, -self.texture :]
-        return torch.cat(
-            [
-                self.generator.to_styles(own, truncation),
-                texture * (1.0 if truncation is None else min(1.0, truncation)),
-            ],
-            1,
-        )
+        size = 1.0 if truncation is None else min(1.0, truncation)
+        return torch.cat([self.generator.to_styles(own, truncation), texture * size], 1)
 
     def synthesize(
         self, styles: Tensor, stage: int | None = None, fade: float = 1.0, noise: torch.Generator | None = None

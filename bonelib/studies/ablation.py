@@ -3,9 +3,11 @@
 import json
 import shutil
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import ndimage
 
 from bonelib.core.config import fingerprint
@@ -13,7 +15,7 @@ from bonelib.core.files import write_json
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.metrics import frechet_distance, precision_recall
-from bonelib.evaluation.statistics import half_interval
+from bonelib.evaluation.statistics import half_interval, of_rows
 from bonelib.latent.models import draw, load_model
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.studies.config import Trials, changed
@@ -29,11 +31,8 @@ OF_TRAININGS = ("sklearn.linear_model", "torch._dynamo")  # else imported by eve
 
 
 def run(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=print) -> tuple[list[dict], dict]:
-    """Train every variant with every seed; returns the table and {variant: volumes of its first seed, (n, z, y, x)}.
-
-    Rows: variant, seed, samples seen, CPU seconds, and what `against` says of its samples. The row "real" holds one
-    half of the training patients against the other.
-    """
+    """Train every variant with every seed; returns the table, of what `against` says of samples, and {variant: volumes
+    of its first seed, (n, z, y, x)}. The row "real" holds one half of the training patients against the other."""
     data = on_grid(how, data)
     reference = data.pooled(data.of("train"), 0)[:, 0].float().numpy()
     patients = [row["patient"] for row in data.of("train")]
@@ -63,10 +62,9 @@ def trials(how: Trials, data: Stacks, folder: str | Path, *, seed: int, say=prin
     A trial trains for `how.seconds` of CPU time on one thread: a short training first tells how many samples that is.
     What is done is not done again by equal code: each trial's model, row and volumes lie in `folder`.
     """
-    data = on_grid(how, data)
+    data, jobs = on_grid(how, data), {}
     with workers(also=OF_TRAININGS) as pool:
-        jobs = {}
-        for name, own in [(name, seed + i) for i in range(how.seeds) for name in how.variants]:
+        for own, name in product(range(seed, seed + how.seeds), how.variants):
             params = training_section(changed(how.base, how.variants[name]), name)
             place = Path(folder) / fingerprint(params, data.meta["data_hash"], own, how.seconds, how.samples, CODE)
             jobs[name, own] = pool.submit(_trained, params, data, place, own, how.seconds, how.samples)
@@ -110,46 +108,33 @@ def _train(params: Train | HierarchicalTrain, samples: int, data: Stacks, place:
 def against(real: np.ndarray, fake: np.ndarray, patients: list[str], level: float, seed: int, draws: int) -> dict:
     """What samples (n, z, y, x) are worth beside real stacks (m, z, y, x), the m names of whose patients are given.
 
-    `closed rings`, the share of slices whose cortex closes at `level`, with an interval over the samples, and that of
-    the real ones; the Frechet distance in principal components of the real stacks with an interval by halves of the
-    patients; precision and recall there; `residual`, how far a sample lies from what these components can say (RMS),
-    and that of the real ones; and the SD over the samples at a voxel, relative to that over the real ones.
+    `closed rings`: the share of slices whose cortex closes at `level`. Frechet distance, precision and recall are those
+    in principal components of the real stacks, `residual` is how far a volume lies from what these can say (RMS), and
+    `relative SD` that over samples at a voxel, over that of the real ones. Intervals are by halves.
     """
     components, mean, scale = _components(real)
     a, b = (((v.reshape(len(v), -1) - mean) @ components.T) / scale for v in (real, fake.astype(np.float32)))
     ring, of_real = closed_rings(fake, level), closed_rings(real, level)
     rng = numpy_rng(seed, "rings")
-    _, low, high, *_ = half_interval(lambda rows: ring[rows].mean(), range(len(ring)), rng=rng, draws=draws)
+    closed, low, high, *_ = half_interval(of_rows(np.mean, ring), range(len(ring)), rng=rng, draws=draws)
     rng = numpy_rng(seed, "interval", "trials")
-    distance, *ends = half_interval(
-        lambda i, j: frechet_distance(a[i], b[j]), patients, range(len(b)), rng=rng, draws=draws
-    )[:3]
+    found = half_interval(of_rows(frechet_distance, a, b), patients, range(len(b)), rng=rng, draws=draws)
     precision, recall = precision_recall(a, b)
-    return {
-        "N": len(fake), "closed rings": float(ring.mean()), "low": low, "high": high,
-        "closed rings, real": float(of_real.mean()), "N real": len(real),
-        "Frechet distance": distance, "FD low": ends[0], "FD high": ends[1],
-        "precision": precision, "recall": recall,
-        "residual": _residual(fake, components, mean), "residual, real": _residual(real, components, mean),
-        "relative SD": float(fake.astype(np.float32).std(0).mean() / real.std(0).mean()),
-    }  # fmt: skip
+    row = {"N": len(fake), "closed rings": closed, "low": low, "high": high}
+    row |= {"closed rings, real": float(of_real.mean()), "N real": len(real), "Frechet distance": found.value}
+    row |= {"FD low": found.low, "FD high": found.high, "precision": precision, "recall": recall}
+    row |= {"residual": _residual(fake, components, mean), "residual, real": _residual(real, components, mean)}
+    return row | {"relative SD": float(fake.astype(np.float32).std(0).mean() / real.std(0).mean())}
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
     """The table of `run` averaged over seeds, and a last row: the widest difference between seeds of one variant."""
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    keys = ("samples", "closed rings", "Frechet distance", "precision", "recall", "residual", "relative SD")
-    groups = {name: [row for row in rows if row["variant"] == name] for name in names}
-    table = [
-        {"variant": name, "seeds": len(own)}
-        | {k: float(np.mean([r[k] for r in own])) if k in own[0] else "" for k in keys}
-        for name, own in groups.items()
-    ]
-    wide = {k: max(np.ptp([r[k] for r in own]) for own in groups.values() if k in own[0]) for k in keys}
-    return [
-        *table,
-        {"variant": "widest difference of two seeds", "seeds": "", **{k: float(v) for k, v in wide.items()}},
-    ]
+    keys = ["samples", "closed rings", "Frechet distance", "precision", "recall", "residual", "relative SD"]
+    groups = pd.DataFrame(rows).groupby("variant", sort=False)
+    table = groups[keys].mean()
+    table.insert(0, "seeds", groups.size())
+    table.loc["widest difference of two seeds"] = (groups[keys].max() - groups[keys].min()).max()
+    return table.rename_axis("variant").reset_index().astype(object).fillna("").to_dict("records")
 
 
 def _components(real):
@@ -175,11 +160,9 @@ def ring_level(real: np.ndarray) -> float:
 
 def closed_rings(volumes: np.ndarray, level: float) -> np.ndarray:
     """Of each volume (n, z, y, x), the share of its slices in which what lies above `level` encloses a wide hole."""
-    shares = []
-    for volume in volumes:
-        closed = 0
-        for part in volume > level:
-            holes, count = ndimage.label(ndimage.binary_fill_holes(part) & ~part)
-            closed += count > 0 and np.bincount(holes.ravel())[1:].max() >= HOLE * part.size
-        shares.append(closed / len(volume))
-    return np.array(shares)
+
+    def closed(part):
+        holes, _ = ndimage.label(ndimage.binary_fill_holes(part) & ~part)
+        return np.bincount(holes.ravel())[1:].max(initial=0) >= HOLE * part.size
+
+    return np.array([np.mean([closed(part) for part in volume > level]) for volume in volumes])

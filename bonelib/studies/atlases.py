@@ -19,10 +19,8 @@ Read = Callable[[Tensor], Tensor]  # of volumes (n, 1, z, y, x) an attribute (n,
 
 
 def one_a_patient(rows: list[dict], count: int) -> list[dict]:
-    """Of rows of stacks the one in the middle of the first scan of every patient, of `count` patients at most.
-
-    All are of the same height in the bone, which changes along it.
-    """
+    """Of rows of stacks the one in the middle of the first scan of every patient, of `count` at most: all of one
+    height."""
     first = {}
     for row in rows:
         first.setdefault(row["patient"], []).append(row)
@@ -43,8 +41,8 @@ def follows(
 
     Rows: where an atlas of `codes` (n, *code) is drawn (`at`), what the line of the attribute over the condition says
     (`asked`), what is read on the atlas (`measured`). And the slope of measured over asked with its interval by
-    patient: patients are drawn anew, and atlases with them. 1: an atlas has what is asked. `how` are points, seed and
-    draws. Bones without condition or attribute are left out.
+    patient: 1 where an atlas has what is asked. `how` are points, seed and draws. Bones without condition or attribute
+    are left out.
     """
     kept = np.flatnonzero(np.isfinite(condition) & np.isfinite(value))
     at = places(condition[kept], how["points"])
@@ -64,7 +62,7 @@ def follows(
     found = patient_interval(slope, names, rng=numpy_rng(how["seed"], "atlas slope"), draws=how["draws"])
     asked, measured = pairs(np.arange(len(kept)))
     rows = [dict(at=float(a), asked=float(b), measured=float(c)) for a, b, c in zip(at, asked, measured, strict=True)]
-    return rows, found._replace(low=float(found.low), high=float(found.high))._asdict()
+    return rows, found._asdict()
 
 
 def all_follow(
@@ -97,11 +95,9 @@ def sharpness(volumes: Tensor) -> np.ndarray:
 
 
 def sharp(real: Tensor, codes: Tensor, patients: Sequence[str], draw: Draw, *, seed: int, draws: int) -> list[dict]:
-    """How sharp means are, over the mean sharpness of the bones (n, 1, z, y, x) they are of: a row each.
-
-    The mean of voxels, the bone of the mean code, and for comparison the bones of single codes. Intervals are by
-    halves of the patients, as a mean with duplicates is one of fewer bones, and sharper.
-    """
+    """How sharp the mean of voxels, the bone of the mean code, and the bones of single codes are, over the mean
+    sharpness of the bones (n, 1, z, y, x) they are of: a row each. By halves of the patients, as a mean with duplicates
+    is one of fewer bones, and sharper."""
     own, of_codes = sharpness(real), sharpness(draw(codes))
     ways = {
         "mean of the voxels": lambda i: sharpness(real[i].mean(0, keepdim=True))[0],
@@ -119,24 +115,19 @@ def sharp(real: Tensor, codes: Tensor, patients: Sequence[str], draw: Draw, *, s
 def straight_and_geodesic(
     found: IntrinsicMean, codes: Tensor, patients: Sequence[str], draw: Draw, *, seed: int, draws: int
 ) -> list[dict]:
-    """Of the paths between the means and the bones of `codes` (n, *code), by patient: a row a number.
-
-    How long the geodesics from the intrinsic mean are over the straight ways from it, and its squared distances over
-    those from the straight mean along straight ways; lengths are those of volumes.
-    """
+    """How long the geodesics from the intrinsic mean to the bones of `codes` (n, *code) are over the straight ways, and
+    its squared distances over those from the straight mean along straight ways: a row each, by patient."""
     steps = np.linspace(0, 1, found.paths.shape[1])
     short = distances(draw, found.paths)
     straight = distances(draw, torch.stack([line(found.code, code, steps) for code in codes]))
     centre = distances(draw, torch.stack([line(codes.mean(0), code, steps) for code in codes]))
+    squares = "squared distances, intrinsic mean over straight mean"
     ways = {
         "geodesic over straight, length": lambda i: (short[i] / straight[i]).mean(),
-        "squared distances, intrinsic mean over straight mean": lambda i: (
-            (short[i] ** 2).sum() / (centre[i] ** 2).sum()
-        ),
+        squares: lambda i: (short[i] ** 2).sum() / (centre[i] ** 2).sum(),
     }
     rows = []
     for name, way in ways.items():
         rng = numpy_rng(seed, "geodesics", name)
-        interval = patient_interval(lambda i, way=way: float(way(i)), patients, rng=rng, draws=draws)
-        rows.append({"": name} | interval._replace(low=float(interval.low), high=float(interval.high))._asdict())
+        rows.append({"": name} | patient_interval(way, patients, rng=rng, draws=draws)._asdict())
     return rows

@@ -4,11 +4,15 @@ Both precisions take turns in one run, where the machine has kernels for both; a
 """
 
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -57,54 +61,63 @@ def update_times(
     rounds: int,
     seed: int = 1,
 ) -> list[dict]:
-    """Seconds of one core for an update in each precision of `names` (default: `precisions()`), taken in turn.
+    """`in_turns` of an update in each precision of `names` (default: `precisions()`), and the GFLOP/s it reaches."""
+    runs = {}
+    for precision in names or precisions():
+        torch.manual_seed(torch_rng(seed, "cost").initial_seed())
+        given = prepared(generator, critic, stage, batch, torch_rng(seed, "cost shape"), precision=precision)
+        runs[precision] = partial(update, *given, stage, n_critic, torch_rng(seed, "cost draws"))
+    rows = in_turns(runs, rounds, "precision")
+    return [row | {"GFLOP/s": row["GFLOP"] / row["seconds"]} for row in rows]
 
-    One round that is not counted goes before.
 
-    Rows: precision, seconds (median), least, most, times faster than the first precision, GFLOP done, GFLOP/s, rounds.
-    """
+def prepared(generator: Generator, critic: CriticNet, stage: int, batch: int, rng, device="cpu", **how) -> tuple:
+    """Of what `update` takes: both networks, their optimisers, and a batch of noise on the grid of a stage."""
+    networks = build_generator(generator, **how).to(device), build_critic(critic, **how).to(device)
+    adams = [torch.optim.Adam(net.parameters(), 1e-4, betas=(0.0, 0.98), fused=True) for net in networks]
+    with torch.no_grad():
+        styles = networks[0].to_styles(networks[0].sample_latent(1, rng).to(device))
+        grid = networks[0].synthesize(styles, stage).shape[2:]
+    return *networks, adams, torch.rand(batch, 1, *grid, device=device)
+
+
+@contextmanager
+def one_core():
+    """One thread for torch, while the block lasts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        runs = {}
-        names = names or precisions()
-        for precision in names:
-            pair = _networks(generator, critic, precision, seed)
-            adams = [torch.optim.Adam(net.parameters(), 1e-4, betas=(0.0, 0.98), fused=True) for net in pair]
-            with torch.no_grad():
-                styles = pair[0].to_styles(pair[0].sample_latent(1, torch_rng(seed, "cost shape")))
-                shape = pair[0].synthesize(styles, stage).shape[1:]
-            real = torch.rand(batch, *shape, generator=torch_rng(seed, "cost real"))
-            runs[precision] = (*pair, adams, real, stage, n_critic, torch_rng(seed, "cost draws"))
-        flops = {}
-        for precision, run in runs.items():
-            with Flops() as counter:
-                update(*run)
-            flops[precision] = counter.total / 1e9
-        seconds = {precision: [] for precision in runs}
-        for _ in range(rounds):
-            for precision, run in runs.items():
-                start = time.thread_time()
-                update(*run)
-                seconds[precision].append(time.thread_time() - start)
+        yield
     finally:
         torch.set_num_threads(threads)
-    median = {precision: float(np.median(values)) for precision, values in seconds.items()}
-    return [
-        {
-            "precision": name, "seconds": median[name], "least": min(values), "most": max(values),
-            "times faster": median[names[0]] / median[name], "GFLOP": flops[name],
-            "GFLOP/s": flops[name] / median[name], "rounds": rounds,
-        }
-        for name, values in seconds.items()
-    ]  # fmt: skip
+
+
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int, column: str) -> list[dict]:
+    """What one core takes for each of `runs`, which take turns: a row each, under its name in `column`.
+
+    Seconds (median), least, most, times faster than the first, GFLOP, rounds. One round that is not timed goes before.
+    """
+    flops, seconds = {}, {name: [] for name in runs}
+    with one_core():
+        for name, run in runs.items():
+            with Flops() as counter:
+                run()
+            flops[name] = counter.total / 1e9
+        for _, (name, run) in product(range(rounds), runs.items()):
+            start = time.thread_time()
+            run()
+            seconds[name].append(time.thread_time() - start)
+    median, rows = {name: float(np.median(values)) for name, values in seconds.items()}, []
+    for name, values in seconds.items():
+        row = {column: name, "seconds": median[name], "least": min(values), "most": max(values)}
+        faster = next(iter(median.values())) / median[name]
+        rows.append(row | {"times faster": faster, "GFLOP": flops[name], "rounds": rounds})
+    return rows
 
 
 def stage_costs(generator: Generator, critic: CriticNet, precision: str, *, stages, **how) -> list[dict]:
-    """The row of `update_times` at each of `stages`, coarsest first, in a process of its own.
-
-    And that process's peak memory in MB, which is that of the stage, as no stage before it is as large.
-    """
+    """The row of `update_times` at each of `stages`, coarsest first, in a process of its own, with its peak memory in
+    MB."""
     with workers(1) as pool:
         return pool.submit(_updated, generator, critic, precision, sorted(stages), how).result()
 
@@ -140,9 +153,7 @@ def _sampled(how: Generator, precision: str) -> dict[str, float]:
 
 def peak_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
     """GFLOP/s that one core reaches in a convolution that suits it: 128 channels, 3x3x3, on 8x24x24 voxels."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_core():
         x = torch.rand(4, 128, 8, 24, 24).to(dtype).contiguous(memory_format=torch.channels_last_3d)
         weight, best, until = torch.rand(128, 128, 3, 3, 3).to(dtype), np.inf, time.thread_time() + seconds
         with torch.inference_mode():
@@ -150,14 +161,7 @@ def peak_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
                 start = time.thread_time()
                 F.conv3d(x, weight, padding=1)
                 best = min(best, time.thread_time() - start)
-    finally:
-        torch.set_num_threads(threads)
     return float(2 * x.numel() * 27 * 128 / best / 1e9)
-
-
-def _networks(generator: Generator, critic: CriticNet, precision: str, seed: int) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(torch_rng(seed, "cost").initial_seed())
-    return build_generator(generator, precision=precision), build_critic(critic, precision=precision)
 
 
 class Flops(TorchDispatchMode):

@@ -27,11 +27,9 @@ SEARCH_STEP = 6  # how much coarser the grid is on which a place for the crop of
 
 
 def marrow(volume: Volume, inside: np.ndarray | None = None) -> dict | None:
-    """Density in mg HA/cm3 of voxels at least `QUIET_VOXELS` from segmented bone, within the mask `inside` (z, y, x).
-
-    `mean` and `sd`; `thirds`, the SDs of three equal parts along z, NaN where one has no voxel; and `noise`, the
-    autocorrelation along z, y and x (3) at `LAGS` (3) over pairs of such voxels. None where they are too few.
-    """
+    """Density in mg HA/cm3 of voxels at least `QUIET_VOXELS` from segmented bone, within the mask `inside` (z, y, x):
+    `mean`, `sd`, `thirds`, the SDs of three equal parts along z, and `noise`, the autocorrelation along z, y and x (3)
+    at `LAGS` (3). None where they are too few."""
     bone = segment(volume)
     inside = np.ones(volume.shape, bool) if inside is None else inside
     # Bone further away than this from the mask cannot matter
@@ -64,12 +62,9 @@ def _apart(array, axis, lag):
 
 
 def crop_statistics(volume: Volume) -> dict:
-    """Statistics of a crop inside trabecular bone (mg HA/cm3) that do not show it: plain numbers and lists.
-
-    Morphometry (`traits`, and by Laplace-Hamming `sharpened`), density histogram over `HISTOGRAM` (share per bin),
-    autocorrelation of the density along z, y, x at lags 0-8 voxels, and mean, SD and autocorrelation of the `marrow`.
-    Raises `InputError` for a crop without marrow.
-    """
+    """Statistics of a crop inside trabecular bone (mg HA/cm3) that do not show it, plain numbers and lists:
+    morphometry, share of voxels a bin of `HISTOGRAM`, autocorrelation along z, y, x at lags 0-8, and the `marrow`.
+    Raises `InputError` for a crop without marrow."""
     quiet = marrow(volume)
     if quiet is None:
         raise InputError(f"the crop has no {LEAST_QUIET} voxels at least {QUIET_VOXELS} voxels from bone")
@@ -94,11 +89,9 @@ def genuine_statistics() -> dict:
 
 
 def phantom_crop(seed: int, density: float, shape: tuple[int, int, int]) -> Volume:
-    """A crop of `shape` voxels from inside the trabecular bone of a full-size phantom of mean density `density`.
-
-    Of the places that lie wholly inside, the one whose mean density is nearest to that wanted: searched on a grid
-    `SEARCH_STEP` times as coarse, and drawn alone.
-    """
+    """A crop of `shape` voxels from inside the trabecular bone of a full-size phantom of mean density `density`: of the
+    places that lie wholly inside, the one nearest to that, searched on a grid `SEARCH_STEP` times as coarse, and drawn
+    alone."""
     traits = dict(sex="F", age=60.0, tb_bmd=density, side="right")
     coarse = draw_visit(seed, 1, 1, SEARCH_STEP * NATIVE_MM, **traits)
     inside = ndimage.minimum_filter(coarse.compartments == TRABECULAR, 3)

@@ -9,8 +9,7 @@ from scipy import ndimage
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import standardised
 from bonelib.evaluation.metrics import realism
-from bonelib.latent.models import Model
-from bonelib.latent.sampling import draw_code, sampled_code
+from bonelib.latent.models import Model, draw_code, sampled_code
 from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
 from bonelib.studies.corruption import blurred, moving
@@ -76,9 +75,8 @@ def scores(reference: dict[str, np.ndarray], found: dict[str, np.ndarray], n: in
 def degraded(volume: Volume, criterion: str, level: int, rng: np.random.Generator) -> Volume:
     """One bone, in mg HA/cm3, worse by `criterion`, one of `raters.CRITERIA`; level 0 is as given, `LEVELS` the worst.
 
-    sharpness and artefacts: blur and motion of `corruption`. valid image area: a part of the width is empty, up to a
-    quarter. contours: every slice is displaced in plane, by an SD of up to 0.9 mm. repetitive patterns: a piece of the
-    bone is repeated along z, of 2, 1 and 0.5 mm.
+    sharpness and artefacts: blur and motion of `corruption`. valid image area: a part of the width is empty. contours:
+    slices are displaced in plane. repetitive patterns: a piece is repeated along z.
     """
     if level == 0:
         return volume

@@ -13,9 +13,9 @@ import argparse
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,10 +29,11 @@ from bonelib.core.random import torch_rng
 from bonelib.networks.config import HAGANConfig, HAGANCriticNet
 from bonelib.networks.hagan_layers import SLOPE
 from bonelib.scans.tables import write_table
-from bonelib.studies.cost import Flops
+from bonelib.studies.cost import in_turns
 from bonelib.training import hagan
 from bonelib.training.config import HierarchicalTrain
 from bonelib.training.distributed import single_process
+from bonelib.training.model_folder import Trained
 from bonelib.training.run import Progress
 
 WEIGHTS = 16  # bytes a parameter takes in training: itself, its gradient, and two moments of Adam
@@ -119,10 +120,8 @@ def plain_code(encoder, whole: Tensor) -> Tensor:
 
 
 def plain_iteration(objects: dict, adams: dict, real: hagan.Part, draws: torch.Generator) -> list[float]:
-    """The four updates, in the order of the authors' code; the losses of discriminators, generator, E^H and E^G.
-
-    `objects` are those of `training.hagan.build`, `adams` four optimisers of the same parameters.
-    """
+    """The four updates, in the order of the authors' code, of `objects` of `training.hagan.build` with `adams` of their
+    own; the losses of discriminators, generator, E^H and E^G."""
     generator, critic, encoder = (objects[name] for name in ("generator", "critic", "encoder"))
     low, high = (generator.low_blocks, generator.low_image), (generator.fine_blocks, generator.fine_image)
 
@@ -159,59 +158,32 @@ def plain_iteration(objects: dict, adams: dict, real: hagan.Part, draws: torch.G
     return losses
 
 
-def started(how: HierarchicalTrain, seed: int) -> tuple[hagan.Trained, Progress, hagan.Part]:
+def started(how: HierarchicalTrain, seed: int) -> tuple[Trained, Progress, hagan.Part]:
     """What `hagan.update_all` takes: a training at its start, volumes of noise, and the sub-volume in the middle."""
     objects = hagan.build(how, seed, torch.device("cpu"))
     grid, shape = objects["generator"].grid, tuple(n << how.generator.stages for n in how.generator.base)
     whole = torch.rand(how.batch, 1, *shape, generator=torch_rng(seed, "cost real"))
     r = grid.starts // 2
     low = F.avg_pool3d(whole, grid.scale)
-    trained = hagan.Trained(how, None, objects, seed, single_process()._replace(device=torch.device("cpu")))
+    trained = Trained(how, None, objects, seed, single_process()._replace(device=torch.device("cpu")))
     return trained, Progress(10**9), hagan.Part(whole, low, grid.high(whole, r), r)
 
 
 def iteration_times(how: HierarchicalTrain, *, rounds: int, seed: int) -> list[dict]:
-    """Seconds of one core for an iteration, plain, as trained here, and that with a halo about sub-volumes, in turns.
-
-    One round that is not counted goes before. Rows: implementation, seconds (median), least, most, GFLOP, times faster
-    than the plain one, rounds.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        runs = {}
-        for name, halo in (("plain", False), ("here", False), ("here, with halo", True)):
-            own = how.model_copy(update=dict(generator=how.generator.model_copy(update=dict(halo=halo))))
-            trained, at, real = started(own, seed)
-            if name == "plain":
-                adams = {
-                    key: torch.optim.Adam(adam.param_groups[0]["params"], adam.defaults["lr"], how.betas, foreach=False)
-                    for key, adam in trained.objects.items()
-                    if key.startswith("adam")
-                }
-                draws = torch_rng(seed, "cost draws")
-                runs[name] = (plain_iteration, trained.objects, adams, real, draws)
-            else:
-                runs[name] = (hagan.update_all, trained, at, real)
-        flops, seconds = {}, {name: [] for name in runs}
-        for turn in range(rounds + 1):
-            for name, (run, *given) in runs.items():
-                with Flops() as counter:
-                    start = time.thread_time()
-                    run(*given)
-                    spent = time.thread_time() - start
-                flops[name] = counter.total / 1e9
-                seconds[name] += [spent] * bool(turn)
-    finally:
-        torch.set_num_threads(threads)
-    median = {name: float(np.median(values)) for name, values in seconds.items()}
-    return [
-        {
-            "implementation": name, "seconds": median[name], "least": min(values), "most": max(values),
-            "GFLOP": flops[name], "times faster": median["plain"] / median[name], "rounds": rounds,
-        }
-        for name, values in seconds.items()
-    ]  # fmt: skip
+    """`cost.in_turns` of an iteration, plain, as trained here, and that with a halo about sub-volumes."""
+    runs = {}
+    for name, halo in (("plain", False), ("here", False), ("here, with halo", True)):
+        own = how.model_copy(update=dict(generator=how.generator.model_copy(update=dict(halo=halo))))
+        trained, at, real = started(own, seed)
+        runs[name] = partial(hagan.update_all, trained, at, real)
+        if name == "plain":
+            adams = {
+                key: torch.optim.Adam(adam.param_groups[0]["params"], adam.defaults["lr"], how.betas, foreach=False)
+                for key, adam in trained.objects.items()
+                if key.startswith("adam")
+            }
+            runs[name] = partial(plain_iteration, trained.objects, adams, real, torch_rng(seed, "cost draws"))
+    return in_turns(runs, rounds, "implementation")
 
 
 def memory_of_an_iteration(how: HierarchicalTrain, seed: int) -> dict[str, float]:
@@ -219,9 +191,8 @@ def memory_of_an_iteration(how: HierarchicalTrain, seed: int) -> dict[str, float
 
     Predicted are the MB held, 16 bytes a parameter, 4 for its running average, and the volumes; and those of
     activations, by which the tensors that are there at once exceed them at most. Measured is the peak of the process
-    above what it held when it had made an iteration of small networks. Of two iterations the second has all moments.
-    Freed memory goes back to the system at once; else its allocator keeps some 200 MB between the weights. Copies of
-    weights that convolutions make while they run are not predicted: tens of MB for the published networks.
+    above what it held when it had made an iteration of small networks. Copies of weights that convolutions make while
+    they run are not predicted: tens of MB for the published networks.
     """
     with workers(1) as pool:
         return pool.submit(_iterated, how, seed).result()
@@ -229,7 +200,7 @@ def memory_of_an_iteration(how: HierarchicalTrain, seed: int) -> dict[str, float
 
 def _iterated(how: HierarchicalTrain, seed: int) -> dict[str, float]:
     torch.set_num_threads(1)
-    map_large_blocks()
+    map_large_blocks()  # else the allocator keeps some 200 MB between the weights
     hagan.update_all(*started(SMALL, seed))
     start = peak_memory()
     trained, at, real = started(how, seed)
@@ -237,17 +208,15 @@ def _iterated(how: HierarchicalTrain, seed: int) -> dict[str, float]:
     parameters = sum(p.numel() for part in parts[:3] for p in part.parameters())
     average = sum(p.numel() for p in parts[3].parameters())
     with Live([*real[:3], *(t for part in parts for t in (*part.parameters(), *part.buffers()))]) as live:
-        hagan.update_all(trained, at, real)
+        hagan.update_all(trained, at, real)  # behind it all moments are there
         begun = time.thread_time()
         hagan.update_all(trained, at, real)
         seconds = time.thread_time() - begun
     held = (WEIGHTS * parameters + 4 * average + 4 * real.whole.numel()) / 2**20
     predicted, measured = live.most / 2**20, peak_memory() - start
-    return {
-        "voxels": real.whole[0].numel(), "parameters": parameters, "seconds": seconds, "MB held": held,
-        "MB of activations": predicted - held, "MB measured": measured, "MB measured, less held": measured - held,
-        "predicted/measured": predicted / measured,
-    }  # fmt: skip
+    row = {"voxels": real.whole[0].numel(), "parameters": parameters, "seconds": seconds, "MB held": held}
+    row |= {"MB of activations": predicted - held, "MB measured": measured, "MB measured, less held": measured - held}
+    return row | {"predicted/measured": predicted / measured}
 
 
 class Live(TorchDispatchMode):

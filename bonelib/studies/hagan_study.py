@@ -8,7 +8,7 @@ import torch
 from bonelib.core.config import fingerprint
 from bonelib.core.parallel import map_large_blocks, peak_memory, workers
 from bonelib.core.random import numpy_rng, torch_rng
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import of_rows, patient_interval
 from bonelib.latent.models import Model
 from bonelib.networks.config import CriticNet, Generator, ProGANConfig
 from bonelib.networks.hagan import Grid
@@ -54,18 +54,17 @@ def trained(how: HAGANStudy, data: Stacks, folder: str | Path, *, seed: int) -> 
 def compared(data: Stacks, count: int, seed: int) -> tuple[dict[str, np.ndarray], list[str]]:
     """Up to `count` stacks of held-out patients, "real", as many of training patients, "other real", (n, z, y, x); and
     the patient of each of the former."""
-    chosen = {}
+    volumes, patients = {}, {}
     for name, split in (("real", "held-out"), ("other real", "train")):
         rows = data.of(split)
-        picked = numpy_rng(seed, "compared", split).permutation(len(rows))[:count]
-        chosen[name] = [rows[i] for i in sorted(picked)]
-    volumes = {name: data.pooled(rows, 0)[:, 0].float().numpy() for name, rows in chosen.items()}
-    return volumes, [row["patient"] for row in chosen["real"]]
+        rows = [rows[i] for i in sorted(numpy_rng(seed, "compared", split).permutation(len(rows))[:count])]
+        volumes[name], patients[name] = data.pooled(rows, 0)[:, 0].float().numpy(), [row["patient"] for row in rows]
+    return volumes, patients["real"]
 
 
 def junction_jump(volumes: np.ndarray, grid: Grid) -> np.ndarray:
-    """Of volumes (n, z, y, x), how much neighbouring slices differ where two sub-volumes of the partition meet, over
-    how much others do, (n,): 1 where the borders of sub-volumes have left no trace."""
+    """Of volumes (n, z, y, x), how much neighbouring slices differ where two sub-volumes meet, over how much others
+    do, (n,): 1 where borders have left no trace."""
     steps = np.abs(np.diff(volumes.astype(np.float32), axis=1)).mean((2, 3))
     meets = [r * grid.scale - 1 for r in grid.partition()[1:]]
     others = np.setdiff1d(np.arange(steps.shape[1]), meets)
@@ -74,11 +73,9 @@ def junction_jump(volumes: np.ndarray, grid: Grid) -> np.ndarray:
 
 @torch.no_grad()
 def seams(model: Model, count: int, seed: int) -> list[dict]:
-    """How a sub-volume differs from the same part of the whole, at each slice before and behind where two meet.
-
-    Rows: slices from the meeting, and the RMS difference over `count` samples with a halo and with zeros beyond the
-    borders, of the same weights, over the SD of the voxels.
-    """
+    """How a sub-volume differs from the same part of the whole, at each slice before and behind where two meet: the RMS
+    difference over `count` samples over the SD of the voxels, with a halo and with zeros beyond the borders, of the
+    same weights."""
     generator, rows = model.generator, {}
     grid, halo, starts = generator.grid, generator.halo, generator.grid.partition()
     depth = grid.depth * grid.scale
@@ -101,10 +98,10 @@ def seams(model: Model, count: int, seed: int) -> list[dict]:
 
 
 def table(features: dict, patients: list[str], volumes: dict, grid: Grid, *, seed: int, draws: int) -> list[dict]:
-    """What samples are worth beside real stacks: a row a set, first that of further real stacks.
+    """What samples are worth beside real stacks: a row a set, first that of further real stacks, with intervals.
 
     `features` is {family: {set: (n, d)}} with "real" and "other real" (see `image_quality.table`), `volumes` {set: (n,
-    z, y, x)}. Each of the measures `SHOWN`, of the ellipses' overlap and of `junction_jump` has its interval.
+    z, y, x)}. Measures are `SHOWN`, the ellipses' overlap and `junction_jump`.
     """
     (family,) = features
     found = iq.table(features, patients, seed=seed, draws=draws)
@@ -117,8 +114,7 @@ def table(features: dict, patients: list[str], volumes: dict, grid: Grid, *, see
     for name, own in rows.items():
         jumps = junction_jump(volumes["other real" if name == REAL else name], grid)
         rng = numpy_rng(seed, "junctions")
-        ends = patient_interval(lambda i, v=jumps: float(v[i].mean()), range(len(jumps)), rng=rng, draws=draws)
-        own |= {"jump": ends.value, "jump low": float(ends.low), "jump high": float(ends.high)}
+        own |= patient_interval(of_rows(np.mean, jumps), range(len(jumps)), rng=rng, draws=draws).columns("jump")
     return [{"set": name} | own for name, own in rows.items()]
 
 
@@ -133,24 +129,22 @@ def readable(rows: list[dict]) -> list[dict]:
     return [{key: row.get(key, "") for key in others} | {name: cell(row, name) for name in MEASURES} for row in rows]
 
 
-def over_seeds(rows: list[dict], variants: list[str], measure: str = "FD") -> list[str]:
-    """Sentences on what each variant is worth by a measure, beside the first one: by more than seeds differ, or not.
+def over_seeds(rows: list[dict], variants: list[str]) -> list[str]:
+    """Sentences on what each variant is worth by its FD, beside the first one: by more than seeds differ, or not.
 
     `rows` are those of `table`, with variant and seed.
     """
-    found = {name: [row[measure] for row in rows if row["variant"] == name] for name in variants}
+    found = {name: [row["FD"] for row in rows if row["variant"] == name] for name in variants}
+    wide, mean, said = max(map(np.ptp, found.values())), {name: np.mean(v) for name, v in found.items()}, []
     plain, *others = variants
-    wide = max(np.ptp(values) for values in found.values())
-    said = []
     for name in others:
-        more = np.mean(found[name]) - np.mean(found[plain])
-        text = f"{measure} of {name}: {np.mean(found[name]):.3g}, {plain}: {np.mean(found[plain]):.3g}"
         if len(found[name]) < 2:
-            said.append(f"{text}; one seed, of which nothing follows")
-        elif abs(more) <= wide:
-            said.append(f"{text}; seeds of one variant differ by up to {wide:.3g}, so that nothing follows")
+            says = "one seed, of which nothing follows"
+        elif abs(mean[name] - mean[plain]) <= wide:
+            says = f"seeds of one variant differ by up to {wide:.3g}, so that nothing follows"
         else:
-            said.append(f"{text}; {'worse' if more > 0 else 'better'} by more than seeds differ ({wide:.3g})")
+            says = f"{'worse' if mean[name] > mean[plain] else 'better'} by more than seeds differ ({wide:.3g})"
+        said.append(f"FD of {name}: {mean[name]:.3g}, {plain}: {mean[plain]:.3g}; {says}")
     return said
 
 
@@ -158,10 +152,8 @@ def over_seeds(rows: list[dict], variants: list[str], measure: str = "FD") -> li
 
 
 def cost_over_size(how: HAGANCost, seed: int) -> list[dict]:
-    """An iteration of every generator at every size, each in a process of its own, which has one thread.
-
-    Rows: generator, voxels of a volume, seconds, MB measured above the start, and for HA-GAN what was predicted.
-    """
+    """An iteration of every generator at every size, each in a process of its own with one thread: voxels of a volume,
+    seconds, MB measured above the start, and for HA-GAN what was predicted."""
     rows, largest = [], how.networks or hagan_cost.LARGEST
     for stages in how.stages:
         own = hagan_cost.coarser(largest, stages)
@@ -180,8 +172,8 @@ def _updated(name: str, generator: Generator, critic: CriticNet, stage: int, bat
     cost.update_times(*small, ("float32",), stage=1, batch=1, **once)
     start = peak_memory()
     (row,) = cost.update_times(generator, critic, ("float32",), stage=stage, batch=batch, **once)
-    voxels = 63 << 3 * stage
-    return dict(generator=name, voxels=voxels, seconds=row["seconds"]) | {"MB measured": peak_memory() - start}
+    row = dict(generator=name, voxels=63 << 3 * stage, seconds=row["seconds"])
+    return row | {"MB measured": peak_memory() - start}
 
 
 def slopes(rows: list[dict]) -> list[dict]:
@@ -199,8 +191,7 @@ def slopes(rows: list[dict]) -> list[dict]:
 
 def advantage(found: list[dict]) -> str:
     """Whether the slope of memory over size is HA-GAN's advantage, by `slopes`."""
-    key = f"MB measured, {EACH}"
-    mine, others = found[0][key], {row["generator"]: row[key] for row in found[1:]}
-    told = ", ".join(f"{name} {value:.0f}" for name, value in others.items())
-    what = "is" if mine < min(others.values()) else "is not"
+    mine, *others = (row[f"MB measured, {EACH}"] for row in found)
+    told = ", ".join(f"{row['generator']} {value:.0f}" for row, value in zip(found[1:], others, strict=True))
+    what = "is" if mine < min(others) else "is not"
     return f"The slope of memory over size {what} HA-GAN's advantage: {mine:.0f} MB {EACH}, {told}."

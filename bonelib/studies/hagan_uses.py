@@ -11,7 +11,7 @@ from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.morphometry import measure_or_none
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import of_rows, patient_interval
 from bonelib.latent.directions import Direction, ridge_left_out
 from bonelib.scans.config import Preprocess
 from bonelib.scans.phantom.cohort import make_radius
@@ -35,11 +35,9 @@ class Bones(NamedTuple):
 
 
 def draw_bones(count: int, given: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Bones:
-    """The middle stacks of phantoms of `count` patients, and what morphometry measures in them.
-
-    They are preprocessed as `given` says and lie on the grid of stacks of `spacing_mm` after so many halvings. They are
-    measured on voxels of `COARSE_MM` at most, on which they are drawn.
-    """
+    """The middle stacks of phantoms of `count` patients, preprocessed as `given` says, on the grid of stacks of
+    `spacing_mm` after so many halvings; and what morphometry measures in them, on voxels of `COARSE_MM` at most, on
+    which they are drawn."""
     coarse, drawn_mm, left = coarsened(given, spacing_mm, halvings, COARSE_MM)
     numbers = range(FIRST, FIRST + count)
     with workers() as pool:
@@ -62,21 +60,21 @@ def explained(codes: Tensor, bones: Bones, *, seed: int, draws: int) -> tuple[li
     """How much of every attribute a ridge reads off codes (n, d) of patients that it was not fitted to.
 
     Rows: attribute, N, patients, R2 with its interval by patient; and the predictions (n, 8), NaN where a bone has no
-    value. Of fewer bones than folds need, nothing is predicted and R2 is None.
+    value. Of fewer bones than folds need, R2 is None.
     """
     rows, predicted = [], np.full(bones.values.shape, np.nan)
     for k, name in enumerate(ATTRIBUTES):
         known = np.isfinite(bones.values[:, k])
         values, patients = bones.values[known, k], [p for p, has in zip(bones.patients, known, strict=True) if has]
-        row = {"attribute": name, "N": int(known.sum()), "patients": len(set(patients)), "R2": None}
-        row |= {"R2 low": None, "R2 high": None}
+        row = {"attribute": name, "N": int(known.sum()), "patients": len(set(patients))}
+        row |= {"R2": None, "R2 low": None, "R2 high": None}
         if len(set(patients)) >= FEWEST and np.ptp(values) > 0:
             kept = torch.from_numpy(known)
             guess = ridge_left_out(codes[kept], torch.from_numpy(values), patients).numpy()
             predicted[known, k] = guess
             rng = numpy_rng(seed, "explained", name)
-            ends = patient_interval(lambda i, v=values, g=guess: share(v[i], g[i]), patients, rng=rng, draws=draws)
-            row |= {"R2": ends.value, "R2 low": float(ends.low), "R2 high": float(ends.high)}
+            found = patient_interval(of_rows(share, values, guess), patients, rng=rng, draws=draws)
+            row |= found.columns("R2")
         rows.append(row)
     return rows, predicted
 
@@ -96,9 +94,9 @@ def walks(codes: Tensor, direction: Direction, targets: Tensor) -> Tensor:
 def dose_response(asked: np.ndarray, measured: np.ndarray, patients: list[str], *, seed: int, draws: int) -> dict:
     """What morphometry `measured` (n, m), NaN where it found no bone, where `asked` (m,) was predicted of n bones.
 
-    N bones and how many measured; the slope of measured over asked within bones, 1 if every bone obeys, and the
-    correlation within bones, 1 if they differ in their level alone; the mean distance of measured from asked, in SDs
-    of what was asked. Each with its interval by patient.
+    The slope of measured over asked within bones, 1 if every bone obeys; the correlation within bones, 1 if they differ
+    in their level alone; the mean distance of measured from asked, in SDs of what was asked; each with its interval by
+    patient.
     """
 
     def found(rows):
@@ -117,6 +115,4 @@ def dose_response(asked: np.ndarray, measured: np.ndarray, patients: list[str], 
     if not len(measured):
         return row | {f"{name}{end}": None for name in names for end in ("", " low", " high")}
     ends = patient_interval(found, patients, rng=numpy_rng(seed, "dose and response"), draws=draws)
-    for name, value, low, high in zip(names, ends.value, ends.low, ends.high, strict=True):
-        row |= {name: float(value), f"{name} low": float(low), f"{name} high": float(high)}
-    return row
+    return row | ends.columns(*names)

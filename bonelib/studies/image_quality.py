@@ -4,22 +4,27 @@ A setting is a model at a truncation of its codes, and is named for both, as in 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from bonelib import InputError
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation import metrics
 from bonelib.evaluation.features import cached, scaled
-from bonelib.evaluation.statistics import bounded, half_interval
+from bonelib.evaluation.statistics import against_real, bounded, half_interval, of_rows
 from bonelib.latent.sampling import setting
 from bonelib.scans.tables import read_table
 
 PUBLISHED = Path(__file__).with_name("published_table1.csv")  # Table 1 of Angermann et al. 2023
 COLUMNS = {"inception": "FID_inc", "medicalnet": "FID_res", "vgs": "FID_vgs"}  # others are FD_ and their name
+# Distances, shares, the median of the samples, and the area under the curve of a classifier, .5 where none can tell
+METRICS = ("FD", "kernel distance", "RBF-MMD", "precision", "recall", "density", "coverage", "realism", "C2ST")
 ELLIPSE_SD = 2.0
+SIGNS = {"precision": 1, "recall": -1}  # of what truncation does to them, as published
 NONE = (-np.inf, np.inf)
 LIMITS = {"density": (0.0, np.inf)} | dict.fromkeys(("precision", "recall", "coverage", "C2ST"), (0.0, 1.0))
 GRID = 160  # points a side on which ellipses are compared
@@ -27,11 +32,9 @@ GRID = 160  # points a side on which ellipses are compared
 
 def over_patients(patients: list[str], n: int, seed: int) -> np.ndarray:
     """Numbers of `n` of the samples of `patients`, at random, but a second one of nobody before the first of all."""
-    order, before = numpy_rng(seed, "over patients").permutation(len(patients)), {}
-    turn = {}
-    for i in order:
-        turn[i] = before[patients[i]] = before.get(patients[i], 0) + 1
-    return np.array(sorted(order, key=turn.get)[:n])
+    order = numpy_rng(seed, "over patients").permutation(len(patients))
+    turn = pd.Series(patients)[order].groupby(pd.Series(patients)).cumcount()
+    return turn.sort_values(kind="stable").index.to_numpy()[:n]
 
 
 def extracted(
@@ -48,64 +51,48 @@ def _features(extractors, values, cache):
     return {name: cached(name, extract, values, cache) for name, extract in extractors.items()}
 
 
-def scores(real: np.ndarray, fake: np.ndarray, patients, seed: int = 0) -> dict[str, float]:
-    """All that is measured on a pair of feature sets (n, d), (m, d); `patients` are those of `real`.
-
-    FD (`frechet_distance`), kernel distance and RBF-MMD are distances; precision to coverage are shares; realism is
-    the median over the samples; C2ST is the area under the curve of a classifier, 0.5 where none can tell.
-    """
-    found = {
-        "FD": metrics.frechet_distance(real, fake),
-        "kernel distance": metrics.kernel_distance(real, fake),
-        "RBF-MMD": metrics.rbf_mmd(real, fake),
-        **metrics.manifold(real, fake),
-    }
+def _scores(real: np.ndarray, fake: np.ndarray, patients, seed: int) -> list[float]:
+    """`METRICS` of a pair of feature sets (n, d), (m, d); `patients` are those of `real`."""
+    distances = (metrics.frechet_distance, metrics.kernel_distance, metrics.rbf_mmd)
+    shares = metrics.manifold(real, fake)
     folds = min(5, len(set(patients)), len(real) // 2, len(fake) // 2)
-    return found | {"C2ST": metrics.two_sample_auc(real, fake, patients, seed=seed, folds=folds)}
+    told = metrics.two_sample_auc(real, fake, patients, seed=seed, folds=folds)
+    return [*(distance(real, fake) for distance in distances), *(shares[key] for key in METRICS[3:-1]), told]
 
 
 def table(features: dict[str, dict[str, np.ndarray]], patients: list[str], *, seed: int, draws: int) -> list[dict]:
-    """One row a setting, family and metric of `scores`, with its 95 % interval and what further real bones reach.
+    """One row a setting, family and one of `METRICS`, with its 95 % interval and what further real bones reach.
 
     `features` is {family: {"real": (n, d), "other real": (m, d), setting: (m, d), ...}}; `patients` names the patient
     of each volume of "real", whose patients are resampled. "other real" are real bones of further patients: what a
     perfect generator would get at this N. Intervals end at the `LIMITS` of a metric. Rows: setting, features, metric,
-    value, low, high, real_against_real, n_real, n_fake, n_other, d.
+    the numbers of `against_real`, d.
     """
     rows = []
     for family, sets in features.items():
-        real, other = sets["real"], sets["other real"]
-        names = np.repeat(np.asarray(patients), len(real) // len(patients))  # some families have more rows a volume
-        reference = scores(real, other, names, seed)
-        for name, fake in sets.items():
-            if name in ("real", "other real"):
-                continue
-
-            def values(i, j, real=real, fake=fake, names=names):
-                return list(scores(real[i], fake[j], names[i], seed).values())
-
-            rng = numpy_rng(seed, "interval", family)  # the same halves for every setting
-            found = half_interval(values, names, range(len(fake)), rng=rng, draws=draws)
-            counts = dict(n_real=len(real), n_fake=len(fake), n_other=len(other), d=real.shape[1])
-            for metric, (value, low, high) in zip(reference, found.parts(), strict=True):
-                low, high = bounded(low, high, LIMITS.get(metric, NONE))
-                row = dict(setting=name, features=family, metric=metric, value=value, low=low, high=high)
-                rows.append(row | dict(real_against_real=reference[metric]) | counts)
+        names = _by_row(sets["real"], patients)
+        values = partial(_scores, seed=seed)
+        for name, k, found in against_real(values, sets, names, "interval", family, seed=seed, draws=draws):
+            found["low"], found["high"] = bounded(found["low"], found["high"], LIMITS.get(METRICS[k], NONE))
+            row = dict(setting=name, features=family, metric=METRICS[k])
+            rows.append(row | found | dict(d=sets["real"].shape[1]))
     return rows
 
 
+def _by_row(real: np.ndarray, patients) -> np.ndarray:
+    """The patient of each row of features, of which some families have more than one a volume."""
+    return np.repeat(np.asarray(patients), len(real) // len(patients))
+
+
 def table1(rows: list[dict], models: list[str], judge: str) -> list[dict]:
-    """Table 1: its twelve settings with the published values and, where the model was trained here, ours beside them.
+    """Table 1: its twelve settings with the published values and, where the model was trained here, ours beside them,
+    each with its interval and, after a stroke, that of real against real.
 
     FD columns are named for the features that were used; precision and recall are those of the features `judge`.
-    Every number of ours is followed by its interval and, after a stroke, by that of real against real. Settings of
-    `models` that the table does not have follow, without published values.
+    Settings of `models` that the table does not have follow, without published values.
     """
     found = {(r["setting"], r["features"], r["metric"]): r for r in rows}
-    families, trained = (
-        list(dict.fromkeys(r["features"] for r in rows)),
-        list(dict.fromkeys(r["setting"] for r in rows)),
-    )
+    trained, families, _ = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
     published = read_table(PUBLISHED)
     lines = {setting(line["model"], float(line["tr"])): line for line in published}
     own = {name: name.rsplit(" ", 1)[0] for name in trained if name not in lines}
@@ -131,21 +118,21 @@ def _cell(row):
 def parity(chances: dict[str, np.ndarray], groups: dict, similar: dict[str, dict], *, seed: int, draws: int):
     """Inception score and MS-SSIM of every set, those metrics that look at no real bone: a row a set and metric.
 
-    `chances` are class probabilities {set: (n, classes)}, `groups` {set: patient of each sample, or None for drawn
-    ones}, `similar` {set: `similarity.diversity`}. Rows as those of `table`, n being the samples. Without
-    `chances`, as where there is no grader, there is no inception score.
+    `chances` are class probabilities {set: (n, classes)}, empty where there is no grader; `groups` {set: patient of
+    each sample, or None for drawn ones}, `similar` {set: `similarity.diversity`}.
     """
-    rows, other = [], metrics.inception_score(chances["other real"]) if chances else None
+    found = {}
     for name, p in chances.items():
         rng, own = numpy_rng(seed, "inception score interval"), groups.get(name)
         own = np.arange(len(p)) if own is None else own
-        found = half_interval(lambda i, p=p: metrics.inception_score(p[i]), own, rng=rng, draws=draws)
-        row = dict(setting=name, metric="inception score", value=found.value, low=found.low, high=found.high)
-        rows.append(row | dict(real_against_real=other, n=len(p), pairs=None, d=p.shape[1]))
-    other = similar["other real"]["value"]
-    for name, one in similar.items():
-        found = {key: one[key] for key in ("value", "low", "high")} | dict(real_against_real=other)
-        rows.append(dict(setting=name, metric="MS-SSIM") | found | dict(n=one["n"], pairs=one["pairs"], d=1))
+        value, low, high, *_ = half_interval(of_rows(metrics.inception_score, p), own, rng=rng, draws=draws)
+        found[name, "inception score"] = dict(value=value, low=low, high=high, n=len(p), pairs=None, d=p.shape[1])
+    found |= {(name, "MS-SSIM"): one | dict(d=1) for name, one in similar.items()}
+    rows = []
+    for (name, metric), numbers in found.items():
+        ends = {key: numbers[key] for key in ("value", "low", "high")}
+        ends["real_against_real"] = found["other real", metric]["value"]
+        rows.append(dict(setting=name, metric=metric) | ends | {key: numbers[key] for key in ("n", "pairs", "d")})
     return rows
 
 
@@ -154,31 +141,30 @@ def truncation_law(
 ) -> list[dict]:
     """What truncation does: precision and recall of the truncated setting minus those of the other one.
 
-    `pairs` are (setting without, setting with truncation). One row a pair, family and metric: value, low, high,
-    whether it has the published sign (precision up, recall down), and `real_against_real`, the change between two
-    halves of "other real", between which nothing was truncated.
+    `pairs` are (setting without, setting with truncation). Rows have the sign that was published or not, and as
+    `real_against_real` the change between two halves of "other real", between which nothing was truncated.
     """
     rows = []
     for family, sets in features.items():
-        names = np.repeat(np.asarray(patients), len(sets["real"]) // len(patients))
+        names = _by_row(sets["real"], patients)
         for wide, narrow in pairs:
-
-            def change(i, j, real=sets["real"], both=(sets[wide], sets[narrow])):
-                first, last = (metrics.manifold(real[i], fake[j]) for fake in both)  # of the same codes
-                return [last[key] - first[key] for key in ("precision", "recall")]
-
+            both = np.stack([sets[wide], sets[narrow]], 1)  # of the same codes
             part = max(6, len(sets["other real"]) // 2)  # as few as neighbours can be counted among
-            halves = sets["other real"][:part], sets["other real"][-part:]
-            first, last = (metrics.manifold(sets["real"], half) for half in halves)
-            rng = numpy_rng(seed, "truncation interval", family)
-            found = half_interval(change, names, range(len(sets[wide])), rng=rng, draws=draws)
-            signs = {"precision": 1, "recall": -1}
-            for (metric, sign), (value, low, high) in zip(signs.items(), found.parts(), strict=True):
+            halves = np.stack([sets["other real"][:part], sets["other real"][-part:]], 1)
+            change, rng = of_rows(_change, sets["real"], both), numpy_rng(seed, "truncation interval", family)
+            found = half_interval(change, names, range(len(both)), rng=rng, draws=draws).parts()
+            numbers = zip(SIGNS.items(), found, _change(sets["real"], halves), strict=True)
+            for (metric, sign), (value, low, high), of_real in numbers:
                 what = dict(settings=f"{wide} to {narrow}", features=family, metric=metric, change=value)
-                ends = dict(low=low, high=high, real_against_real=last[metric] - first[metric])
-                counts = dict(n_real=len(names), n_fake=len(sets[wide]), d=sets["real"].shape[1])
-                rows.append(what | ends | dict(as_published=bool(value * sign > 0)) | counts)
+                ends = dict(low=low, high=high, real_against_real=of_real, as_published=bool(value * sign > 0))
+                rows.append(what | ends | dict(n_real=len(names), n_fake=len(both), d=both.shape[2]))
     return rows
+
+
+def _change(real: np.ndarray, pair: np.ndarray) -> list[float]:
+    """How precision and recall change from the first to the last of a pair of sets (n, 2, d)."""
+    first, last = (metrics.manifold(real, fake) for fake in pair.swapaxes(0, 1))
+    return [last[key] - first[key] for key in SIGNS]
 
 
 def embedded(sets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -193,9 +179,9 @@ def embedded(sets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip(sets, np.split(flat, np.cumsum([len(s) for s in sets.values()])[:-1]), strict=True))
 
 
-def ellipse(points: np.ndarray, count: int = 100) -> np.ndarray:
-    """The outline (count, 2) of `ELLIPSE_SD` standard deviations of points (n, 2)."""
-    turn = np.linspace(0, 2 * np.pi, count)
+def ellipse(points: np.ndarray) -> np.ndarray:
+    """The outline (100, 2) of `ELLIPSE_SD` standard deviations of points (n, 2)."""
+    turn = np.linspace(0, 2 * np.pi, 100)
     root = np.linalg.cholesky(np.cov(points.T) + 1e-12 * np.eye(2))
     return points.mean(axis=0) + ELLIPSE_SD * np.stack([np.cos(turn), np.sin(turn)], 1) @ root.T
 
@@ -215,18 +201,14 @@ def ellipse_overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 def overlaps(sets: dict[str, np.ndarray], patients, *, seed: int, draws: int) -> list[dict]:
     """`ellipse_overlap` of every embedded setting with "real": value, interval, and that of "other real" with it."""
-    rows, reference = [], ellipse_overlap(sets["real"], sets["other real"])
-    names = np.repeat(np.asarray(patients), len(sets["real"]) // len(patients))
-    for name, points in sets.items():
-        if name not in ("real", "other real"):
-            rng = numpy_rng(seed, "overlap interval")
 
-            def overlap(i, j, real=sets["real"], points=points):
-                return ellipse_overlap(real[i], points[j])
+    def overlap(real, fake, _):
+        return ellipse_overlap(real, fake)
 
-            found = half_interval(overlap, names, range(len(points)), rng=rng, draws=draws)
-            row = dict(setting=name, value=found.value, low=found.low, high=found.high)
-            rows.append(row | dict(real_against_real=reference, n_real=len(names), n_fake=len(points), d=2))
+    names, rows = _by_row(sets["real"], patients), []
+    for name, _, found in against_real(overlap, sets, names, "overlap interval", seed=seed, draws=draws):
+        del found["n_other"]
+        rows.append(dict(setting=name) | found | dict(d=2))
     return rows
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from bonelib import InputError
 from bonelib.core.random import numpy_rng, torch_rng
-from bonelib.evaluation.morphometry import BONE
+from bonelib.evaluation.contours import BONE
 from bonelib.evaluation.similarity import psnr
-from bonelib.evaluation.statistics import patient_mean
+from bonelib.evaluation.statistics import mean_rows, pivoted
 from bonelib.latent import inverse_problems as ip
 from bonelib.latent.inverse_problems import Problem
 from bonelib.latent.inversion import Inverter, draw_codes, evenly_spaced
@@ -34,10 +34,8 @@ def lower(factor: int) -> str:
 
 
 def stacks_with_codes(data: Stacks, rows: list[dict], split: str, count: int) -> tuple[list[dict], list[int]]:
-    """Up to `count` stacks of a split that have codes, evenly spread: their rows of stacks.csv, and places in `rows`.
-
-    `rows` are those of codes.csv. Raises `InputError` where there are fewer than two.
-    """
+    """Up to `count` evenly spread stacks of a split that have codes: their rows of stacks.csv, and places in `rows`,
+    those of codes.csv. Raises `InputError` where there are fewer than two."""
     known = {(row["scan"], row["start"]): row for row in data.rows}
     at = [dict(index=i, found=known.get((r["scan"], int(r["start"])))) for i, r in enumerate(rows)]
     at = [one for one, r in zip(at, rows, strict=True) if r["split"] == split and one["found"]]
@@ -47,27 +45,24 @@ def stacks_with_codes(data: Stacks, rows: list[dict], split: str, count: int) ->
     return [one["found"] for one in at], [one["index"] for one in at]
 
 
-def noisy(volume: Tensor, sd: float, seed: int, *key) -> Tensor:
-    """With white noise that depends on the seed and the key alone."""
+def _noisy(volume: Tensor, sd: float, seed: int, *key) -> Tensor:
     return volume + sd * torch.randn(volume.shape, generator=torch_rng(seed, "noise of observations", *key))
+
+
+def _observed(operator: ip.Operator, volumes: Tensor, scans: list[str], sd: float, seed: int, *key) -> Problem:
+    seen = [_noisy(operator(v), sd, seed, *key, s) for v, s in zip(volumes.split(1), scans, strict=True)]
+    return Problem([operator] * len(seen), seen, sd)
 
 
 def lower_resolution(volumes: Tensor, scans: list[str], factor: int, sd: float, seed: int) -> Problem:
     """Block means of volumes (n, 1, z, y, x), with noise."""
-    operator = ip.averaged(factor)
-    seen = [noisy(operator(v), sd, seed, factor, s) for v, s in zip(volumes.split(1), scans, strict=True)]
-    return Problem([operator] * len(seen), seen, sd)
+    return _observed(ip.averaged(factor), volumes, scans, sd, seed, factor)
 
 
 def averaged_to(problem: Problem, slices: int) -> Problem:
     """The same observations averaged to a grid of `slices` slices, as they are there: what is to be found is that."""
     seen = [F.avg_pool3d(y, y.shape[2] // slices) for y in problem.observed]
     return Problem([ip.as_given] * len(seen), seen, problem.noise)
-
-
-def added_noise(volumes: Tensor, scans: list[str], sd: float, seed: int) -> Problem:
-    seen = [noisy(v, sd, seed, s) for v, s in zip(volumes.split(1), scans, strict=True)]
-    return Problem([ip.as_given] * len(seen), seen, sd)
 
 
 def motion(data: Stacks, rows: list[dict], shape, grade: int, sd: float, seed: int) -> Problem:
@@ -82,22 +77,21 @@ def motion(data: Stacks, rows: list[dict], shape, grade: int, sd: float, seed: i
         events, _ = trajectory(density, spacing, numpy_rng(seed, "motion", row["scan"], row["start"]), GRADES[grade])
         changed = (density + spectral_residual(density, spacing, events, range(len(density))) - low) / (high - low)
         coarse = F.avg_pool3d(changed[None, None], len(density) // shape[0])
-        operators.append(ip.moved(events, coarse_spacing(data, shape[0]), (low, high)))
-        seen.append(noisy(coarse, sd, seed, "motion", row["scan"], row["start"]))
+        operators.append(ip.moved(events, _coarse_spacing(data, shape[0]), (low, high)))
+        seen.append(_noisy(coarse, sd, seed, "motion", row["scan"], row["start"]))
     return Problem(operators, seen, sd)
 
 
 def problems(data: Stacks, rows: list[dict], volumes: Tensor, how: InverseProblems, seed: int) -> dict[str, Problem]:
-    """All problems on the generator's grid, of the stacks `rows`, which are `volumes` (n, 1, z, y, x) on it."""
+    """All problems of the stacks `rows`, on the generator's grid, where they are `volumes` (n, 1, z, y, x)."""
     low, high = data.meta["intensity"]
     scans, least = [f"{row['scan']} {row['start']}" for row in rows], how.least_noise / (high - low)
     found = {lower(f): lower_resolution(volumes, scans, f, least, seed) for f in how.factors}
-    found[NOISE] = added_noise(volumes, scans, how.noise / (high - low), seed)
+    found[NOISE] = _observed(ip.as_given, volumes, scans, how.noise / (high - low), seed)
     return found | {MOTION: motion(data, rows, volumes.shape[2:], how.grade, least, seed)}
 
 
-def coarse_spacing(data: Stacks, slices: int) -> list[float]:
-    """Spacing in mm of a grid on which a stack has `slices` slices."""
+def _coarse_spacing(data: Stacks, slices: int) -> list[float]:
     return [mm * data.meta["stack_slices"] / slices for mm in data.meta["spacing_mm"]]
 
 
@@ -105,10 +99,8 @@ def unknown_motion(
     case: Problem, still: Tensor, left: Tensor, data: Stacks, how: InverseProblems, seed: int
 ) -> Problem:
     """The same moved scans, of which nobody says how the arm moved: each with the most probable of trajectories drawn.
-
-    `still` (n, 1, z, y, x) are the volumes of codes sought in them as if they were still, `left` as for `restore`.
-    """
-    prior, spacing, operators = ip.fit_deviation(left), coarse_spacing(data, still.shape[2]), []
+    `still` (n, 1, z, y, x) are the volumes of codes sought in them as if they were still, `left` as for `restore`."""
+    prior, spacing, operators = ip.fit_deviation(left), _coarse_spacing(data, still.shape[2]), []
     tried = dict(grade=how.grade, count=how.trajectories)
     for i, (seen, first) in enumerate(zip(case.observed, still.split(1), strict=True)):
         rng, of = numpy_rng(seed, "trajectories", i), (spacing, data.meta["intensity"])
@@ -144,22 +136,17 @@ def restore(
 
 def super_resolved(superres: SuperResolution, coarse: Tensor) -> Tensor:
     """What super-resolution draws most probably over volumes (n, 1, z, y, x): expected texture, and no noise."""
-    drawn = []
-    with torch.inference_mode():
-        for one in coarse.split(1):
-            texture = superres.prior(one, one.new_zeros(1, superres.texture))
-            drawn.append(superres.whole(one, texture))
-    return torch.cat(drawn).clone()
+    with torch.no_grad():
+        textures = [superres.prior(one, one.new_zeros(1, superres.texture)) for one in coarse.split(1)]
+        return torch.cat([superres.whole(*pair) for pair in zip(coarse.split(1), textures, strict=True)])
 
 
 def restore_full(
     problem: Problem, known: Tensor, drawn: Tensor, coarse: Tensor, codes: Tensor, superres, steps: int
 ) -> dict[str, Tensor]:
-    """Every method's bones (n, 1, z, y, x) of a problem of lower resolution at full size.
-
-    `known` (m, 1, z, y, x) are training stacks, `drawn` what super-resolution draws over their means; `coarse` are the
-    observations on the generator's grid, `codes` what codes draw of them there.
-    """
+    """Every method's bones (n, 1, z, y, x) of a problem of lower resolution at full size. `known` (m, 1, z, y, x) are
+    training stacks, `drawn` what super-resolution draws over their means; `coarse` are the observations on the
+    generator's grid, `codes` what codes draw of them there."""
     mean = known.mean(0, keepdim=True)
     seen = ip.enlarged(problem.observed, known.shape[2:])
     network = super_resolved(superres, coarse)
@@ -178,23 +165,15 @@ def restore_full(
 def made_up(real: Tensor, restored: Tensor, intensity: tuple[float, float]) -> dict[str, np.ndarray]:
     """Of bones (n, 1, z, y, x), shares (n,): of what is called bone, that is none; of the bone, that is missed."""
     low, high = intensity
-    threshold = (BONE - low) / (high - low)
-    a, b = (v.flatten(1) > threshold for v in (real, restored))
-    none = torch.full((), torch.nan)
-
-    def share(part, whole):
-        part, whole = part.sum(1).float(), whole.sum(1).float()
-        return torch.where(whole > 0, part / whole, none).numpy()
-
-    return {"false bone": share(b & ~a, b), "missed bone": share(a & ~b, a)}
+    a, b = (v.flatten(1) > (BONE - low) / (high - low) for v in (real, restored))
+    # 0 / 0 is NaN: where there is no bone, nothing is said
+    return {"false bone": ((b & ~a).sum(1) / b.sum(1)).numpy(), "missed bone": ((a & ~b).sum(1) / a.sum(1)).numpy()}
 
 
 def added_detail(real: Tensor, restored: Tensor, factor: int) -> dict[str, np.ndarray]:
     """Of what block means do not tell (n, 1, z, y, x): its SD over the true one's, and its correlation with that, (n,).
-
-    Detail is a volume less the means of its blocks of `factor` voxels: the operator's null space, of which the data
-    say nothing. A method without prior knowledge adds little; what is added and does not correlate is made up.
-    """
+    That is the operator's null space, of which the data say nothing: what is added there and does not correlate is made
+    up."""
     a, b = (v - F.interpolate(F.avg_pool3d(v, factor), scale_factor=factor) for v in (real, restored))
     a, b = (v.flatten(1).double() for v in (a, b))
     sizes = a.norm(dim=1), b.norm(dim=1)
@@ -216,10 +195,8 @@ def measured(
 
 
 def better(mine: np.ndarray, other: np.ndarray, *, least: bool = False) -> np.ndarray:
-    """Whether values (n,) are better than others, larger or with `least` smaller: 1 or 0.
-
-    A bone that cannot be read (NaN) is worse than one that can be, and nothing is said (NaN) where neither can be.
-    """
+    """Whether values (n,) are better than others, larger or with `least` smaller, 1 or 0. A bone that cannot be read
+    (NaN) is worse than one that can be; NaN where neither can be."""
     worst = np.inf if least else -np.inf
     a, b = (np.where(np.isnan(v), worst, v) for v in (np.asarray(mine, float), np.asarray(other, float)))
     return np.where(np.isnan(mine) & np.isnan(other), np.nan, a < b if least else a > b)
@@ -240,33 +217,21 @@ def table(
                 wins["PSNR better"] = better(values["PSNR, dB"], base["PSNR, dB"])
             if wins and (name := "morphometry, SDs off") in values:
                 wins["morphometry better"] = better(values[name], base[name], least=True)
-            for measure, numbers in (values | wins).items():
-                rng = numpy_rng(seed, "inverse problems", problem, measure)  # the same patients for every method
-                all_of = patient_mean(numbers, patients, rng=rng, draws=draws)
-                rows.append(dict(problem=problem, method=method, measure=measure) | all_of._asdict())
+            found = mean_rows(values | wins, patients, "inverse problems", problem, seed=seed, draws=draws)
+            rows += [dict(problem=problem, method=method) | row for row in found]
     return rows
 
 
 def pivot(rows: list[dict], problem: str) -> list[dict]:
-    """The rows of a problem for `as_markdown`: a line a measure, a column a method."""
-    mine = [row for row in rows if row["problem"] == problem]
-    lines = {}
-    for r in mine:
-        text = f"{r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g})" if r["N"] else "none can be read"
-        lines.setdefault(r["measure"], {})[r["method"]] = text
-    methods = list(dict.fromkeys(r["method"] for r in mine))
-    return [{"": m, **{way: cells.get(way, "") for way in methods}} for m, cells in lines.items()]
+    """The rows of a problem as a table to be read: a line a measure, a column a method."""
+    return pivoted([row for row in rows if row["problem"] == problem], "measure", "method")
 
 
 def verdict(rows: list[dict], problem: str, measure: str, asked: float) -> list[str]:
     """Sentences on the share of bones on which each method is better than the observation, against what is asked."""
-    said = []
-    for r in rows:
-        if r["problem"] != problem or r["measure"] != measure or not r["N"]:
-            continue
-        met = "as asked" if r["value"] >= asked else "less than asked"
-        said.append(
-            f"{problem}, {r['method']}: {r['value']:.0%} ({r['low']:.0%} to {r['high']:.0%}) of {r['N']} stacks of "
-            f"{r['patients']} patients, {met} ({asked:.0%})"
-        )
-    return said
+    return [
+        f"{problem}, {r['method']}: {r['value']:.0%} ({r['low']:.0%} to {r['high']:.0%}) of {r['N']} stacks of "
+        f"{r['patients']} patients, {'as' if r['value'] >= asked else 'less than'} asked ({asked:.0%})"
+        for r in rows
+        if (r["problem"], r["measure"]) == (problem, measure) and r["N"]
+    ]

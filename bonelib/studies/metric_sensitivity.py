@@ -129,8 +129,8 @@ def run(
     """One row a corruption, metric and strength, 0 among them, with `value` and `noise`.
 
     `reference` (n, z, y, x) are stacks of training patients, `pool` those of held-out ones, of which the first
-    `volumes` in a random order (or as many as there are) are corrupted. `noise` is the SD of the metric between `draws`
-    random sets of as many real stacks of the pool.
+    `volumes` in a random order are corrupted. `noise` is the SD of the metric between `draws` random sets of as many
+    real stacks of the pool.
     """
     volumes = min(volumes, len(pool), len(reference))
     base = numpy_rng(seed, "ladder").permutation(len(pool))[:volumes]
@@ -210,11 +210,9 @@ def _rearranged_sets(training, real, base, strengths, seed):
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-    """One row a metric and corruption: `spearman` of strength and value, `rise` in SDs between real sets, `sensitive`.
-
-    A metric is sensitive to a corruption that it follows (Spearman >= 0.9) and by more than two SDs; `claimed` says
-    whether it is meant to be, and `holds` whether it then is.
-    """
+    """One row a metric and corruption: `spearman` of strength and value, `rise` in SDs between real sets;
+    `sensitive` where it follows by `FOLLOWS` and rises by `NOISE`, `claimed` whether it is meant to be, `holds`
+    whether it then is."""
     out = []
     for (metric, name), steps in pd.DataFrame(rows).groupby(["metric", "corruption"], sort=False):
         steps = steps.sort_values("strength")

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, confusion_matrix
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import of_rows, patient_interval
 from bonelib.scans.dataset import EXCLUDED_GRADES
 from bonelib.training.grading import GRADES
 
@@ -21,8 +21,9 @@ MEASURES = {
 
 def confusion(rows: list[dict]) -> list[dict]:
     """Counts of scans by given grade (rows) and predicted grade (columns), of those that have both."""
-    given, predicted, _ = _both(rows)
-    counts = confusion_matrix(given, predicted, labels=GRADES) if len(given) else np.zeros((len(GRADES),) * 2, int)
+    given, expected, _ = _both(rows)
+    empty = np.zeros((len(GRADES),) * 2, int)
+    counts = confusion_matrix(given, _rounded(expected), labels=GRADES) if len(given) else empty
     return [
         {"given": g, **{f"predicted {p}": int(n) for p, n in zip(GRADES, line, strict=True)}}
         for g, line in zip(GRADES, counts, strict=True)
@@ -30,24 +31,19 @@ def confusion(rows: list[dict]) -> list[dict]:
 
 
 def scores(rows: list[dict], seed: int, draws: int) -> list[dict]:
-    """How well the predicted grades meet the given ones, out of fold: one row a measure.
-
-    Rows: measure, value, its interval by patient (low, high), chance (the best that one grade for all scans reaches;
-    1/k for the balanced accuracy of k grades, 0 for kappa), n_scans, n_patients.
-    """
-    given, predicted, patients = _both(rows)
+    """How well the predicted grades meet the given ones, out of fold: one row a measure, with its interval by patient
+    and chance, the best that one grade for all scans reaches."""
+    given, expected, patients = _both(rows)
     if not len(given):
         return []
+    predicted = _rounded(expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scikit-learn, that a draw lacks a grade, or holds one alone
-        chance = {
-            name: np.nanmax([measure(given, np.full_like(given, g)) for g in GRADES])
-            for name, measure in MEASURES.items()
-        }
-        return [
-            _scored(name, measure, given, predicted, patients, float(chance[name]), seed, draws)
-            for name, measure in MEASURES.items()
-        ]
+        rows = []
+        for name, measure in MEASURES.items():
+            chance = float(np.nanmax([measure(given, np.full_like(given, g)) for g in GRADES]))
+            rows.append(_scored(name, measure, given, predicted, patients, chance, seed, draws))
+        return rows
 
 
 def noise_scores(rows: list[dict], noise: np.ndarray, seed: int, draws: int) -> list[dict]:
@@ -55,10 +51,9 @@ def noise_scores(rows: list[dict], noise: np.ndarray, seed: int, draws: int) -> 
 
     It is near 0 if the grader reads motion and not noise. `noise` has one value for each row with both grades.
     """
-    given, _, patients = _both(rows)
+    given, expected, patients = _both(rows)
     if len(given) < 3:
         return []
-    expected = np.array([float(r["predicted"]) for r in rows if r["given"] != "" and r["predicted"] != ""])
     within = [v - np.array([v[given == g].mean() for g in given]) for v in (expected, np.asarray(noise, float))]
 
     def correlation(a, b):
@@ -69,11 +64,9 @@ def noise_scores(rows: list[dict], noise: np.ndarray, seed: int, draws: int) -> 
 
 
 def noise_level(volume: np.ndarray, block: int = 8) -> float:
-    """SD of the noise of a volume (z, y, x), in its unit, from the change between slices in soft tissue.
-
-    Blocks of 8 x 8 voxels, of whose SDs the lowest fifth is soft tissue; streaks hardly change between slices.
-    Among phantoms of .24 mm it follows the true noise with r = .98 at every motion grade.
-    """
+    """SD of the noise of a volume (z, y, x), in its unit, from the change between slices in soft tissue: the lowest
+    fifth of blocks of 8 x 8 voxels. Among phantoms of .24 mm it follows the true noise with r = .98 at every motion
+    grade."""
     change = np.diff(np.asarray(volume, np.float32), axis=0)
     z, y, x = change.shape[0], change.shape[1] // block, change.shape[2] // block
     blocks = change[:, : y * block, : x * block].reshape(z, y, block, x, block)
@@ -82,17 +75,21 @@ def noise_level(volume: np.ndarray, block: int = 8) -> float:
 
 def _scored(name, measure, a, b, patients, chance, seed, draws) -> dict:
     rng = numpy_rng(seed, "grading interval")
-    found = patient_interval(lambda i: float(measure(a[i], b[i])), patients, rng=rng, draws=draws)
+    found = patient_interval(of_rows(measure, a, b), patients, rng=rng, draws=draws)
     numbers = {"value": found.value, "low": found.low, "high": found.high, "chance": chance}
     numbers = {key: float(v) if np.isfinite(v) else None for key, v in numbers.items()}
     return {"measure": name, **numbers, "n_scans": found.N, "n_patients": found.patients}
 
 
 def _both(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Given and expected grades, and patients, of scans that have both."""
     both = [r for r in rows if r["given"] != "" and r["predicted"] != ""]
-    given = np.array([int(r["given"]) for r in both], int)
-    predicted = np.rint([float(r["predicted"]) for r in both]).astype(int).clip(GRADES[0], GRADES[-1])
-    return given, predicted, np.array([r["patient"] for r in both])
+    given, expected = (np.array([float(r[key]) for r in both]) for key in ("given", "predicted"))
+    return given.astype(int), expected, np.array([r["patient"] for r in both])
+
+
+def _rounded(expected: np.ndarray) -> np.ndarray:
+    return np.rint(expected).astype(int).clip(GRADES[0], GRADES[-1])
 
 
 def _excluded(grades: np.ndarray) -> np.ndarray:

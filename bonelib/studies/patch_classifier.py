@@ -79,8 +79,8 @@ def classify(
 ) -> Found:
     """Train the classifier for `updates` on half of the patients of `real` and half of `fake`; test it on the rest.
 
-    Volumes are (n, z, y, x) in [0, 1]. The accuracy is the mean of both kinds, resampled by patient and by sample.
-    Raises `InputError` for fewer than `FEWEST` patients or samples.
+    Volumes are (n, z, y, x) in [0, 1]. The accuracy is the mean of both kinds, by patient and by sample. Raises
+    `InputError` for fewer than `FEWEST` patients or samples.
     """
     names = sorted(set(patients))
     if min(len(names), len(fake)) < FEWEST:
@@ -146,11 +146,8 @@ def compare_stacks(data: Stacks, groups: dict[str, np.ndarray], how: Quality, *,
 def compare(
     real: np.ndarray, patients: list[str], groups: dict[str, np.ndarray], *, updates: int, seed: int, draws: int = 500
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """`classify` for every group of generated volumes, and for real volumes against those of other patients.
-
-    Returns one row a comparison (setting, value, low, high, N, patients), and the surest patches of each group. What
-    has too few patients is left out.
-    """
+    """`classify` for every group of generated volumes, and for real volumes against those of other patients: one row a
+    comparison, and the surest patches of each group. What has too few patients is left out."""
     names = sorted(set(patients))
     first = [i for i, name in enumerate(patients) if name in set(names[::2])]
     second = [i for i, name in enumerate(patients) if name not in set(names[::2])]

@@ -39,30 +39,26 @@ PROGRESS_S = 15.0
 def survey(count: int, voxel_mm: float, seed: int, *, first: int = 1, keep: str | Path | None = None) -> list[dict]:
     """One row a phantom: the traits asked of it, what its true compartments hold, and what its scan measures.
 
-    Patients `first` and on of `seed`, first visit, at rest, each with its own noise. `seen_...` is the density of the
-    noise-free scan in the true compartments: the best that any contour could read. `measured_...` is read by the
-    default segmentation; on the scanner's own grid `sharpened_...` is the same by Laplace-Hamming. In parallel. Each
-    phantom is saved in the folder `keep` when it is done, and a second call with equal code continues from there.
+    Patients `first` and on of `seed`, first visit, at rest. `seen_...` is the density of the noise-free scan in the
+    true compartments: the best that any contour could read. `measured_...` is read by the default segmentation; on the
+    scanner's own grid `sharpened_...` is the same by Laplace-Hamming. In parallel; with a folder `keep`, a second call
+    with equal code continues.
     """
     return _in_parallel(_one, count, voxel_mm, seed, first, keep)
 
 
 def motion_survey(count: int, voxel_mm: float, seed: int, *, keep: str | Path | None = None) -> list[dict]:
-    """One row a patient and motion grade: `motion` is 1 - correlation of the moved with the still scan.
-
-    Of `count` phantoms, `MOVED` at most. Both scans have a noise of their own, so that grade 1 shows the effect of
-    noise alone.
-    """
+    """One row a patient, `MOVED` at most, and motion grade: `motion` is 1 - correlation of the moved with the still
+    scan. Both have a noise of their own, so that grade 1 shows the effect of noise alone."""
     return _in_parallel(_moved, min(count, MOVED), voxel_mm, seed, 1, keep)
 
 
 def truth_survey(count: int, voxel_mm: float, seed: int, *, keep: str | Path | None = None) -> list[dict]:
-    """One row a phantom: how far the true cortex depends on the grid it is drawn on, as Dice and share of volume.
+    """One row a phantom, `MOVED` at most: how far the true cortex depends on the grid it is drawn on.
 
-    The same bone is drawn on a grid twice as fine; a voxel counts as cortex where half of its eight parts do.
-    `truth_by_finer` compares the drawn cortex with the finer one, `found_by_own` and `found_by_finer` the cortex found
-    in the scan with either; `volume_by_finer` is the drawn volume over the finer one, less 1. Of `count` phantoms,
-    `MOVED` at most.
+    The same bone is drawn on a grid twice as fine; a voxel counts as cortex where half of its eight parts do. Dice of
+    the drawn cortex with the finer one, and of that found in the scan with either; the drawn volume over the finer one,
+    less 1.
     """
     return _in_parallel(_redrawn, min(count, MOVED), voxel_mm, seed, 1, keep)
 

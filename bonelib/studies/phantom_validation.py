@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import of_rows, patient_interval
 from bonelib.scans.phantom.population import NOISE, WITHIN_SEX
 from bonelib.scans.phantom.reference import LEAST_BMD_BVTV, POOLED, REFERENCE, YOUNG, expected_at
 from bonelib.scans.phantom.scanner import NATIVE_MM
@@ -46,10 +46,8 @@ EIGENVALUES = (0.18, 0.32, 0.50)  # of the structure tensor
 
 
 class Check(NamedTuple):
-    """One property: its row in the specification, the source of its range, and the column of a table that is judged.
-
-    `of` is the statistic over the patients that must lie from `low` to `high`; `where` is a query of rows.
-    """
+    """One property: its row in the specification, the source of its range, and the column of a table that is judged by
+    the statistic `of` the patients, which must lie from `low` to `high`; `where` is a query of rows."""
 
     row: int
     quantity: str
@@ -127,10 +125,8 @@ def acceptance(full: list[dict], coarse: list[dict], moved: list[dict], grades: 
     """One line a property, in the order of the specification: what was measured, where it must fall, whether it does.
 
     `full` and `coarse` are rows of `survey` on the finest grid, which counts only if it is the scanner's own, and on
-    the coarsest; `moved` are those of `motion_survey` and `grades` those of `graded`; `tables` has the `reference`,
-    `pairs` and `plates` of the notebook. `met` is yes or no, or empty where fewer than three patients could be
-    measured; `low` and `high` are a 95 % interval by bootstrap of the patients, empty for the worst of all and for
-    shares of a table.
+    the coarsest; `moved` are those of `motion_survey`, `grades` those of `graded`; `tables` has the `reference`,
+    `pairs` and `plates` of the notebook. `met` is empty where fewer than three patients could be measured.
     """
     full, coarse, grades = (pd.DataFrame(rows) for rows in (full, coarse, grades))
     found = {
@@ -148,7 +144,7 @@ def _with_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     more = {}
     for by in SEGMENTED:
         own = {trait: rows[f"{by}_{trait}"] for trait in FINE_TRAITS if f"{by}_{trait}" in rows}
-        more |= {f"{by} off {trait}": off_curve(rows, trait, by=by) for trait in own}
+        more |= {f"{by} off {trait}": _off_curve(rows, trait, by) for trait in own}
         if "BV/TV" in own:
             more[f"{by} bone by density"] = own["BV/TV"] / (own["Tb.BMD"] / 1200)
             more[f"{by} number by spacing"] = own["Tb.N"] * (own["Tb.Th"] + own["Tb.Sp"])
@@ -167,8 +163,7 @@ def judged(check: Check, rows: pd.DataFrame) -> dict:
         return _line(check.row, check.quantity, n, "", "", "", check.low, check.high)
     if check.of not in (min, max):
         rng = numpy_rng(0, "acceptance", check.quantity)
-        interval = patient_interval(lambda index: check.of(values[index]), patients, rng=rng)
-        ends = float(interval.low), float(interval.high)
+        ends = patient_interval(of_rows(check.of, values), patients, rng=rng)[1:3]
     return _line(check.row, check.quantity, n, float(check.of(values)), *ends, check.low, check.high)
 
 
@@ -207,17 +202,16 @@ def measured(rows: list[dict]) -> pd.DataFrame:
     return frame[frame["refused"].isna()] if "refused" in frame else frame
 
 
-def off_curve(rows: pd.DataFrame, trait: str, *, by: str = "measured") -> np.ndarray:
+def _off_curve(rows: pd.DataFrame, trait: str, by: str) -> np.ndarray:
     """How far each phantom (n,) lies from the age curve of its sex, in SDs of the reference."""
     wanted = [float(expected_at(sex, trait, age)) for sex, age in zip(rows["sex"], rows["age"], strict=True)]
     return (rows[f"{by}_{trait}"].to_numpy(float) - wanted) / [REFERENCE[sex][trait][1] for sex in rows["sex"]]
 
 
 def against_reference(rows: list[dict], traits: tuple[str, ...], *, by: str = "measured") -> list[dict]:
-    """Measured means and SDs of the young by sex beside the reference, and the mean difference at all ages.
+    """Measured means and SDs of the young by sex beside the reference, and the mean difference at all ages from the age
+    curve with the half-width of its 95 % interval, in SDs of the reference.
 
-    `off by SDs` is the difference of the young means in SDs of the reference, `SD ratio` that of their SDs; `off at
-    all ages` is the mean of every phantom's difference from the age curve, with the half-width of its 95 % interval.
     `by` is one of `SEGMENTED`; a trait that no row of a sex has by it has no line.
     """
     table, frame = [], pd.DataFrame(rows)
@@ -226,22 +220,14 @@ def against_reference(rows: list[dict], traits: tuple[str, ...], *, by: str = "m
         own = frame[(frame["sex"] == sex) & frame[column].notna()] if column in frame else frame[:0]
         if own.empty:
             continue
-        (mean, sd), off = REFERENCE[sex][trait], off_curve(own, trait, by=by)
+        (mean, sd), off = REFERENCE[sex][trait], _off_curve(own, trait, by)
         values = own.loc[own["age"].between(*YOUNG), column]
-        few = len(values) < FEWEST
         row = {"sex": sex, "trait": trait, "N young": len(values)}
-        row |= {"measured": None if few else f"{values.mean():.4g} ({values.std():.3g})"}
-        row |= {
-            "reference": f"{mean:.4g} ({sd:.3g})",
-            "off by SDs": None if few else float((values.mean() - mean) / sd),
-        }
-        row |= {
-            "SD ratio": None if few else float(values.std() / sd),
-            "N": len(off),
-            "off at all ages": float(off.mean()),
-        }
-        row |= {"+-": float(1.96 * off.std(ddof=1) / np.sqrt(len(off))) if len(off) > 1 else None}
-        table.append(row)
+        row |= {"measured": f"{values.mean():.4g} ({values.std():.3g})", "reference": f"{mean:.4g} ({sd:.3g})"}
+        row |= {"off by SDs": float((values.mean() - mean) / sd), "SD ratio": float(values.std() / sd)}
+        row |= dict.fromkeys(("measured", "off by SDs", "SD ratio")) if len(values) < FEWEST else {}
+        half = float(1.96 * off.std(ddof=1) / np.sqrt(len(off))) if len(off) > 1 else None
+        table.append(row | {"N": len(off), "off at all ages": float(off.mean()), "+-": half})
     return table
 
 
@@ -271,22 +257,19 @@ def correlations(rows: list[dict]) -> list[dict]:
 
 
 def discrepancies(lines: list[dict], pairs: list[dict]) -> list[dict]:
-    """What is surely unlike published bones, the furthest off first: rows of what, by, measured and expected.
-
-    Of the `lines` of `by_segmentation` those whose interval lies beyond `MEAN_SDS`, of `pairs` (`correlations`) those
-    whose interval leaves out everything within `PAIR_R` of what is expected.
-    """
-    far = [x for x in lines if x["+-"] is not None and abs(x["off at all ages"]) - x["+-"] > MEAN_SDS]
-    unlike = [p for p in pairs if p["low"] > p["expected"] + PAIR_R or p["high"] < p["expected"] - PAIR_R]
-    rows = [
-        {"what": f"{x['trait']} of {x['sex']}, SDs off", "by": x["segmentation"], "measured": x["off at all ages"]}
-        | {"expected": 0.0}
-        for x in sorted(far, key=lambda x: -abs(x["off at all ages"]))
-    ]
-    return rows + [
-        {"what": f"correlation of {p['pair']}", "by": "Gaussian", "measured": p["measured"], "expected": p["expected"]}
-        for p in sorted(unlike, key=lambda p: -abs(p["measured"] - p["expected"]))
-    ]
+    """What is surely unlike published bones, the furthest off first: `lines` of `by_segmentation` whose interval
+    lies beyond `MEAN_SDS`, and `pairs` (`correlations`) whose interval leaves out all within `PAIR_R` of what is
+    expected."""
+    far, unlike = [], []
+    for x in lines:
+        if x["+-"] is not None and abs(x["off at all ages"]) - x["+-"] > MEAN_SDS:
+            row = {"what": f"{x['trait']} of {x['sex']}, SDs off", "by": x["segmentation"]}
+            far.append(row | {"measured": x["off at all ages"], "expected": 0.0})
+    for p in pairs:
+        if p["low"] > p["expected"] + PAIR_R or p["high"] < p["expected"] - PAIR_R:
+            row = {"what": f"correlation of {p['pair']}", "by": "Gaussian"}
+            unlike.append(row | {"measured": p["measured"], "expected": p["expected"]})
+    return [x for rows in (far, unlike) for x in sorted(rows, key=lambda r: -abs(r["measured"] - r["expected"]))]
 
 
 def biases(sets: dict[str, list[dict]]) -> list[dict]:

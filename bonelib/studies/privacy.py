@@ -6,7 +6,7 @@ its controls: members against members must come to nothing, and a planted leak m
 finds with strangers' bones in place of the model's says how far the two groups differ by themselves.
 """
 
-from functools import partial
+import copy
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,9 @@ from bonelib.core.pyramid import downsample
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation import features
 from bonelib.evaluation.features import standardised
-from bonelib.evaluation.statistics import auc, patient_interval, tpr_at
+from bonelib.evaluation.statistics import auc, of_rows, patient_interval, tpr_at
 from bonelib.networks.critic import Critic
 from bonelib.networks.encoder import trunk
-from bonelib.networks.registry import build_critic
 
 FPR = 0.01
 CAUGHT = 0.9  # AUC that a planted leak must reach
@@ -41,26 +40,21 @@ def attack(members: np.ndarray, others: np.ndarray, *, seed: int, draws: int, le
 
     With intervals by resampled patients, and `by chance`, the probability of as many true positives if nobody could be
     told apart (`chance`). Of fewer than a hundred others 1 % is none: true positives are then the members above all
-    others. The highest of few others is a matter of luck that resampling them underrates: the interval of the TPR then
-    lies too high, and `by chance` is what counts.
+    others. The highest of few others is a matter of luck that resampling underrates: the interval of the TPR then lies
+    too high, and `by chance` is what counts.
     """
-
-    def rates(i, j):
-        return auc(members[i], others[j]), tpr_at(members[i], others[j], FPR)
-
+    rates = of_rows(lambda a, b: (auc(a, b), tpr_at(a, b, FPR)), members, others)
     groups = range(len(members)), range(len(others))
-    ends = patient_interval(rates, *groups, rng=numpy_rng(seed, "attack interval"), draws=draws, level=level)
-    found = {}
-    for name, value, low, high in zip(("AUC", "TPR"), *ends[:3], strict=True):
-        found |= {name: value, f"{name} low": float(low), f"{name} high": float(high)}
-    return found | {"by chance": chance(members, others)} | dict(n_members=len(members), n_others=len(others))
+    found = patient_interval(rates, *groups, rng=numpy_rng(seed, "attack interval"), draws=draws, level=level)
+    counts = {"by chance": chance(members, others), "n_members": len(members), "n_others": len(others)}
+    return found.columns("AUC", "TPR") | counts
 
 
 def chance(members: np.ndarray, others: np.ndarray) -> float:
     """Probability of at least as many true positives at 1 % false ones where both groups are of one distribution.
 
-    The true positives and the false alarms allowed are then the top of one random order of all patients, of whom the
-    number of others is hypergeometric: an exact test, of any distribution.
+    These and the false alarms allowed are then the top of a random order of all patients, of whom the number of others
+    is hypergeometric: an exact test.
     """
     found, allowed = round(tpr_at(members, others, FPR) * len(members)), int(FPR * len(others))
     n = len(members) + len(others)
@@ -95,14 +89,10 @@ def critic_scores(critic: Critic, volumes: torch.Tensor) -> np.ndarray:
         return np.concatenate([critic(part.float()).numpy() for part in volumes.split(16)]).astype(float)
 
 
-def reconstruction(
-    generator, volumes: torch.Tensor, stage: int, seed: int, steps: int, rate: float = 0.05
-) -> np.ndarray:
-    """Minus the root mean squared error (n,) at which the generator can be made to draw volumes (n, 1, z, y, x).
-
-    Styles are fitted by `steps` of Adam at `rate`, starting from the mean of drawn ones, without noise inputs and at
-    `stage`, whose grid the volumes have: what was memorised is met more closely.
-    """
+def reconstruction(generator, volumes: torch.Tensor, stage: int, seed: int, steps: int, rate: float) -> np.ndarray:
+    """Minus the root mean squared error (n,) at which the generator can be made to draw volumes (n, 1, z, y, x) of the
+    grid of `stage`: what was memorised is met more closely. Styles are fitted by Adam, from the mean of drawn ones and
+    without noise inputs."""
     mean = generator.to_styles(generator.sample_latent(256, torch_rng(seed, "reconstruction"))).mean(0, keepdim=True)
     found = []
     for part in volumes.float().split(16):
@@ -119,10 +109,8 @@ def reconstruction(
 
 
 def copies(volumes: np.ndarray, seed: int, noise: float) -> np.ndarray:
-    """A sampler that leaks: its volumes (n, z, y, x) in [0, 1], each moved by up to two voxels, with fresh noise.
-
-    `noise` is its SD, of the intensities.
-    """
+    """A sampler that leaks: its volumes (n, z, y, x) in [0, 1], each moved by up to two voxels, with fresh noise of the
+    SD `noise`."""
     out = []
     for i, volume in enumerate(volumes):
         rng = numpy_rng(seed, "copies", i)
@@ -145,14 +133,9 @@ class MemorisingGenerator:
         return (rest - rest @ self.basis.T @ self.basis).square().mean(1).sqrt().numpy().astype(float)
 
 
-def overtrained(critic: Critic, build, known: torch.Tensor, strange: torch.Tensor, seed: int, updates: int) -> Critic:
-    """A critic that was trained far too long: a copy that scores the volumes `known` above the real ones `strange`.
-
-    It is updated `updates` times. `build` makes an empty critic of the same kind.
-    """
-    own = build()
-    own.load_state_dict(critic.state_dict())
-    own.requires_grad_(True)
+def overtrained(critic: Critic, known: torch.Tensor, strange: torch.Tensor, seed: int, updates: int) -> Critic:
+    """A critic that was trained `updates` too long: a copy that scores volumes `known` above real ones `strange`."""
+    own = copy.deepcopy(critic).requires_grad_(True).train()
     adam = torch.optim.Adam(own.parameters(), lr=1e-3)
     rng = torch_rng(seed, "overtrained")
     for _ in range(updates):
@@ -181,16 +164,16 @@ def examine(
     *,
     how,
     seed,
-    cache=None,
+    cache,
 ) -> dict[str, dict[str, tuple]]:
-    """The scores of every attack on a model, and of both of its controls that need scores of their own.
+    """The scores of every attack on a model, and of its controls that need scores of their own.
 
-    Returns {"scores", "planted", "strangers"}, each {attack: (scores of members, of others)}, a score a patient, as
-    `audit` takes them; the critic has no strangers, and no attack has if none are given. `members`, `others` and
-    `strangers` are rows of `data` (`scans.dataset.Stacks`), `samples` the model's volumes (m, z, y, x) on the same
-    grid, `extractors` {family: volumes -> features}, `how` a section `Privacy`. The leak is planted with the first
-    `how.planted` members: a sampler of copies, a generator that memorised them, an overtrained critic. Strangers are in
-    neither group: their bones stand for samples, and a generator that memorised them for the model's.
+    Returns {"scores", "planted", "strangers"}, each {attack: (scores of members, of others)}, a score a patient; the
+    critic has no strangers, and no attack has if none are given. `members`, `others` and `strangers` are rows of `data`
+    (`scans.dataset.Stacks`), `samples` the model's volumes (m, z, y, x) on the same grid, `extractors` {family: volumes
+    -> features}, `how` a section `Privacy`. The leak is planted with the first `how.planted` members: a sampler of
+    copies, a generator that memorised them, an overtrained critic. Strangers are in neither group: their bones stand
+    for samples, and a generator that memorised them for the model's.
     """
     groups = {"members": members, "others": others}
     volumes = {name: data.pooled(rows, 0)[:, 0].numpy() for name, rows in groups.items()}
@@ -228,9 +211,7 @@ def _nearest(family, extract, volumes, fake, cache):
 
 def _of_networks(model, volumes, fake, known, how, seed):
     """The attacks on the generator (reconstruction) and on the critic, by kind of control and group."""
-    params = model.how
-    stage = trunk(model.generator).stages
-    halvings = int(np.log2(volumes["members"].shape[1] / params.slices))
+    stage, halvings = trunk(model.generator).stages, int(np.log2(volumes["members"].shape[1] / model.how.slices))
     own = {name: _pooled(v, halvings) for name, v in volumes.items()}
     leaked, rest = own["members"][torch.from_numpy(known)], own["members"][torch.from_numpy(~known)]
     memories = {"planted": MemorisingGenerator(leaked)}
@@ -239,19 +220,15 @@ def _of_networks(model, volumes, fake, known, how, seed):
     fitted = {name: reconstruction(model.generator, v, stage, seed, how.steps, how.rate) for name, v in own.items()}
     fits = {"scores": fitted}
     fits |= {kind: {name: -memory.errors(v) for name, v in own.items()} for kind, memory in memories.items()}
-    shape = dict(generator=params.generator, haar=params.haar, precision=params.precision)
-    build = partial(build_critic, params.critic, **shape)
-    critics = {
-        "scores": model.critic,
-        "planted": overtrained(model.critic, build, leaked, rest, seed, how.overtraining),
-    }
+    too_long = overtrained(model.critic, leaked, rest, seed, how.overtraining)
+    critics = {"scores": model.critic, "planted": too_long}
     judged = {kind: {name: critic_scores(critic, v) for name, v in own.items()} for kind, critic in critics.items()}
     return {"reconstruction": fits, "critic": judged}
 
 
 def _pooled(volumes, halvings):
     parts = []
-    for volume in volumes:
+    for volume in volumes:  # all of them at full size would not fit into memory
         x = torch.from_numpy(np.asarray(volume, np.float32))[None, None]
         for _ in range(halvings):
             x = downsample(x)
@@ -260,10 +237,10 @@ def _pooled(volumes, halvings):
 
 
 def audit(found: dict[str, dict[str, tuple]], *, tolerated: float, seed: int, draws: int) -> list[dict]:
-    """The table of the audit: one row an attack, with its controls. `found` is what `examine` returns.
+    """The table of the audit of what `examine` has `found`: one row an attack, with its controls.
 
     `negative holds` if members against members have an AUC whose interval, at a level for all attacks together, holds
-    0.5; `positive holds` if the planted leak is caught with an AUC of at least 0.9. An attack `leaks` if more than
+    0.5; `positive holds` if the planted leak is caught with an AUC of `CAUGHT`. An attack `leaks` if more than
     `tolerated` of the members are true positives at 1 % false ones, and more than chance explains: less probable than
     the one end of the interval. It `can tell` if a share of `tolerated` is more than is expected by chance.
     """

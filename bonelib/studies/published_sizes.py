@@ -20,10 +20,9 @@ from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.core.parallel import peak_memory
 from bonelib.core.random import torch_rng
-from bonelib.networks.registry import build_critic, build_generator
 from bonelib.params import check_file
 from bonelib.scans.tables import write_table
-from bonelib.studies.cost import update
+from bonelib.studies.cost import prepared, update
 from bonelib.training.config import Train
 
 WARM_UP = 2  # updates that are not timed
@@ -38,36 +37,25 @@ def measure(params: Train, *, updates: int, seed: int, device: torch.device) -> 
     for stage, samples in enumerate(plan.samples, 1):
         batch = plan.batch[stage - 1]
         torch.manual_seed(torch_rng(seed, "published sizes").initial_seed())
-        how = dict(haar=params.haar, precision=params.precision)
-        generator = build_generator(params.generator, **how).to(device)
-        critic = build_critic(params.critic, **how).to(device)
-        adams = [torch.optim.Adam(net.parameters(), 1e-4, betas=(0.0, 0.98), fused=True) for net in (generator, critic)]
-        draws = torch_rng(seed, "published sizes", stage)
-        with torch.no_grad():
-            latent = generator.sample_latent(1, draws).to(device)
-            grid = generator.synthesize(generator.to_styles(latent), stage).shape[2:]
-        real = torch.rand(batch, 1, *grid, device=device)
+        how, draws = dict(haar=params.haar, precision=params.precision), torch_rng(seed, "published sizes", stage)
+        given = prepared(params.generator, params.critic, stage, batch, draws, device, **how)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(WARM_UP):
-            update(generator, critic, adams, real, stage, params.n_critic, draws)
+            update(*given, stage, params.n_critic, draws)
         _finish(device)
         with _Power(device) as power:
             began = time.perf_counter()
             for _ in range(updates):
-                update(generator, critic, adams, real, stage, params.n_critic, draws)
+                update(*given, stage, params.n_critic, draws)
             _finish(device)
             seconds = (time.perf_counter() - began) / updates
         wanted = samples / (batch * params.n_critic)
         hours, watts = wanted * seconds / 3600, power.mean()
-        rows.append(
-            {
-                "stage": stage, "grid": "x".join(map(str, grid)), "batch": batch, "seconds an update": seconds,
-                "updates a second": 1 / seconds, "peak memory, GB": _peak(device), "power, W": watts,
-                "updates of the schedule": round(wanted), "hours": hours,
-                "kWh": None if watts is None else hours * watts / 1000,
-            }
-        )  # fmt: skip
+        row = {"stage": stage, "grid": "x".join(map(str, given[-1].shape[2:])), "batch": batch}
+        row |= {"seconds an update": seconds, "updates a second": 1 / seconds, "peak memory, GB": _peak(device)}
+        row |= {"power, W": watts, "updates of the schedule": round(wanted), "hours": hours}
+        rows.append(row | {"kWh": None if watts is None else hours * watts / 1000})
     return rows
 
 

@@ -25,11 +25,11 @@ LEAST = 4  # samples below which no interval is given
 
 
 def blinded(items: list[dict], repeats: int, seed: int, form: str = "") -> list[dict]:
-    """The key of a form: a row for every one of `items` and for `repeats` of them once more, each under a new code.
+    """The key of a form: a row for every one of `items` and for `repeats` of them once more, each under a new code of
+    five random letters, with its number (`item`) and whether it is a repeat (`again`).
 
-    Rows are those of `items` with `code`, five random letters, `item`, its number, and `again`, 1 where it is a
-    repeat. Rows are in the order of their codes, which says nothing; another `form` has others. Raises `InputError` for
-    more repeats than items.
+    Rows are in the order of their codes, which says nothing; another `form` has others. Raises `InputError` for more
+    repeats than items.
     """
     if not 0 <= repeats <= len(items):
         raise InputError(f"repeats is {repeats}; accepted is 0 to {len(items)}, the number of items")
@@ -46,10 +46,8 @@ def blinded(items: list[dict], repeats: int, seed: int, form: str = "") -> list[
 
 
 def order(key: list[dict], seed: int, number: int) -> list[str]:
-    """The codes of a key in the order in which rater `number` sees them: at random, a repeat long after its first.
-
-    Repeats come in the last third and what they repeat in the first two thirds, or as near to that as there is room.
-    """
+    """The codes of a key in the order in which rater `number` sees them: at random, but repeats in the last third, and
+    what they repeat before it, as far as there is room."""
     rng = numpy_rng(seed, "order of rating", number)
     repeated = {row["item"] for row in key if row["again"]}
     early = [row["code"] for row in key if not row["again"] and row["item"] in repeated]
@@ -61,11 +59,11 @@ def order(key: list[dict], seed: int, number: int) -> list[str]:
 
 
 def read_ratings(folder: str | Path, key: list[dict], form: str) -> tuple[list[dict], int]:
-    """The ratings of all CSV files in a folder, any number of raters: rows of `key` with rater (text) and score (int).
+    """The ratings of all CSV files in a folder: rows of `key` with rater (text) and score (int), and the number of
+    answers to other forms, which are left out.
 
-    Answers to other forms than `form` are left out; their number is the second value. Of two answers of a rater to one
-    code that of the newer file counts, and in one file the later row. Raises `InputError` naming file and line of a
-    code that is not in the key, or a score that is not 1 to 5.
+    Of two answers of a rater to one code the newer counts. Raises `InputError` naming file and line of a code that is
+    not in the key, or a score that is not 1 to 5.
     """
     known, found, others = {row["code"]: row for row in key}, {}, 0
     for path in sorted(Path(folder).glob("*.csv"), key=lambda p: (p.stat().st_mtime, p.name)):
@@ -122,11 +120,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def estimate(statistic: Callable, *values: np.ndarray, rng: np.random.Generator, draws: int = 1000) -> dict:
-    """`statistic` of `values` (..., n) with its 95 % interval: value, low, high, N.
-
-    The bootstrap resamples the last axis, on which samples are independent: of real bones one a patient. No interval
-    for fewer than four samples, or where the statistic exists in fewer than half of the draws.
-    """
+    """`statistic` of `values` (..., n) with its 95 % interval: value, low, high, N. The bootstrap resamples the last
+    axis. No interval for fewer than four samples, or where the statistic exists in fewer than half of the draws."""
     n = values[0].shape[-1]
     value = float(statistic(*values)) if n > 1 else np.nan
     if not np.isfinite(value):
@@ -141,10 +136,10 @@ def estimate(statistic: Callable, *values: np.ndarray, rng: np.random.Generator,
 def study(
     raters: list[str], first: np.ndarray, again: np.ndarray, scores: dict[str, np.ndarray], *, seed: int, draws: int
 ) -> list[dict]:
-    """Agreement between raters and of each with himself, and how each score follows each rater (Figure 8).
+    """Agreement between raters and of each with himself, and how each score follows each rater (Figure 8): rows.
 
     `first` and `again` are (raters, n), NaN where not rated; `scores` {name: (n,)} of the same samples, NaN for what
-    shall not enter the correlation. Rows: quantity, of, value, low, high, N.
+    shall not enter the correlation.
     """
     rows = []
 
@@ -169,11 +164,9 @@ def study(
 
 
 def calibration(scores: np.ndarray, *, seed: int, draws: int) -> list[dict]:
-    """How a score falls along the levels of a degradation: `scores` (patients, levels), level 0 untouched.
-
-    Rows: level, mean score with its 95 % interval over patients, N, and in the first row `spearman`, between score and
-    level within a patient, averaged over patients, with its interval.
-    """
+    """How a score falls along the levels of a degradation, `scores` (patients, levels) from untouched: mean with its
+    interval over patients, and in the first row `spearman`, between score and level within a patient, with its
+    interval."""
     rng, levels = numpy_rng(seed, "calibration"), np.arange(scores.shape[1])
     rows = []
     for level in levels:

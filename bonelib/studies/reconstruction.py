@@ -1,13 +1,14 @@
 """Reconstruction error: voxels, features, morphometry and re-identification."""
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
 from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.similarity import psnr, ssim
-from bonelib.evaluation.statistics import patient_mean
+from bonelib.evaluation.statistics import mean_rows, patient_mean
 from bonelib.scans.volumes import Volume
 
 SHOWN = ("Tt.Ar", "Tb.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.N", "Ct.BMD", "Ct.Th")
@@ -28,7 +29,7 @@ def recognised(real: np.ndarray, drawn: np.ndarray, patients: list[str], *, own:
     Without `own`, the very volume that was reconstructed is no candidate, only others of its patient and of the rest.
     """
     a, b = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (drawn, real))
-    squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    squared = cdist(a, b, "sqeuclidean")
     if not own:
         np.fill_diagonal(squared, np.inf)
     patients = np.asarray(patients)
@@ -44,11 +45,8 @@ def compare(
     seed: int,
     draws: int,
 ) -> list[dict]:
-    """Every method's reconstructions `drawn` of volumes `real`, (n, z, y, x) in [0, 1]: one row a method and measure.
-
-    `further` {method: {measure: values (n,)}} are measures that the caller made. Rows: method, measure, value with its
-    interval by patient (low, high), N of volumes, patients.
-    """
+    """Every method's reconstructions `drawn` of volumes `real`, (n, z, y, x) in [0, 1]: one row a method and measure,
+    with its interval by patient. `further` {method: {measure: values (n,)}} are measures that the caller made."""
     rows = []
     for method, volumes in drawn.items():
         found = {
@@ -59,11 +57,8 @@ def compare(
             "own patient is nearest, own stack left out": recognised(real, volumes, patients, own=False),
             **further.get(method, {}),
         }
-        for name, values in found.items():
-            rng = numpy_rng(seed, "reconstruction", name)  # the same patients for every method
-            value, low, high, *_ = patient_mean(values, patients, rng=rng, draws=draws)
-            counts = dict(N=len(values), patients=len(set(patients)))
-            rows.append(dict(method=method, measure=name, value=value, low=low, high=high) | counts)
+        of_all = mean_rows(found, patients, "reconstruction", seed=seed, draws=draws)
+        rows += [dict(method=method) | row for row in of_all]
     return rows
 
 
@@ -72,8 +67,8 @@ def attribute_errors(
 ) -> list[dict]:
     """The error of every measured attribute of reconstructions at full size: one row a method and attribute.
 
-    Rows: method, attribute, N of bones with contours in both, mean error and mean absolute error with its interval by
-    patient, and the SD of the attribute over their real volumes, to judge them by; None where N is 0.
+    N of bones with contours in both, mean and mean absolute error, with its interval by patient, and the SD of the
+    attribute over their real volumes; None where N is 0.
     """
     groups = {"real": real, **drawn}
     with workers() as pool:
@@ -84,19 +79,11 @@ def attribute_errors(
             true, seen = (np.array([t.get(name, np.nan) for t in found[g]]) for g in ("real", method))
             error, rng = seen - true, numpy_rng(seed, "attribute error", name)
             known = np.isfinite(error)
-            size, low, high, *_ = patient_mean(np.abs(error), patients, rng=rng, draws=draws)
-            row = {
-                "method": method,
-                "attribute": name,
-                "N": int(known.sum()),
-                "mean error": None,
-                "absolute error": None,
-            }
-            row |= {"low": None, "high": None, "SD of real": None}
-            if known.any():
-                row |= {"mean error": float(error[known].mean()), "absolute error": size, "low": low, "high": high}
-                row |= {"SD of real": float(true[known].std())}
-            rows.append(row)
+            size, low, high, n, _ = patient_mean(np.abs(error), patients, rng=rng, draws=draws)
+            numbers = (error[known].mean(), size, low, high, true[known].std()) if n else [None] * 5
+            names = ("mean error", "absolute error", "low", "high", "SD of real")
+            row = {"method": method, "attribute": name, "N": n}
+            rows.append(row | {key: v if v is None else float(v) for key, v in zip(names, numbers, strict=True)})
     return rows
 
 

@@ -22,7 +22,7 @@ from bonelib.core.files import digest, write_json
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d
 from bonelib.evaluation.metrics import kernel_distance
-from bonelib.evaluation.statistics import half_interval
+from bonelib.evaluation.statistics import half_interval, of_rows
 from bonelib.latent.models import Model, draw
 from bonelib.networks.registry import build_generator
 from bonelib.scans.dataset import Stacks, load_stacks, set_apart
@@ -36,13 +36,10 @@ TABLE = ("seen", "chosen", NAME, "low", "high", "real against real", "N real", "
 def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
     """Make the best of a model folder's candidates its generator.safetensors; returns the table of what each measured.
 
-    The last one stays, unless the nearest one's interval ends below its distance.
-
-    The measure is the kernel distance of their samples to the stacks of the validation patients, who were set apart
-    from those that the training saw, on the grid that the generator draws, before super-resolution; all draw the
-    same latents. Features are standardised by those of as many training stacks, whose own distance is `real against
-    real`. Intervals are by halves of the patients. No held-out patient is looked at, so that later notebooks can report
-    on them.
+    The last one stays, unless the nearest one's interval ends below its distance: the kernel distance of samples of the
+    same latents to the stacks of validation patients, whom the training did not see, on the grid that the generator
+    itself draws. Features are standardised by those of as many training stacks, whose own distance is `real against
+    real`. No held-out patient is looked at, so that later notebooks can report on them.
 
     Leaves candidates.csv, and in config.json the samples that the chosen one had seen; the candidates themselves go.
     Raises `InputError` where there are none.
@@ -73,11 +70,7 @@ def choose(folder: str | Path, data: Stacks, *, seed: int) -> list[dict]:
     patients = [row["patient"] for row in rows]
     table = []
     for seen, b in zip(drawn, found, strict=True):
-        rng = numpy_rng(seed, "interval", "candidates")
-
-        def distance(i, j, b=b):
-            return kernel_distance(a[i], b[j])
-
+        distance, rng = of_rows(kernel_distance, a, b), numpy_rng(seed, "interval", "candidates")
         ends = half_interval(distance, patients, range(len(b)), rng=rng, draws=how.draws)[:3]
         values = (seen, False, *ends, kernel_distance(a, c), len(a), len(set(patients)), len(b))
         table.append(dict(zip(TABLE, values, strict=True)))

@@ -6,7 +6,7 @@ import torch
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation.morphometry import measure_or_none
-from bonelib.evaluation.statistics import patient_interval
+from bonelib.evaluation.statistics import of_rows, patient_interval
 from bonelib.evaluation.texture import texture_or_none
 from bonelib.latent.models import calibrated, enlarge
 from bonelib.scans.dataset import TEXTURE
@@ -20,42 +20,29 @@ BONE = 600.0  # mg HA/cm3; blocks of voxels that stay below it are air or soft t
 
 def codes(superres, coarse: np.ndarray, textures: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Standardised texture codes (n, 5) of coarse volumes (n, z, y, x): those of `textures` (n, 5), and drawn ones."""
-    given = torch.from_numpy(np.asarray(coarse, np.float32))[:, None]
-    own = (
-        (torch.from_numpy(np.asarray(textures, np.float32)) - superres.texture_scaling[0]) / superres.texture_scaling[1]
-    ).nan_to_num()
+    given, (mean, sd) = torch.from_numpy(np.asarray(coarse, np.float32))[:, None], superres.texture_scaling
+    own = ((torch.from_numpy(np.asarray(textures, np.float32)) - mean) / sd).nan_to_num()
     draws = torch.randn(len(given), superres.texture, generator=torch_rng(seed, "texture draws"))
     return own.numpy(), superres.prior(given, draws).numpy()
 
 
 def traits(real: list[Volume], others: dict[str, list[Volume]], *, seed: int, draws: int) -> list[dict]:
-    """Morphometry of real volumes, one a patient, and of the same bones in `others`: one row a trait.
-
-    Rows: trait, N of patients, the mean of `real`, and of each of `others` its mean, the mean difference to `real` in
-    percent of that with its 95 % interval (patients resampled), and the correlation over patients. Volumes that have
-    no contours in any of the groups are left out of all.
-    """
-    groups = {"real": real, **others}
-    found = {name: _all(measure_or_none, volumes) for name, volumes in groups.items()}
-    kept = [i for i in range(len(real)) if all(found[name][i] for name in groups)]
+    """Morphometry of real volumes, one a patient, and of the same bones in `others`: one row a trait, with the means
+    and, of each of `others`, the difference to `real` in percent with its interval by patient, and the correlation.
+    Volumes that have no contours in any of the groups are left out of all."""
+    found = {name: _all(measure_or_none, volumes) for name, volumes in {"real": real, **others}.items()}
+    kept = [i for i, of_bone in enumerate(zip(*found.values(), strict=True)) if all(of_bone)]
     rows = []
     for trait in SHOWN if kept else ():
-        values = {name: np.array([found[name][i][trait] for i in kept]) for name in groups}
-        row = {"trait": trait, "N": len(kept), "real": values["real"].mean()}
-        for name in others:
+        values = {name: np.array([of_group[i][trait] for i in kept]) for name, of_group in found.items()}
+        true = values.pop("real")
+        row = {"trait": trait, "N": len(kept), "real": true.mean()}
+        for name, drawn in values.items():
             rng = numpy_rng(seed, "superres interval", trait, name)
-
-            def relative(rows, drawn=values[name], real=values["real"]):
-                return _relative(drawn[rows], real[rows])
-
-            change = patient_interval(relative, range(len(kept)), rng=rng, draws=draws)
-            row |= {
-                name: values[name].mean(),
-                f"{name}, difference %": change.value,
-                f"{name}, low": change.low,
-                f"{name}, high": change.high,
-                f"{name}, r": float(np.corrcoef(values[name], values["real"])[0, 1]) if len(kept) > 2 else None,
-            }
+            change = patient_interval(of_rows(_relative, drawn, true), range(len(kept)), rng=rng, draws=draws)
+            r = float(np.corrcoef(drawn, true)[0, 1]) if len(kept) > 2 else None
+            row |= {name: drawn.mean(), f"{name}, difference %": change.value}
+            row |= {f"{name}, low": change.low, f"{name}, high": change.high, f"{name}, r": r}
         rows.append(row)
     return rows
 
@@ -74,10 +61,11 @@ def spread(groups: dict[str, list[Volume]]) -> list[dict]:
 
 
 def obedience(superres, coarse: np.ndarray, data: dict, *, seed: int, count: int) -> list[dict]:
-    """How the thickness and spacing of trabeculae that are asked for are met, over `count` volumes of given bones.
+    """How the thickness and spacing of trabeculae that are asked for are met, over `count` volumes: a row a number with
+    the correlation of asked and measured.
 
     Coarse volumes (n, z, y, x) in turn are drawn with texture codes whose two numbers are uniform over `RANGE` SDs, and
-    whose others follow as among the bones of the prior. Rows: number, N measured, correlation of asked and measured.
+    whose others follow as among the bones of the prior.
     """
     given = torch.from_numpy(np.asarray(coarse, np.float32))[[i % len(coarse) for i in range(count)], None]
     asked = torch.rand(count, len(ASKED), generator=torch_rng(seed, "asked textures")) * 2 * RANGE - RANGE

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bonelib.core.random import numpy_rng
-from bonelib.evaluation.statistics import Interval, bounded, half_interval, patient_mean
+from bonelib.evaluation.statistics import bounded, half_interval, mean_rows, of_rows
 from bonelib.latent.attribute_model import AttributeModel, readings
 from bonelib.latent.target_optimisation import optimise_to_target
 
@@ -36,10 +36,8 @@ class Histogram(NamedTuple):
         return np.interp((np.arange(n) + 0.5) / n, self.cumulated, self.edges)
 
     def distance(self, values: np.ndarray) -> float:
-        """The Kolmogorov-Smirnov distance of values (n,) from it: the largest difference of distribution functions.
-
-        NaN counts as a value beyond all others: a bone that cannot be read is not of the histogram.
-        """
+        """The Kolmogorov-Smirnov distance of values (n,) from it; NaN, of a bone that cannot be read, lies beyond all
+        others."""
         values = np.sort(np.asarray(values, float))  # NaN last
         below = np.interp(values, self.edges, self.cumulated)
         below[np.isnan(values)] = 1.0
@@ -57,11 +55,11 @@ class Drawn(NamedTuple):
 
 
 def draw_set(tool: AttributeModel, samples: Tensor, found: Tensor, trait: str, to: Histogram, n: int) -> Drawn:
-    """`n` bones whose `trait` has the histogram, from `samples` (m, *code) with the attributes `found` (m, k).
+    """`n` bones whose `trait` has the histogram, from `samples` (m, *code) with the attributes `found` (m, k); fewer
+    where fewer can be read.
 
     Each quantile gets a sample of its own, so that the distances are the least in all; those that are not near enough
-    are moved to their value by `optimise_to_target`, with all other attributes left free. Fewer where fewer samples can
-    be read. Samples that are not taken are left.
+    are moved to their value by `optimise_to_target`, with all other attributes left free.
     """
     k, known = tool.index(trait), torch.arange(len(samples))[found.isfinite().all(1)]
     n = min(n, len(known))
@@ -81,28 +79,19 @@ def compared(to: Histogram, sets: dict[str, np.ndarray], *, seed: int, draws: in
     """The distance of each of `sets` (values (n,)) from the histogram, with its interval by halves: a row each."""
     rows = []
     for name, values in sets.items():
-
-        def distance(i, values=values):
-            return to.distance(values[i])
-
-        rng = numpy_rng(seed, "histogram", name)
-        found = half_interval(distance, range(len(values)), rng=rng, draws=draws)
-        low, high = bounded(found.low, found.high, (0.0, 1.0))
-        rows.append({"": name} | _plain(found._replace(low=low, high=high)))
+        distance, rng = of_rows(to.distance, values), numpy_rng(seed, "histogram", name)
+        value, *ends, n, _ = half_interval(distance, range(len(values)), rng=rng, draws=draws)
+        low, high = bounded(*ends, (0.0, 1.0))
+        rows.append({"": name, "value": value, "low": low, "high": high, "N": n})
     return rows
-
-
-def _plain(found: Interval) -> dict:
-    return {key: value for key, value in found._asdict().items() if key != "patients"}
 
 
 def checked(wanted: np.ndarray, seen: np.ndarray, *, seed: int, draws: int) -> list[dict]:
     """How far what another instrument sees of a set (n,) lies from what was wanted (n,): two rows, with intervals."""
     off, bones = np.asarray(seen, float) - wanted, range(len(wanted))
     ways = {"mean difference from what was asked": off, "mean absolute difference": np.abs(off)}
-    rng = {name: numpy_rng(seed, "checked", name) for name in ways}
-    found = {name: patient_mean(values, bones, rng=rng[name], draws=draws) for name, values in ways.items()}
-    return [{"": name} | _plain(interval) for name, interval in found.items()]
+    rows = mean_rows(ways, bones, "checked", seed=seed, draws=draws, column="")
+    return [{key: value for key, value in row.items() if key != "patients"} for row in rows]
 
 
 def curves(sets: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

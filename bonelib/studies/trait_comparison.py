@@ -10,7 +10,7 @@ from bonelib.evaluation.contours import closed_slices, contours, dilated, eroded
 from bonelib.evaluation.features import standardised
 from bonelib.evaluation.metrics import fixed_pattern_correlation
 from bonelib.evaluation.morphometry import measure
-from bonelib.evaluation.statistics import FEWEST, half_interval, pair_mean
+from bonelib.evaluation.statistics import FEWEST, against_real, half_interval, pair_mean
 from bonelib.scans.volumes import Volume
 
 CLOSED = "closed slices"
@@ -37,9 +37,8 @@ def measured(volume: Volume) -> dict | None:
     traits[CLOSED] = closed_slices(volume, periosteal)
     interior = eroded(endosteal, DEPTH_MM, volume.spacing[1:])
     near, far = (dilated(periosteal, mm, volume.spacing[1:]) for mm in AWAY_MM)
-    background = _plain(volume, far & ~near)
-    spectra = dict(zip(REGIONS, (spectrum(volume, region) for region in (interior, background)), strict=True))
-    return dict(traits=traits, interior=interior, spectra=spectra)
+    regions = zip(REGIONS, (interior, _plain(volume, far & ~near)), strict=True)
+    return dict(traits=traits, interior=interior, spectra={name: spectrum(volume, where) for name, where in regions})
 
 
 def measure_groups(groups: dict[str, list[Volume]]) -> dict[str, list[dict | None]]:
@@ -49,22 +48,20 @@ def measure_groups(groups: dict[str, list[Volume]]) -> dict[str, list[dict | Non
         return {name: [job.result() for job in of_group] for name, of_group in jobs.items()}
 
 
-def spectrum(volume: Volume, region: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """Log10 of the mean in-plane power (mg HA/cm3)^2 of a region's voxels in radial bins up to the Nyquist frequency.
-
-    Slices are freed of the mean of the region and faded out over its border; power is per voxel of the region, so
-    that regions of different size agree. NaN where the region has no voxels.
-    """
+def spectrum(volume: Volume, region: np.ndarray) -> np.ndarray:
+    """Log10 of the mean in-plane power (mg HA/cm3)^2 of a region's voxels in radial bins up to the Nyquist frequency,
+    after slices are freed of the mean of the region and faded out over its border, per voxel. NaN where the region has
+    none."""
     weight = ndimage.gaussian_filter(region.astype(np.float32), (0, 1, 1)) * region
     total = weight.sum(axis=(1, 2), keepdims=True)
     if not total.max() > 0:
-        return np.full(bins, np.nan)
+        return np.full(BINS, np.nan)
     mean = (weight * volume.voxels).sum(axis=(1, 2), keepdims=True) / np.maximum(total, 1)
     power = np.abs(np.fft.rfft2((volume.voxels - mean) * weight)) ** 2
     power = power.sum(axis=0) / (weight**2).sum()
     rows, columns = np.fft.fftfreq(volume.shape[1]), np.fft.rfftfreq(volume.shape[2])
-    index = np.ceil(np.hypot(rows[:, None], columns) / 0.5 * bins).astype(int)
-    sums, counts = (np.bincount(index.ravel(), w, bins + 1)[1 : bins + 1] for w in (power.ravel(), np.ones(power.size)))
+    index = np.ceil(np.hypot(rows[:, None], columns) / 0.5 * BINS).astype(int)
+    sums, counts = (np.bincount(index.ravel(), w, BINS + 1)[1 : BINS + 1] for w in (power.ravel(), np.ones(power.size)))
     return np.log10(sums / counts + SPECTRUM_FLOOR)
 
 
@@ -73,9 +70,8 @@ def summary(
 ) -> dict[str, dict[str, float | int | None]]:
     """What morphometry says of a group: {quantity: value, low, high, n}, the interval by halves of `groups` (patients).
 
-    Shares with contours and of closed slices, fixed pattern, mean and SD of the traits. The fixed pattern
-    (`metrics.fixed_pattern_correlation`, of different patients) is None where no two interiors share voxels, and
-    so are traits that nothing has.
+    Shares with contours and of closed slices, fixed pattern of different patients, mean and SD of the traits; None
+    where there is none.
     """
     groups = np.asarray(groups)
     here = np.array([result is not None for result in found])
@@ -134,8 +130,8 @@ def as_numbers(findings: dict[str, dict]) -> dict[str, float | int | None]:
 def trait_features(groups: dict[str, list[dict | None]], patients: list[str]) -> tuple[dict[str, np.ndarray], list]:
     """The traits as one more family of features: {group: (n, 10)} with "real" at mean 0 and SD 1, patients of "real".
 
-    Bones in which a trait cannot be measured are left out, and so is a group that is left with fewer than `LEAST`;
-    nothing is returned if "real" has fewer than `LEAST` patients, so that neighbours can be counted in their halves.
+    Bones in which a trait cannot be measured are left out, and so is a group left with fewer than `LEAST`; nothing is
+    returned if "real" has fewer than `LEAST` patients.
     """
     sets = {name: matrix(found) for name, found in groups.items()}
     owners = [patients[i] for i in sets["real"][1]]
@@ -148,41 +144,29 @@ def trait_features(groups: dict[str, list[dict | None]], patients: list[str]) ->
 
 def matrix(found: list[dict | None], traits=TRAITS) -> tuple[np.ndarray, np.ndarray]:
     """Traits (n, len(traits)) of the volumes of a group in which all are finite, and the places of those volumes."""
-    rows = [[np.nan] * len(traits) if r is None else [r["traits"][t] for t in traits] for r in found]
-    values = np.array(rows, float).reshape(-1, len(traits))
+    return _whole([r and [r["traits"][t] for t in traits] for r in found], len(traits))
+
+
+def _whole(rows: list, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows in which all numbers are finite, and their places; a row may be None."""
+    values = np.array([[np.nan] * columns if r is None else r for r in rows], float).reshape(-1, columns)
     whole = np.isfinite(values).all(axis=1)
     return values[whole], np.flatnonzero(whole)
 
 
 def trait_distances(groups: dict[str, list[dict | None]], patients: list[str], *, seed: int, draws: int) -> list[dict]:
-    """Wasserstein distance of every trait between each group and "real", in standard deviations of "real".
-
-    And, under the trait "correlations", the mean absolute difference of the correlations between traits. With the
-    interval by patients, and the value of "other real"; groups with fewer than four measured volumes are left out.
-    """
+    """Wasserstein distance of every trait between each group and "real", in standard deviations of "real", and as
+    "correlations" the mean absolute difference of the correlations between traits; by patients. Groups with fewer than
+    four measured volumes are left out."""
     sets = {name: matrix(found) for name, found in groups.items()}
-    (real, kept), rows = sets["real"], []
-    names, enough = np.asarray(patients)[kept], {k: v for k, (v, _) in sets.items() if len(v) >= 4}
+    names, enough = np.asarray(patients)[sets["real"][1]], {k: v for k, (v, _) in sets.items() if len(v) >= 4}
     if "real" not in enough or "other real" not in enough or len(set(names)) < FEWEST:
         return []
-    reference = _distances(real, enough["other real"])
-    for group, values in enough.items():
-        if group in ("real", "other real"):
-            continue
-        rng = numpy_rng(seed, "trait interval")
-
-        def distances(i, j, values=values):
-            return _distances(real[i], values[j])
-
-        found = half_interval(distances, names, range(len(values)), rng=rng, draws=draws)
-        for trait, (value, low, high), of_real in zip((*TRAITS, "correlations"), found.parts(), reference, strict=True):
-            ends = dict(value=value, low=low, high=high)
-            row = dict(setting=group, trait=trait) | ends | dict(real_against_real=of_real)
-            rows.append(row | dict(n_real=len(real), n_fake=len(values), n_other=len(enough["other real"]), d=1))
-    return rows
+    rows = against_real(_distances, enough, names, "trait interval", seed=seed, draws=draws)
+    return [dict(setting=name, trait=(*TRAITS, "correlations")[k]) | found | dict(d=1) for name, k, found in rows]
 
 
-def _distances(real, fake):
+def _distances(real, fake, _):
     sd = real.std(axis=0) + 1e-9
     traits = [stats.wasserstein_distance(real[:, i] / sd[i], fake[:, i] / sd[i]) for i in range(real.shape[1])]
     with np.errstate(invalid="ignore"):  # a trait that is the same in all has no correlations
@@ -193,43 +177,23 @@ def _distances(real, fake):
 def spectral_distances(
     groups: dict[str, list[dict | None]], patients: list[str], *, seed: int, draws: int
 ) -> tuple[list[dict], list[dict]]:
-    """How far the mean spectra of each group are from those of "real", by region: (rows, spectra as a table).
-
-    The value is the mean over the bins of the absolute difference of log10 power (0.3 is a factor of two), with the
-    interval by patients and the value of "other real".
-    """
+    """How far the mean spectra of each group are from those of "real", by region: (rows, spectra as a table). The value
+    is the mean over the bins of the absolute difference of log10 power (0.3 is a factor of two), by patients."""
     rows, curves = [], [{"bin": i + 1} for i in range(BINS)]
     for region in REGIONS:
-        sets = {name: _spectra(found, region) for name, found in groups.items()}
-        real, kept = sets["real"]
-        names = np.asarray(patients)[kept]
-        for group, (values, _) in sets.items():
+        sets = {name: _whole([r and r["spectra"][region] for r in found], BINS) for name, found in groups.items()}
+        names, enough = np.asarray(patients)[sets["real"][1]], {k: v for k, (v, _) in sets.items() if len(v) >= 4}
+        for name, (values, _) in sets.items():
             for line, power in zip(curves, values.mean(axis=0) if len(values) else [np.nan] * BINS, strict=True):
-                line[f"{region}, {group}"] = float(power)
-            small = min(len(values), len(sets["other real"][0])) < 4 or len(set(names)) < FEWEST
-            if small or group in ("real", "other real"):
-                continue
-            rng = numpy_rng(seed, "spectrum interval", region)
-
-            def gap(i, j, real=real, values=values):
-                return _gap(real[i], values[j])
-
-            found = half_interval(gap, names, range(len(values)), rng=rng, draws=draws)
-            found = dict(value=found.value, low=found.low, high=found.high)
-            found |= dict(real_against_real=_gap(real, sets["other real"][0]))
-            counts = dict(n_real=len(real), n_fake=len(values), n_other=len(sets["other real"][0]), d=BINS)
-            rows.append(dict(setting=group, region=region) | found | counts)
+                line[f"{region}, {name}"] = float(power)
+        if "other real" in enough and len(set(names)) >= FEWEST:
+            found = against_real(_gap, enough, names, "spectrum interval", region, seed=seed, draws=draws)
+            rows += [dict(setting=name, region=region) | numbers | dict(d=BINS) for name, _, numbers in found]
     return rows, curves
 
 
-def _gap(real, fake):
+def _gap(real, fake, _):
     return float(np.abs(real.mean(axis=0) - fake.mean(axis=0)).mean())
-
-
-def _spectra(found, region):
-    values = np.array([r["spectra"][region] if r else [np.nan] * BINS for r in found]).reshape(-1, BINS)
-    whole = np.isfinite(values).all(axis=1)
-    return values[whole], np.flatnonzero(whole)
 
 
 def _plain(volume, region):

@@ -13,7 +13,7 @@ from bonelib import InputError
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.features import random3d, standardised
 from bonelib.evaluation.metrics import frechet_distance, realism
-from bonelib.evaluation.statistics import half_interval, patient_mean
+from bonelib.evaluation.statistics import Interval, half_interval, mean_rows, of_rows, patient_mean
 from bonelib.latent import directions, sefa
 from bonelib.latent.directions import Direction
 from bonelib.latent.inversion import Inverter, draw_codes, encode, evenly_spaced, losses, refine
@@ -36,24 +36,23 @@ def counted(people: list[dict], slices: int) -> list[dict]:
     """How many patients, women and slices there are in either split."""
     rows = []
     for split in ("train", "held-out"):
-        own = [person for person in people if person["split"] == split]
-        women = sum(person["sex"] == "F" for person in own)
-        rows.append(
-            {"split": split, "patients": len(own), "women": women, "slices of each contrast": len(own) * slices}
-        )
+        sexes = [person["sex"] for person in people if person["split"] == split]
+        row = {"split": split, "patients": len(sexes), "women": sexes.count("F")}
+        rows.append(row | {"slices of each contrast": len(sexes) * slices})
     return rows
 
 
 # Samples
 
 
-class Extractor(NamedTuple):
-    """random3d features brought to mean 0 and SD 1 of training slices, `of_known`; `tells` is the log-odds of the
-    second contrast."""
+class Extractor:
+    """random3d features at mean 0 and SD 1 of training slices `rows` of both contrasts, which have `of_known`."""
 
-    raw: np.ndarray
-    of_known: np.ndarray
-    tells: Direction
+    def __init__(self, data: Stacks, rows: list[dict]):
+        self.raw = random3d(data.pooled(rows, 0)[:, 0].float().numpy())
+        self.of_known = standardised(self.raw)[0]
+        labels = torch.tensor([row["contrast"] == SOFT for row in rows])
+        self.tells = directions.logistic(torch.from_numpy(self.of_known).float(), labels)
 
     def __call__(self, slices: Tensor) -> np.ndarray:
         return standardised(self.raw, random3d(slices[:, 0].float().numpy()))[1]
@@ -63,20 +62,10 @@ class Extractor(NamedTuple):
         return (self.tells.value(torch.from_numpy(features).float()) > 0).numpy()
 
 
-def extractor(data: Stacks, rows: list[dict]) -> Extractor:
-    """That of training slices `rows` of both contrasts."""
-    raw = random3d(data.pooled(rows, 0)[:, 0].float().numpy())
-    known = standardised(raw)[0]
-    labels = torch.tensor([row["contrast"] == SOFT for row in rows])
-    return Extractor(raw, known, directions.logistic(torch.from_numpy(known).float(), labels))
-
-
 def quality(tool: Extractor, drawn: dict[str, Tensor], data: Stacks, rows: list[dict], *, seed: int, draws: int):
-    """The Frechet distance on random3d of sets of slices (n, 1, 1, y, x) to real ones `rows` of held-out patients.
-
-    A row a set and contrast, and both pooled: Fetty et al. pool. Which contrast a sample has, features say; `share` is
-    that of samples. `real against real` is that of training slices; intervals are by halves of the patients.
-    """
+    """The Frechet distance on random3d of sets of slices (n, 1, 1, y, x) to real ones `rows` of held-out patients: a
+    row a set and contrast, and both pooled, as Fetty et al. have it. Which contrast a sample has, features say; `share`
+    is that of samples. `real against real` is that of training slices; intervals are by halves of the patients."""
     real, patients = tool(data.pooled(rows, 0)), np.array([row["patient"] for row in rows])
     second = {"real": np.array([row["contrast"] == SOFT for row in rows]), "known": tool.second(tool.of_known)}
     table = []
@@ -87,15 +76,11 @@ def quality(tool: Extractor, drawn: dict[str, Tensor], data: Stacks, rows: list[
             at = {key: np.full(len(v), True) if kept is None else v == kept for key, v in (second | {"": of}).items()}
             a, b, c = real[at["real"]], features[at[""]], tool.of_known[at["known"]]
             row = {"set": name, "contrast": contrast, "share": float(at[""].mean())}
+            found = Interval(np.nan, None, None, len(a), 0)  # where nothing is drawn in this contrast
             if len(b) > 1:
-                rng = numpy_rng(seed, "interval", "contrasts", contrast)
-                found = half_interval(
-                    lambda i, j, a=a, b=b: frechet_distance(a[i], b[j]), patients[at["real"]], range(len(b)), rng=rng,
-                    draws=draws,
-                )  # fmt: skip
-                row |= dict(zip(("FD_random3d", "low", "high", "N real", "patients"), found, strict=True))
-            else:  # nothing is drawn in this contrast
-                row |= {"FD_random3d": np.nan, "low": None, "high": None, "N real": len(a), "patients": 0}
+                distance, rng = of_rows(frechet_distance, a, b), numpy_rng(seed, "interval", "contrasts", contrast)
+                found = half_interval(distance, patients[at["real"]], range(len(b)), rng=rng, draws=draws)
+            row |= dict(zip(("FD_random3d", "low", "high", "N real", "patients"), found, strict=True))
             table.append(row | {"N": len(b), "real against real": frechet_distance(a, c)})
     return table
 
@@ -165,14 +150,11 @@ def error(drawn: Tensor, real: Tensor, contrast: str) -> Tensor:
     return float(np.ptp(INTENSITY)) * off.abs().mean(1) if contrast == MINERAL else 2 * off.square().mean(1).sqrt()
 
 
-def by_patient(measures: dict[str, Tensor], patients, *, seed: int, draws: int, **more) -> list[dict]:
+def by_patient(measures: dict[str, Tensor], patients, *, seed: int, draws: int) -> list[dict]:
     """A row a measure (n,): the mean over patients, with its interval. `patients` (n,), or of pairs, (n / 2,)."""
-    rows = []
-    for name, values in measures.items():
-        names = np.asarray(patients).repeat(len(values) // len(patients))
-        found = patient_mean(np.asarray(values, float), names, rng=numpy_rng(seed, "by patient", name), draws=draws)
-        rows.append(more | {"": name} | found._asdict())
-    return rows
+    names = {times * len(patients): np.repeat(patients, times) for times in (1, 2)}
+    how = dict(seed=seed, draws=draws, column="")
+    return [mean_rows({name: v.numpy()}, names[len(v)], "by patient", **how)[0] for name, v in measures.items()]
 
 
 # What tells attributes apart
@@ -203,37 +185,30 @@ class Told(NamedTuple):
 
 def tell(known: Coded, other: Coded, attribute: str, how: TwoContrasts, *, seed: int) -> Told:
     """The models of one attribute, learned of the codes of `known` patients, every fourth of whom is left out for the
-    choice of networks, and tested on all `other` patients.
+    choice of networks, and tested on all `other` patients, with an interval by patient.
 
-    Scores are accuracies; `balanced` is the mean of both classes' shares, where one class is rare. Intervals are by
-    patient. Raises `InputError` where a class is empty.
+    `balanced` is the mean of both classes' accuracies. Raises `InputError` where a class is empty.
     """
     y, has = labels(known.rows, attribute)
-    names = np.array([row["patient"] for row in known.rows])
-    apart = np.isin(names, evenly_apart(names, y if attribute == "sex" else None))
+    names = known.patients.repeat(2)
+    apart = np.isin(names, _evenly_apart(names, y if attribute == "sex" else None))
     if not all(0 < y[has & part].mean() < 1 for part in (apart, ~apart)):
         raise InputError(f"two_contrasts: {attribute}: a class is empty among the patients; take more")
-    x, kept, left = known.codes[has], torch.from_numpy(y[has]), torch.from_numpy(apart[has])
-    plane = directions.logistic(x[~left], kept[~left])
-    plain = directions.accuracy(plane.value(x[left]), kept[left])
+    labelled = known.codes[has], torch.from_numpy(y[has]), torch.from_numpy(apart[has])
     budget = dict(seed=seed, tries=how.tries, epochs=how.epochs)
-    deep = directions.search(x, kept, left, **budget)
-    inner = directions.hidden(deep.network, known.codes)
-    back = directions.search(inner, known.codes, torch.from_numpy(apart), **budget)
-    row = {"attribute": attribute, "N": int((~left).sum()), "N left out": int(left.sum()), "logistic": plain}
-    row |= {"network": deep.score, "R2 of the way back": back.score, "product": back.score * deep.score}
-    row |= {"taken": directions.chosen(back.score, deep.score, plain), "hidden": "-".join(map(str, deep.widths))}
+    plane, deep, back, scores = directions.told_apart(*labelled, known.codes, torch.from_numpy(apart), **budget)
+    row = {"attribute": attribute, "N": int((~apart[has]).sum()), "N left out": int(apart[has].sum())} | scores
+    row |= {"product": back.score * deep.score, "hidden": "-".join(map(str, deep.widths))}
     truth, tested = labels(other.rows, attribute)
     right = (plane.value(other.codes).numpy() > 0) == truth
-    patients = np.array([r["patient"] for r in other.rows])[tested]
-    rng = numpy_rng(seed, "told", attribute)
-    found = patient_mean(right[tested].astype(float), patients, rng=rng, draws=how.draws)
+    patients, rng = other.patients.repeat(2)[tested], numpy_rng(seed, "told", attribute)
+    found = patient_mean(right[tested], patients, rng=rng, draws=how.draws)
     row |= {f"unknown.{key}": value for key, value in found._asdict().items()}
     sides = [right[tested & (truth == side)].mean() for side in (False, True) if (tested & (truth == side)).any()]
     return Told(plane, deep.network, back.network, row | {"unknown.balanced": float(np.mean(sides))})
 
 
-def evenly_apart(names: np.ndarray, classes: np.ndarray | None = None) -> list[str]:
+def _evenly_apart(names: np.ndarray, classes: np.ndarray | None = None) -> list[str]:
     """Every fourth of the patients named, of each class by itself where `classes` (n,) are given."""
     groups = [np.full(len(names), True)] if classes is None else [classes, ~classes]
     return [name for group in groups for name in list(dict.fromkeys(names[group]))[1::4]]
@@ -242,36 +217,26 @@ def evenly_apart(names: np.ndarray, classes: np.ndarray | None = None) -> list[s
 def regression(known: Coded, other: Coded, how: TwoContrasts, *, seed: int) -> list[dict]:
     """The position itself, by ridge regression and by a network, which failed in Fetty et al.: R2 on other patients."""
     position, truth = (torch.tensor([row["position"] for row in c.rows]) for c in (known, other))
-    names = np.array([row["patient"] for row in known.rows])
-    left = torch.from_numpy(np.isin(names, evenly_apart(names)))
+    names = known.patients.repeat(2)
+    left = torch.from_numpy(np.isin(names, _evenly_apart(names)))
     plane, _ = directions.ridge(known.codes, position, names)
     budget = dict(seed=seed, tries=how.tries, epochs=how.epochs)
     network = directions.search(known.codes, position[:, None], left, **budget).network
     said = {"ridge": plane.value(other.codes), "network": network(other.codes)[:, 0]}
-    spread = (truth - truth.mean()).square().sum()
     return [
-        {"": f"position by {name}", "R2 of unknown patients": float(1 - (v - truth).square().sum() / spread)}
+        {"": f"position by {name}", "R2 of unknown patients": directions.r2(v, truth)}
         | {"mean absolute error": float((v - truth).abs().mean()), "N": len(truth)}
         for name, v in said.items()
     ]
 
 
 def bending(told: dict[str, Told], known: Coded, how: TwoContrasts, *, seed: int) -> list[dict]:
-    """How bent the networks' decision surfaces are: a row an attribute; curvature is in 1 / unit of the codes.
-
-    `p` is that of D'Agostino and Pearson for normal mean curvatures; `in spreads` is the median of the largest
-    principal curvature times the spread of the codes: at 1, the surface turns within the cloud of codes.
-    """
+    """How bent the networks' decision surfaces are, a row an attribute, in 1 / unit of the codes: `p` is that of
+    D'Agostino and Pearson for normal mean curvatures; `in spreads` is the median of the largest principal curvature
+    times the spread of the codes, 1 where the surface turns within their cloud."""
     rows, spread = [], float((known.codes - known.codes.mean(0)).norm(dim=1).mean())
     for attribute, found in told.items():
-        network = found.network.double()
-
-        def odds(z, network=network):
-            return network(z.double())[:, 0]
-
-        points = directions.surface_points(odds, known.codes, how.points, seed=seed)
-        bent = directions.curvature(odds, points, seed=seed, tangents=how.tangents)
-        network.float()
+        bent = directions.bending(found.network, known.codes, how.points, seed=seed, tangents=how.tangents)
         p = float(normaltest(bent.mean.numpy()).pvalue) if how.points >= 20 else float("nan")
         largest = bent.largest.abs().median()
         row = {"attribute": attribute, "points": how.points, "mean": float(bent.mean.mean())}
@@ -285,10 +250,8 @@ def unlabelled(model: Model, told: dict[str, Told]) -> list[dict]:
     found = sefa.directions(model.generator.factorized_weight(), SEFA).vectors
     rows = []
     for attribute, models in told.items():
-        cosines = (found @ models.plane.vector).abs()
-        rows.append(
-            {"attribute": attribute, "largest cosine": float(cosines.max()), "direction": int(cosines.argmax()) + 1}
-        )
+        largest, place = (found @ models.plane.vector).abs().max(0)
+        rows.append({"attribute": attribute, "largest cosine": float(largest), "direction": int(place) + 1})
     chance = numpy_rng(0, "chance").standard_normal((1000, SEFA, found.shape[1]))
     chance = np.abs(chance[:, :, 0] / np.linalg.norm(chance, axis=2)).max(1).mean()
     return [*rows, {"attribute": "by chance", "largest cosine": float(chance), "direction": ""}]
@@ -298,11 +261,9 @@ def unlabelled(model: Model, told: dict[str, Told]) -> list[dict]:
 
 
 def pockets(model: Model, tool: Extractor, real: Tensor, how: TwoContrasts, *, seed: int) -> list[dict]:
-    """The share of straight walks between two samples that pass a slice less like real ones than nearly all of these.
-
-    The border is the realism of the least real of `real` slices (1 %). `far` walks go on to three times as far from the
-    mean as samples lie, where there are no codes: the measure must fail there.
-    """
+    """The share of straight walks between two samples that pass a slice less like real ones than nearly all of these (1
+    %). `far` walks go on to three times as far from the mean as samples lie, where there are no codes: the measure must
+    fail there."""
     border = np.quantile(realism(tool.of_known, tool(real)), OUTLYING)
     generator, rng = model.generator, torch.Generator().manual_seed(seed)
     ends = generator.to_styles(generator.sample_latent(2 * how.walks, rng)).detach().reshape(2, how.walks, -1)

@@ -1,6 +1,7 @@
 """Patients scanned again and again: what their codes say of a visit to come, where the change is known."""
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from bonelib import InputError
 from bonelib.core.random import numpy_rng
 from bonelib.evaluation.cohort_morphometry import COARSE_MM
-from bonelib.evaluation.statistics import Interval, patient_interval, patient_mean
+from bonelib.evaluation.statistics import Interval, mean_rows, patient_interval, patient_mean, pivoted
 from bonelib.latent.attribute_model import AttributeModel, readings
 from bonelib.latent.inversion import Inverter, encode, refine
 from bonelib.latent.models import Model
@@ -44,11 +45,9 @@ class Arm(NamedTuple):
 
 
 def draw_arm(how: VisitsAndAtlases, given: Preprocess, spacing_mm: float, halvings: int, seed: int) -> Arm:
-    """Phantoms with a visit a year, whose trabeculae change by `how.change` of their first thickness every year: the
-    first `how.known` visits, and the last.
-
-    The grid is that of stacks of `spacing_mm`, preprocessed as `given` says, after so many halvings.
-    """
+    """Phantoms with the first `how.known` yearly visits and the last, whose trabeculae change by `how.change` of their
+    first thickness every year, on the grid of stacks of `spacing_mm`, preprocessed as `given` says, after so many
+    halvings."""
     years = (*map(float, range(how.known)), how.visits - 1.0)
     course, numbers = Course(years, SLOW_CHANGE | {TRAIT: (how.change, how.spread)}), range(FIRST, FIRST + how.patients)
     visits = range(1, len(years) + 1)
@@ -58,11 +57,9 @@ def draw_arm(how: VisitsAndAtlases, given: Preprocess, spacing_mm: float, halvin
 
 
 def invert_visits(volumes: Tensor, known: int, model: Model, inverter: Inverter, how, say=print) -> Tensor:
-    """Codes (patient, visit, *code) of stacks (patient, visit, 1, z, y, x), each refined as `how` says.
-
-    All visits of a patient start from the mean of what the encoder reads in the first `known` ones: where they end
-    then differs by what differs in their scans, and not by what the encoder makes of them.
-    """
+    """Codes (patient, visit, *code) of stacks (patient, visit, 1, z, y, x), each refined as `how` says from the mean
+    of what the encoder reads in the patient's first `known`: where visits end then differs by what differs in their
+    scans."""
     of, flat = volumes.shape[:2], volumes.flatten(0, 1)
     read = encode(inverter.encoder, flat).unflatten(0, of)[:, :known]
     start = read.mean(1, keepdim=True).expand(*of, *read.shape[2:]).flatten(0, 1).contiguous()
@@ -85,7 +82,7 @@ def line_at(values: Tensor, years: Sequence[float], year: float, slope: Tensor |
 
 
 def of_the_others(values: Tensor) -> Tensor:
-    """For each of values (patient, ...) the mean of all the others'."""
+    """For each patient of values (patient, ...) the mean of all others."""
     return (values.sum(0) - values) / (len(values) - 1)
 
 
@@ -95,9 +92,9 @@ def predict(
     """The last visit as every method has it from the first `known`, (patient, 1, z, y, x), and `BEST` from itself.
 
     `codes` (patient, visit, *code) are those of `invert_visits`, `draw` makes volumes of them, `read` densities of
-    volumes. Methods that change the last known scan add to it what the change of the code changes, so that what no
-    code can draw stays. `ASKED` takes the nearest code that changes the density as much as the line through those read
-    in the scans; it is left out where nothing is calibrated.
+    volumes. Methods that change the last known scan add to it what the change of the code changes. `ASKED` takes the
+    nearest code that changes the density as much as the line through those read in the scans, where something is
+    calibrated.
     """
     years, year = arm.years[:known], arm.years[-1]
     before, last, scans = codes[:, :known], codes[:, known - 1], arm.volumes[:, :known]
@@ -152,21 +149,14 @@ def table(found: dict[str, dict[str, np.ndarray]], patients: Sequence[str], *, s
             for name in (DENSITY, VOXEL):
                 gain = found[SAME][name] - values[name]
                 less |= {f"{name}, less by": gain, f"{name}, smaller": np.where(np.isnan(gain), np.nan, gain > 0)}
-        for measure, numbers in (values | less).items():
-            rng = numpy_rng(seed, "visits", measure)  # the same patients for every method
-            interval = patient_mean(numbers, patients, rng=rng, draws=draws)
-            rows.append(dict(method=method, measure=measure) | interval._asdict())
+        of_all = mean_rows(values | less, patients, "visits", seed=seed, draws=draws)
+        rows += [dict(method=method) | row for row in of_all]
     return rows
 
 
 def pivot(rows: list[dict]) -> list[dict]:
-    """The rows of `table` for `as_markdown`: a line a method, a column a measure."""
-    lines = {}
-    for r in rows:
-        text = f"{r['value']:.3g} ({r['low']:.3g} to {r['high']:.3g})" if r["N"] else "none can be read"
-        lines.setdefault(r["method"], {"": r["method"]})[r["measure"]] = text
-    columns = list(dict.fromkeys(r["measure"] for r in rows))
-    return [{"": line[""]} | {name: line.get(name, "") for name in columns} for line in lines.values()]
+    """The rows of `table` as one to be read: a line a method, a column a measure."""
+    return pivoted(rows, "method", "measure")
 
 
 def seen_change(values: np.ndarray, true: np.ndarray, patients, *, seed: int, draws: int) -> Interval:
@@ -175,12 +165,11 @@ def seen_change(values: np.ndarray, true: np.ndarray, patients, *, seed: int, dr
     1 where they show all of it, 0 where nothing. Patients with a value that is missing are left out.
     """
     kept = np.isfinite(values).all(1) & np.isfinite(true).all(1)
-    x, y = (v[kept] - v[kept].mean(1, keepdims=True) for v in (np.asarray(true, float), np.asarray(values, float)))
     if not kept.any():
         return Interval(np.nan, np.nan, np.nan, 0, 0)
-    names = np.asarray(patients)[kept]
-    rng = numpy_rng(seed, "seen change")
-    return patient_interval(lambda i: float((x[i] * y[i]).sum() / (x[i] ** 2).sum()), names, rng=rng, draws=draws)
+    x, y = (v[kept] - v[kept].mean(1, keepdims=True) for v in (np.asarray(true, float), np.asarray(values, float)))
+    names, rng = np.asarray(patients)[kept], numpy_rng(seed, "seen change")
+    return patient_interval(lambda i: (x[i] * y[i]).sum() / (x[i] ** 2).sum(), names, rng=rng, draws=draws)
 
 
 def alike(codes: Tensor, years: Sequence[float], patients, *, seed: int, draws: int) -> Interval:
@@ -193,21 +182,18 @@ def alike(codes: Tensor, years: Sequence[float], patients, *, seed: int, draws: 
 def two_visits(data: Stacks, names: Sequence[str] | None) -> list[dict]:
     """The rows of two stacks of one patient at the same height, one a scan: of the scans `names`, by default of the
     first patient who has two. Raises `InputError` where there are none, or these are not of one patient."""
-    first = {row["scan"]: row["patient"] for row in data.rows}
+    patient, stacks = {row["scan"]: row["patient"] for row in data.rows}, {}
+    for row in data.rows:
+        stacks.setdefault(row["scan"], []).append(row)
     if names is None:
-        by_patient = {}
-        for scan, patient in first.items():
-            by_patient.setdefault(patient, []).append(scan)
-        names = next((scans[:2] for scans in by_patient.values() if len(scans) > 1), None)
+        pairs = ((a, b) for a, b in combinations(stacks, 2) if patient[a] == patient[b])
+        names = next(pairs, None)
         if names is None:
             raise InputError("stacks.csv: no patient has two scans that can be used; name two with pair")
-    for name in names:
-        if name not in first:
-            raise InputError(
-                f"pair: scan {name} is not among the stacks; accepted are {', '.join(list(first)[:4])} ..."
-            )
-    if first[names[0]] != first[names[1]]:
-        says = f"{names[0]} is of {first[names[0]]} and {names[1]} of {first[names[1]]}"
+    if missing := [name for name in names if name not in stacks]:
+        known = ", ".join(list(stacks)[:4])
+        raise InputError(f"pair: scan {missing[0]} is not among the stacks; accepted are {known} ...")
+    if patient[names[0]] != patient[names[1]]:
+        says = f"{names[0]} is of {patient[names[0]]} and {names[1]} of {patient[names[1]]}"
         raise InputError(f"pair: {says}; accepted are two scans of one patient")
-    rows = [[row for row in data.rows if row["scan"] == name] for name in names]
-    return [of_scan[len(of_scan) // 2] for of_scan in rows]
+    return [stacks[name][len(stacks[name]) // 2] for name in names]

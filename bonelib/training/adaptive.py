@@ -1,11 +1,10 @@
 """Adaptive augmentation (Karras et al. 2020a): the critic sees changed volumes, the more of them the surer it is.
 
-Real and generated volumes are changed alike, in the critic's steps and in the generator's, through which gradients
-pass. As long as most volumes stay as they are, the generator learns to draw them unchanged (their section 2.2). What
-is changed fits bones: a bone is mirrored along its axis, shifted by whole voxels, turned and zoomed in plane, made
-denser or less dense, or loses a box. How often is steered by the share of pairs that the critic ranks rightly. That
-needs a loss that compares pairs: a Wasserstein critic is trained until it ranks all of them rightly, whether it has
-learned by heart or not, and its held-out gap, the other measure, would let the training see the bones it is tested on.
+Real and generated volumes are changed alike, in the critic's steps and in the generator's. As long as most volumes stay
+as they are, the generator learns to draw them unchanged (their section 2.2). A bone is mirrored along its axis, shifted
+by whole voxels, turned and zoomed in plane, made denser or less dense, or loses a box. How often is steered by the
+share of pairs that the critic ranks rightly, which needs a loss that compares pairs: a Wasserstein critic is trained
+until it ranks all of them rightly, and its held-out gap would let the training see the bones it is tested on.
 """
 
 import math

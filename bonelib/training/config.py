@@ -38,12 +38,9 @@ class Adaptive(Section):
 
 
 class Snapshots(Section):
-    """From which weights a training's best are chosen, by measurement (see `studies.selection`).
-
-    The generator, or its running average, is kept `number` times, evenly over the last `part` of the last stage and at
-    its end. `samples` of each are compared with the bones of a share of the training patients, `validation`, who are
-    set apart.
-    """
+    """From which weights a training's best are chosen (see `studies.selection`): the generator, or its running average,
+    is kept `number` times, evenly over the last `part` of the last stage and at its end; `samples` of each are compared
+    with the bones of a share of the training patients, `validation`, who are set apart."""
 
     number: Annotated[int, Field(ge=2)]
     part: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -55,14 +52,13 @@ class Snapshots(Section):
 class Train(Section):
     """One model and how it is trained.
 
-    Not in the paper: `loss` relativistic, which pairs real and generated volumes and holds the critic's slope at both
-    towards zero with the weight `penalty` (its gamma), or nonsaturating, of every volume by itself with the slope held
-    at real ones (R1); `ema`, the half-life of the generator's running average in
-    updates (0 is none); `haar`, which lets both networks work on the Haar bands of volumes, on grids half as fine;
-    `autocorrelation`, the weight of `losses.autocorrelation_difference` in the generator's loss while the rate falls
-    towards the end, and `histogram`, that of `losses.histogram_distance` all along; of a StyleGAN `mixing`, the share
-    of volumes drawn with the styles of two latents, and `path_length`, the weight of its regulariser (Karras et al.
-    2019 and 2020); `adaptive` augmentation; and `snapshots` to choose from.
+    Not in the paper: `loss` relativistic and nonsaturating (see `losses.of_critic`), with the weight `penalty`; `ema`,
+    the half-life of the generator's running average in updates (0 is none); `haar`, which lets both networks work on
+    the Haar bands of volumes, on grids half as fine; `autocorrelation`, the weight of
+    `losses.autocorrelation_difference` while the rate falls towards the end, and `histogram`, that of
+    `losses.histogram_distance` all along; of a StyleGAN `mixing`, the share of volumes drawn with the styles of two
+    latents, and `path_length`, the weight of its regulariser (Karras et al. 2019 and 2020); `adaptive` augmentation;
+    and `snapshots` to choose from.
     """
 
     generator: Generator
@@ -128,12 +124,10 @@ class Train(Section):
 class HierarchicalTrain(Section):
     """A HA-GAN and how it is trained; defaults are the published values (Sun et al. 2022, section III-E).
 
-    `samples` real volumes are seen in all, 80,000 batches. `lambdas` weigh eqs. (6) and (7), `class_weight` the loss of
-    the auxiliary classifier in that of a conditional generator, which published code has. `low` False leaves out G^L
-    and D^L, `encode` False the encoder, `random` False draws r of the partition T_v alone: the ablations of Table IV.
-    Not in the paper: `clip`, the largest norm of a gradient; `ema`, the half-life of the generator's running average in
-    updates (0 is none); `final_decay`, the part at the end in which all rates fall; `augment`; and `snapshots` of the
-    generator to choose from.
+    `samples` real volumes are seen in all. `lambdas` weigh eqs. (6) and (7), `class_weight` the loss of the auxiliary
+    classifier of a conditional generator. `low` False leaves out G^L and D^L, `encode` False the encoder, `random`
+    False draws r of the partition T_v alone: the ablations of Table IV. Not in the paper: `clip`, `ema` and `snapshots`
+    as in a `Train`; `final_decay`, the part at the end in which all rates fall; `augment`.
     """
 
     generator: HAGANConfig
@@ -211,11 +205,9 @@ class Published(Section):
 class Grading(Section):
     """The network that grades motion (section 3.3), by default a ResNet-18 in 3D, and how it is trained.
 
-    Scans are averaged over blocks of 2^`halvings` voxels a side first; motion shows on a coarse grid as well.
-    `samples` windows of `depth` slices are seen by each of the `folds` networks and by the last one, trained on all
-    scans. `mirror` reflects windows at random along all axes, `decay` is the weight decay, `draws` are those of the
-    intervals. With `published`, a hash (see `bonelib.published`), nothing is trained: the grader of the repository
-    grades all scans.
+    Scans are averaged over blocks of 2^`halvings` voxels a side first. `samples` windows of `depth` slices are seen by
+    each of the `folds` networks and by the last one, trained on all scans. `mirror` reflects windows at random along
+    all axes, `decay` is the weight decay. With `published`, a hash, the grader of the repository grades all scans.
     """
 
     published: Hash | None = None

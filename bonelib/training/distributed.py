@@ -50,11 +50,9 @@ def single_process() -> Ranks:
 
 @contextmanager
 def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, and leave them at the end; without torchrun there is one.
-
-    Raises `InputError` if they do not find each other within `timeout_s`, and `RankError` when one is missed for as
-    long later. They are left in order at a good end alone: after an error others may not answer, and the process ends.
-    """
+    """Join the processes that torchrun started, and leave them at the end; without torchrun there is one. Raises
+    `InputError` if they do not find each other within `timeout_s`, and `RankError` when one is missed for as long
+    later."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield single_process()
         return

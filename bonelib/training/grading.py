@@ -60,9 +60,8 @@ def train_grader(how: Grading, data: Stacks, folder: str | Path, *, state: str |
     """Grade all scans, and write grades.csv and, if one could be trained, the grader to `folder`; returns the rows.
 
     Given grades are kept as `grade`; their `predicted` (expected grade) comes from the fold that did not see the
-    patient. Scans without a grade get that of the grader trained on all graded scans, which is the one that is
-    written (grader.safetensors, config.json). Without two different grades from two patients none is trained, and
-    ungraded scans get no grade and the origin "none". Finished networks are kept in `state` and not trained again.
+    patient. Scans without a grade get that of the grader trained on all graded scans, which is written; "none" where
+    there are not two different grades from two patients. Finished networks are kept in `state`.
     """
     folder, state = Path(folder), Path(state)
     scans = scans_of(data)
@@ -88,16 +87,10 @@ def train_grader(how: Grading, data: Stacks, folder: str | Path, *, state: str |
         tensors, of_rest = _fold(how, data, graded, rest, state, "all scans", identity, seed, say)
         predicted |= of_rest
     checkpoint.save_tensors(folder / "grader.safetensors", tensors)
-    content = {
-        "run": identity,
-        "grading": json.loads(how.model_dump_json()),
-        "windows": _unit_windows(data.meta["intensity"]),
-        "outputs": "logits of the grade being above 1, 2, 3 and 4",
-        "data": data.meta,
-        "scans": len(graded),
-        "patients": len(patients),
-        "sha256": {"grader": checkpoint.digest(folder / "grader.safetensors")},
-    }
+    content = {"run": identity, "grading": how.model_dump(mode="json"), "data": data.meta}
+    content |= {"windows": _unit_windows(data.meta["intensity"]), "scans": len(graded), "patients": len(patients)}
+    content |= {"outputs": "logits of the grade being above 1, 2, 3 and 4"}
+    content |= {"sha256": {"grader": checkpoint.digest(folder / "grader.safetensors")}}
     checkpoint.write_json(folder / "config.json", content)
     return _written(folder, [_row(s, predicted[s["scan"]]) for s in scans])
 
@@ -195,15 +188,8 @@ def train_network(how: Grading, data: Stacks, scans: list[dict], state, name, id
         at.seen += how.batch
         return {"loss": loss.item()}
 
-    run.run(
-        train_step,
-        dict(net=net, adam=adam),
-        end=max(2, how.samples // how.batch) * how.batch,
-        state=state,
-        fingerprint=identity,
-        name=name,
-        say=say,
-    )
+    end, where = max(2, how.samples // how.batch) * how.batch, dict(state=state, fingerprint=identity, name=name)
+    run.run(train_step, dict(net=net, adam=adam), end=end, **where, say=say)
     return net.eval()
 
 

@@ -2,47 +2,29 @@
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bonelib import InputError, core, networks, training
-from bonelib.core.config import fingerprint
-from bonelib.core.provenance import code_hash
+from bonelib import InputError
 from bonelib.core.pyramid import downsample
 from bonelib.core.random import RankShard, torch_rng
 from bonelib.networks.encoder import build_encoder
 from bonelib.networks.registry import build_critic, build_generator
-from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, augmented, order
-from bonelib.training import checkpoint, distributed, run
+from bonelib.training import distributed, run
 from bonelib.training.config import HierarchicalTrain
 from bonelib.training.distributed import Ranks
-from bonelib.training.model_folder import Strip, keep_snapshot, kept_snapshots, own_grid, start_networks, write_model
+from bonelib.training.model_folder import Strip, Trained, keep_snapshot
 from bonelib.training.run import Progress
 
 STRIP = 8  # fixed latents whose samples are kept along the training
 STRIP_PARTS = 4  # of a training, at whose starts and end they are kept
-ROLLBACK_POINTS = 20  # in a training
 WATCHED = 4  # train and held-out volumes on which the gap of the discriminators is read
 CURVES = ("seen", "update", "critic_loss", "distance", "generator_loss", "by_features", "by_code", "overfit")
 SHOWN = ("distance", "generator_loss", "by_features", "by_code")
-# A state made by other code is not continued
-CODE = code_hash(networks, training, dataset, core)
-
-
-class Trained(NamedTuple):
-    """What a step works with."""
-
-    params: HierarchicalTrain
-    data: Stacks
-    objects: dict
-    seed: int
-    ranks: Ranks
-    state: Path | None = None
 
 
 class Part(NamedTuple):
@@ -55,68 +37,21 @@ class Part(NamedTuple):
     labels: Tensor | None = None
 
 
-def train_hagan(
-    params: HierarchicalTrain,
-    data: Stacks,
-    folder: str | Path,
-    *,
-    state: str | Path,
-    seed: int,
-    superres: str | Path | None = None,
-    start: str | Path | None = None,
-    say=print,
-    ranks: Ranks | None = None,
-    seconds: float | None = None,
-) -> dict:
-    """Train a HA-GAN and write it to `folder`; returns the final entry of its curves.
-
-    Writes what a progressive training writes (see `loop.train_progressive`, also for the arguments), and
-    encoder.safetensors. Interrupted, the same call goes on from the newest state in `state`, bit for bit. Raises
-    `InputError` where the stacks are not of the grid that the generator draws.
-    """
-    folder, state, meta = Path(folder), Path(state), data.meta
-    ranks = ranks or distributed.single_process()
+def start(params: HierarchicalTrain, data: Stacks, seed: int, ranks: Ranks) -> dict:
+    """`build`, for stacks of the grid that the generator draws, each of one of its classes, where it has any."""
     if params.batch % ranks.size:
         says = f"found {params.batch}, which {ranks.size} processes cannot share equally"
         raise InputError(f"params.yaml: batch: {says}; accepted are multiples of {ranks.size}")
-    data, coarser = own_grid(params, data, superres)
     wanted = tuple(n << params.generator.stages for n in params.generator.base)
     found = (data.meta["stack_slices"], *data.volumes.shape[2:])
     if found != wanted:
         raise InputError(f"params.yaml: generator: it draws {wanted} voxels, but the stacks have {found}")
-    check_classes(data, params.generator.classes)
-    objects = build(params, seed, ranks.device)
-    heard = say if ranks.rank == 0 else lambda *_: None
-    began = start_networks(objects, ("generator", "critic", "encoder"), start, heard)
-    identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
-    at = run.run(
-        partial(_step, Trained(params, data, objects, seed, ranks, state)),
-        objects,
-        end=params.samples,
-        state=state,
-        fingerprint=identity,
-        name="HA-GAN",
-        say=say,
-        ranks=ranks,
-        marks=ROLLBACK_POINTS,
-        seconds=seconds,
-        shown=SHOWN,
-    )
-    if ranks.rank == 0:
-        kept = dict(average=objects["average"], critic=objects["critic"], growth=objects["growth"].kept)
-        kept |= dict(candidates=kept_snapshots(at, state), began=began, superres=superres if coarser else None)
-        more = {"encoder": objects["encoder"]} if params.encode else {}
-        checkpoint.write_json(folder / "record.json", run.record(at, seed, ranks.device))
-        write_model(folder, params, meta, **kept, run=identity, at=at, columns=CURVES, more=more)
-    return dict(zip(CURVES, at.curves[-1], strict=True)) if at.curves else {}
-
-
-def check_classes(data: Stacks, count: int) -> None:
-    """Raise `InputError` unless every stack has one of `count` classes, numbered from 0, where there are any."""
+    count = params.generator.classes
     for row in data.rows if count else ():
         if row.get("class") not in range(count):
             says = f"found class {row.get('class')!r}; accepted are 0 to {count - 1}, as generator.classes is {count}"
             raise InputError(f"stacks.csv: scan {row['scan']}: {says}")
+    return build(params, seed, ranks.device)
 
 
 def build(params: HierarchicalTrain, seed: int, device: torch.device) -> dict:
@@ -126,10 +61,8 @@ def build(params: HierarchicalTrain, seed: int, device: torch.device) -> dict:
     critic = build_critic(params.critic, generator=params.generator, precision=params.precision).to(device)
     adam = partial(torch.optim.Adam, betas=params.betas, fused=True)
     objects = dict(generator=generator, critic=critic, average=copy.deepcopy(generator).requires_grad_(False))
-    objects |= dict(
-        adam_g=adam(_used(generator, params.low), lr=params.rate),
-        adam_c=adam(_used(critic, params.low), lr=params.critic_rate),
-    )
+    objects["adam_g"] = adam(_used(generator, params.low), lr=params.rate)
+    objects["adam_c"] = adam(_used(critic, params.low), lr=params.critic_rate)
     if params.encode:
         encoder = build_encoder(params.generator, precision=params.precision).to(device)
         ground = [*encoder.ground.parameters(), *encoder.code.parameters()]
@@ -143,16 +76,19 @@ def _used(network: torch.nn.Module, low: bool) -> list[torch.nn.Parameter]:
     return [p for name, p in network.named_parameters() if low or not name.startswith("low")]
 
 
+def stepping(trained: Trained):
+    """The step of a training, for `run.run`."""
+    return partial(_step, trained)
+
+
 def _step(trained: Trained, at: Progress) -> dict[str, float]:
     """One update of the discriminators, of the generator, of E^H and of E^G, with the same real volumes and r."""
     params, objects, ranks = trained.params, trained.objects, trained.ranks
     decay = run.rate_at(at.seen / at.end, params.final_decay) * 0.5**at.halved
-    rates = dict(
-        adam_g=params.rate, adam_c=params.critic_rate, adam_eh=params.encoder_rate, adam_eg=params.encoder_rate
-    )
-    for name, rate in rates.items():
-        if name in objects:
-            objects[name].param_groups[0]["lr"] = rate * decay
+    for name, adam in objects.items():
+        if name.startswith("adam"):
+            rate = {"adam_g": params.rate, "adam_c": params.critic_rate}.get(name, params.encoder_rate)
+            adam.param_groups[0]["lr"] = rate * decay
     real, begun = _real(trained, at), at.seen
     at.seen += params.batch
     losses = update_all(trained, at, real)

@@ -36,6 +36,7 @@ from bonelib.training.distributed import Ranks
 from bonelib.training.model_folder import (
     CURVES,
     Strip,
+    Trained,
     keep_snapshot,
     kept_snapshots,
     own_grid,
@@ -54,28 +55,18 @@ CODE = code_hash(networks, training, dataset, core)
 SHOWN = ("stage", "fade", "distance", "slope")
 
 
-class _Trained(NamedTuple):
-    """What a step works with. `pools(stage)` holds the stacks of every split on the grid of a stage."""
+class _Kind(NamedTuple):
+    """A training of one kind of generator: what `start` makes of stacks that fit is trained, by what `step` returns."""
 
-    params: Train
-    slices: int
-    pools: Callable[[int], dict[str, Tensor]]
-    objects: dict
-    seed: int
-    ranks: Ranks
-    state: Path
+    name: str
+    start: Callable[[Train | HierarchicalTrain, Stacks, int, Ranks], dict]
+    step: Callable[[Trained], Callable[[Progress], dict]]
+    curves: tuple[str, ...]
+    shown: tuple[str, ...]
 
 
-def train(params: Train | HierarchicalTrain, data: Stacks, folder: str | Path, **where) -> dict:
-    """Train one model on the training stacks and write it to `folder`; returns the final entry of its curves.
-
-    How, its section says; `where` are the arguments of `train_progressive`, or of `hagan.train_hagan`, which are alike.
-    """
-    return TRAINERS[type(params)](params, data, folder, **where)
-
-
-def train_progressive(
-    params: Train,
+def train(
+    params: Train | HierarchicalTrain,
     data: Stacks,
     folder: str | Path,
     *,
@@ -87,56 +78,52 @@ def train_progressive(
     ranks: Ranks | None = None,
     seconds: float | None = None,
 ) -> dict:
-    """Train a generator that grows, and its critic.
+    """Train one model on the training stacks and write it to `folder`; returns the final entry of its curves.
 
-    Writes generator.safetensors (its running average where `ema` > 0), critic.safetensors, config.json, curves.csv,
-    growth.safetensors (samples of fixed latents along the training) and, where there are `snapshots`, what they kept as
-    candidates/SEEN.safetensors, for `studies.selection` to choose from. Interrupted, the same call goes on from the
-    newest state in `state`, bit for bit; `seconds`, rollback and ranks are those of `run.run`. How many ranks there are
-    is no part of the state: another number may go on, and gets the same up to rounding.
+    Writes generator.safetensors (its running average where `ema` > 0), critic.safetensors, of a HA-GAN
+    encoder.safetensors, config.json, curves.csv, growth.safetensors (samples of fixed latents along the training) and,
+    where there are `snapshots`, what they kept as candidates/SEEN.safetensors, for `studies.selection` to choose from.
+    Interrupted, the same call goes on from the newest state in `state`, bit for bit; `seconds`, rollback and ranks are
+    those of `run.run`. Another number of ranks may go on, and gets the same up to rounding.
 
-    Where the stages end on a coarser grid than that of `data`, the rest is drawn by the trained network in the folder
+    Where a generator draws a coarser grid than that of `data`, the rest is drawn by the trained network in the folder
     `superres`, which is copied into the model. `start` is a model folder whose networks are trained further, from the
-    beginning of the last stage on. Raises `InputError` where either is missing.
+    beginning of the last stage on. Raises `InputError` where either is missing, or the stacks do not fit the generator.
     """
-    folder, state, meta = Path(folder), Path(state), data.meta
+    folder, state, meta, kind = Path(folder), Path(state), data.meta, KINDS[type(params)]
     ranks = ranks or distributed.single_process()
-    distributed.check_batches(params.schedule, ranks)
     data, coarser = own_grid(params, data, superres)
-    objects = _build(params, data, seed, ranks.device)
-    began = start_networks(objects, ("generator", "critic"), start, say if ranks.rank == 0 else lambda *_: None)
+    objects = kind.start(params, data, seed, ranks)
+    began = start_networks(objects, start, say if ranks.rank == 0 else lambda *_: None)
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
-    pools = lru_cache(1)(partial(_pools, data, len(params.schedule.samples)))
-    trained = _Trained(params, data.meta["stack_slices"], pools, objects, seed, ranks, state)
     at = run.run(
-        partial(_step, trained),
+        kind.step(Trained(params, data, objects, seed, ranks, state)),
         objects,
-        end=schedule.total(params.schedule),
-        begin=sum(params.schedule.samples[:-1]) if began else 0,
+        end=schedule.total(params.plan),
+        begin=sum(params.plan.samples[:-1]) if began else 0,
         state=state,
         fingerprint=identity,
-        name="GAN",
+        name=kind.name,
         say=say,
         ranks=ranks,
         marks=ROLLBACK_POINTS,
         seconds=seconds,
-        shown=SHOWN,
-        time_left=partial(schedule.seconds_left, params.schedule),
+        shown=kind.shown,
+        time_left=partial(schedule.seconds_left, params.plan),
     )
     if ranks.rank == 0:
         parts = dict(average=objects["average"], critic=objects["critic"], growth=objects["growth"].kept)
         parts |= dict(candidates=kept_snapshots(at, state), began=began, superres=superres if coarser else None)
+        more = {"encoder": objects["encoder"]} if "encoder" in objects else {}
         checkpoint.write_json(folder / "record.json", run.record(at, seed, ranks.device))
-        write_model(folder, params, meta, **parts, run=identity, at=at)
-    return dict(zip(CURVES, at.curves[-1], strict=True)) if at.curves else {}
+        write_model(folder, params, meta, **parts, run=identity, at=at, columns=kind.curves, more=more)
+    return dict(zip(kind.curves, at.curves[-1], strict=True)) if at.curves else {}
 
 
-TRAINERS = {Train: train_progressive, HierarchicalTrain: hagan.train_hagan}
-
-
-def _build(params: Train, data: Stacks, seed: int, device: torch.device) -> dict:
-    """What is trained, at its start: both networks, the generator's running average, optimisers, and the strip."""
-    rows, stages = data.of("train"), len(params.schedule.samples)
+def _start(params: Train, data: Stacks, seed: int, ranks: Ranks) -> dict:
+    """Both networks, the generator's running average, optimisers, and the strip."""
+    distributed.check_batches(params.schedule, ranks)
+    rows, stages, device = data.of("train"), len(params.schedule.samples), ranks.device
     some = rows[:: max(1, len(rows) // 64)]
     statistics = torch.stack([band_statistics(data.pooled(some, stages - s - 1), params.haar) for s in range(stages)])
     torch.manual_seed(torch_rng(seed, "weights").initial_seed())
@@ -150,12 +137,18 @@ def _build(params: Train, data: Stacks, seed: int, device: torch.device) -> dict
     return dict(generator=generator, critic=critic, average=average, adam_g=adam_g, adam_c=adam_c, growth=Strip())
 
 
-def _pools(data: Stacks, stages: int, stage: int) -> dict[str, Tensor]:
-    # One stage finer than needed, so that rotations are interpolated before the last halving
-    return {split: data.pooled(data.of(split), max(0, stages - stage - 1)) for split in ("train", "held-out")}
+def _stepping(trained: Trained) -> Callable[[Progress], dict[str, float]]:
+    data, stages = trained.data, len(trained.params.schedule.samples)
+
+    @lru_cache(1)
+    def pools(stage: int) -> dict[str, Tensor]:
+        # One stage finer than needed, so that rotations are interpolated before the last halving
+        return {split: data.pooled(data.of(split), max(0, stages - stage - 1)) for split in ("train", "held-out")}
+
+    return partial(_step, trained._replace(pools=pools))
 
 
-def _step(trained: _Trained, at: Progress) -> dict[str, float]:
+def _step(trained: Trained, at: Progress) -> dict[str, float]:
     """Updates of the critic, one of the generator, and what is kept along the way."""
     params, objects = trained.params, trained.objects
     now, begun = schedule.at(params.schedule, at.seen), at.seen
@@ -175,7 +168,7 @@ def _step(trained: _Trained, at: Progress) -> dict[str, float]:
     return dict(zip(CURVES[1:], values, strict=True))
 
 
-def _update_critic(trained: _Trained, at: Progress, now: schedule.Moment) -> tuple:
+def _update_critic(trained: Trained, at: Progress, now: schedule.Moment) -> tuple:
     """n_critic updates, whose generated volumes are made in one batch, as the generator rests meanwhile.
 
     The last real volumes, loss, distance and slope, and the mean sign of the scores of pairs.
@@ -198,7 +191,7 @@ def _update_critic(trained: _Trained, at: Progress, now: schedule.Moment) -> tup
     return x, loss, on_real.mean() - on_fake.mean(), slope.mean(), sign
 
 
-def _update_generator(trained: _Trained, at: Progress, now: schedule.Moment, x: Tensor) -> Tensor:
+def _update_generator(trained: Trained, at: Progress, now: schedule.Moment, x: Tensor) -> Tensor:
     """One update of the generator, whose volumes are paired with the real ones `x`; the loss."""
     params, ranks = trained.params, trained.ranks
     generator, critic = trained.objects["generator"], trained.objects["critic"]
@@ -220,7 +213,7 @@ def _update_generator(trained: _Trained, at: Progress, now: schedule.Moment, x: 
     return loss
 
 
-def _path_penalty(trained: _Trained, at: Progress, now: schedule.Moment, draws) -> Tensor:
+def _path_penalty(trained: Trained, at: Progress, now: schedule.Moment, draws) -> Tensor:
     """How far path lengths of half a batch are from their running mean, which is the same on every rank."""
     generator, ranks = trained.objects["generator"], trained.ranks
     latent = generator.sample_latent(max(1, now.batch // ranks.size // 2), draws).to(ranks.device)
@@ -231,24 +224,24 @@ def _path_penalty(trained: _Trained, at: Progress, now: schedule.Moment, draws) 
     return (lengths - at.own["path"]).square().mean()
 
 
-def _changed(trained: _Trained, at: Progress, volumes: Tensor, purpose: str) -> Tensor:
+def _changed(trained: Trained, at: Progress, volumes: Tensor, purpose: str) -> Tensor:
     """Volumes as the critic sees them under adaptive augmentation."""
     first, p = at.seen + trained.ranks.rank, at.own.get("p", 0.0)
     return adaptive.augmented(volumes, purpose, first, trained.ranks.size, trained.seed, p)
 
 
-def _real(trained: _Trained, now: schedule.Moment, split: str, first: int, count: int, every: int = 1) -> Tensor:
+def _real(trained: Trained, now: schedule.Moment, split: str, first: int, count: int, every: int = 1) -> Tensor:
     """`count` real volumes, every `every`th from sample number `first`, on the grid of the stage and faded like it."""
     params, pool = trained.params, trained.pools(now.stage)[split]
     stacks = pool[order(len(pool), first, count, trained.seed, every)].to(trained.ranks.device).float()
     stacks = augmented(stacks, first, trained.seed, params.augment, every)
-    if stacks.shape[2] > trained.slices >> (len(params.schedule.samples) - now.stage):
+    if stacks.shape[2] > trained.data.meta["stack_slices"] >> (len(params.schedule.samples) - now.stage):
         stacks = downsample(stacks)
     return now.fade * stacks + (1 - now.fade) * smeared(stacks) if now.fade < 1 else stacks
 
 
 @torch.no_grad()
-def _overfit(trained: _Trained, at: Progress, now: schedule.Moment) -> float:
+def _overfit(trained: Trained, at: Progress, now: schedule.Moment) -> float:
     """How much higher the critic scores training stacks than held-out ones."""
     critic = trained.objects["critic"]
     train, held_out = (
@@ -259,7 +252,7 @@ def _overfit(trained: _Trained, at: Progress, now: schedule.Moment) -> float:
 
 
 @torch.no_grad()
-def _keep_strip(trained: _Trained, at: Progress, now: schedule.Moment) -> None:
+def _keep_strip(trained: Trained, at: Progress, now: schedule.Moment) -> None:
     """Samples of the fixed latents, at the end and at the start of every part of a stage."""
     part = [now.stage, now.into * STRIP_PER_STAGE // trained.params.schedule.samples[now.stage - 1]]
     if part == at.own.get("strip") and at.seen < at.end:
@@ -269,6 +262,12 @@ def _keep_strip(trained: _Trained, at: Progress, now: schedule.Moment) -> None:
     noise = torch_rng(trained.seed, "strip noise")
     volumes = average.synthesize(average.to_styles(latent), now.stage, now.fade, noise)
     trained.objects["growth"].kept[f"{at.seen:010d}"] = volumes[:, 0].half().cpu()
+
+
+KINDS = {
+    Train: _Kind("GAN", _start, _stepping, CURVES, SHOWN),
+    HierarchicalTrain: _Kind("HA-GAN", hagan.start, hagan.stepping, hagan.CURVES, hagan.SHOWN),
+}
 
 
 @command

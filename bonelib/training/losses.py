@@ -14,27 +14,22 @@ def of_critic(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The critic's loss by `how.loss`, its scores of `real` and of `fake` (n,), and its slopes where they are held.
 
-    Wasserstein is eq. (1), with slopes held at one between real and generated volumes, (n,). Relativistic compares
-    real and generated volumes in pairs, and holds the slopes at zero where the volumes are, (2 n,): with weight
-    `penalty` this is gamma / 2 (R1 + R2) of Huang et al. 2024. It leaves a constant of the scores free, and the drift
-    term takes it. Nonsaturating is the logistic loss of single volumes; slopes are held at zero where they are real (R1
-    of Mescheder et al. 2018), (n,).
+    Wasserstein is eq. (1), with slopes held at one between real and generated volumes. Relativistic compares them in
+    pairs, and holds the slopes at zero where the volumes are: with weight `penalty` this is gamma / 2 (R1 + R2) of
+    Huang et al. 2024; the drift term takes the constant that it leaves free. Nonsaturating is the logistic loss of
+    single volumes, with slopes held at zero where they are real (R1 of Mescheder et al. 2018).
     """
-    if how.loss == "nonsaturating":
-        on_real, on_fake = critic(torch.cat([real, fake]), stage, fade).split(len(real))
-        slope = slopes(critic.input_gradient(real, stage, fade))
-        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean() + how.penalty * slope.square().mean()
-        return loss, on_real, on_fake, slope
     both = torch.cat([real, fake])
     on_real, on_fake = critic(both, stage, fade).split(len(real))
-    if how.loss == "relativistic":
-        slope = slopes(critic.input_gradient(both, stage, fade))
-        loss = (
-            relativistic(on_real, on_fake) + how.penalty * slope.square().mean() + how.drift * on_real.square().mean()
-        )
-    else:
-        slope = slopes(critic.input_gradient(mix(real, fake, rng), stage, fade))
-        loss = critic_loss(on_real, on_fake, slope, penalty=how.penalty, drift=how.drift)
+    held = {"relativistic": both, "nonsaturating": real}
+    at = held[how.loss] if how.loss in held else mix(real, fake, rng)
+    slope = slopes(critic.input_gradient(at, stage, fade))
+    if how.loss == "wasserstein":
+        return critic_loss(on_real, on_fake, slope, penalty=how.penalty, drift=how.drift), on_real, on_fake, slope
+    if how.loss == "nonsaturating":
+        loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean() + how.penalty * slope.square().mean()
+        return loss, on_real, on_fake, slope
+    loss = relativistic(on_real, on_fake) + how.penalty * slope.square().mean() + how.drift * on_real.square().mean()
     return loss, on_real, on_fake, slope
 
 
@@ -72,11 +67,9 @@ def generator_loss(on_fake: Tensor) -> Tensor:
 
 
 def mixed_styles(share: float, generator, latent: Tensor, rng: Rng, stage: int) -> Tensor:
-    """The styles of latents (n, latent); a `share` of them have those of other latents from a random layer on.
-
-    Mixing regularisation (Karras et al. 2019, section 3.1). The layer is one of those that `stage` uses. With share 0
-    they are (n, style), one for all layers, and nothing is drawn; else (n, layers, style).
-    """
+    """The styles of latents (n, latent); a `share` of them have those of other latents from a random layer of `stage`
+    on (Karras et al. 2019, section 3.1). With share 0 they are (n, style), and nothing is drawn; else (n, layers,
+    style)."""
     styles = generator.to_styles(latent)
     if not share:
         return styles
@@ -105,12 +98,12 @@ SURROUNDINGS = (3, 5, 5)  # voxels
 
 
 def autocorrelation_difference(real: Tensor, fake: Tensor) -> Tensor:
-    """How much the second moments of trabecular bone differ between two batches of volumes (n, 1, z, y, x), one value.
+    """How much the second moments of trabecular bone differ between two batches of volumes (n, 1, z, y, x): the mean
+    squared difference of the autocorrelations at `LAGS`, and of the logarithm of the SD, of intensities less the mean
+    of their surroundings, where that mean is `TRABECULAR`.
 
-    The mean squared difference of the autocorrelations at `LAGS`, and of the logarithm of the SD, of intensities less
-    the mean of their surroundings, where that mean is `TRABECULAR`. Upsampling leaves a period of two voxels in what
-    generators draw, to which critics are nearly blind; a loss on the spectrum removes it (Durall et al. 2020, whose
-    loss is on the power spectrum of the whole image).
+    Upsampling leaves a period of two voxels in what generators draw, to which critics are nearly blind; a loss on the
+    spectrum removes it (Durall et al. 2020).
     """
     (variance, rho), (fake_variance, fake_rho) = (_autocorrelations(volumes) for volumes in (real, fake))
     return (rho - fake_rho).square().sum() + (variance.log() - fake_variance.log()).square() / 4
@@ -138,10 +131,9 @@ def _autocorrelations(volumes: Tensor) -> tuple[Tensor, Tensor]:
 def histogram_distance(real: Tensor, fake: Tensor) -> Tensor:
     """Energy distance between the density histograms of two batches of volumes (n, 1, z, y, x), one value.
 
-    A bone's area, cortex and density show in its histogram, and their spread over bones in how these histograms differ.
     That of the volume and of its mean over 3x3 voxels in plane are compared, square roots of shares, so that rare
-    densities count (the Hellinger distance); unbiased over pairs (Szekely and Rizzo 2013). Critics are slow to see
-    that every bone is as dense as the mean one.
+    densities count (the Hellinger distance); unbiased over pairs (Szekely and Rizzo 2013). Critics are slow to see that
+    every bone is as dense as the mean one.
     """
     a, b = _histograms(real), _histograms(fake)
 
@@ -165,12 +157,9 @@ BLOCK = 4  # voxels a side
 
 
 def lattice(added: Tensor, given: Tensor) -> Tensor:
-    """How far the detail `added` to given volumes (n, 1, z, y, x) shows the grid that it was drawn on, one value.
-
-    Air and soft tissue know no grid: there the mean detail at each of the places in a block of 4x4x4 voxels is zero.
-    The mean square of these means, over what noise of the same variance would leave in them. `added` is four times as
-    fine as `given`.
-    """
+    """How far the detail `added`, four times as fine, to given volumes (n, 1, z, y, x) shows the grid that it was drawn
+    on, one value. In air and soft tissue the mean detail at each of the places in a block of 4x4x4 voxels is zero: the
+    mean square of these means, over what noise of the same variance would leave in them."""
     n, _, z, y, x = given.shape
     places = added.reshape(n, z, BLOCK, y, BLOCK, x, BLOCK).permute(2, 4, 6, 0, 1, 3, 5).reshape(BLOCK**3, -1)
     air = (given < AIR).flatten().to(added)

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +18,18 @@ from bonelib.training.run import Progress, write_curves
 
 CURVES = ("seen", "update", "stage", "fade", "critic_loss", "distance", "slope", "generator_loss")
 CURVES += ("sign", "augmented", "overfit")  # of the scores of pairs; the probability of the adaptive augmentation
+
+
+class Trained(NamedTuple):
+    """What a step works with; `pools(stage)`, of a progressive training, are the stacks of a split on that grid."""
+
+    params: Train | HierarchicalTrain
+    data: Stacks
+    objects: dict
+    seed: int
+    ranks: Ranks
+    state: Path | None = None
+    pools: Callable[[int], dict[str, Tensor]] | None = None
 
 
 class Strip:
@@ -67,10 +81,11 @@ def _snapshot(state: Path, seen: int) -> Path:
     return state / "snapshots" / f"{seen:010d}.safetensors"
 
 
-def start_networks(objects: dict, names: tuple[str, ...], start: str | Path | None, say) -> dict[str, str]:
-    """Fill the networks `names` from the model folder `start`, if given, and the running average likewise; returns the
-    digests of what was found there."""
-    began = checkpoint.start_from(start, {name: objects[name] for name in names if name in objects}, say)
+def start_networks(objects: dict, start: str | Path | None, say) -> dict[str, str]:
+    """Fill the networks from the model folder `start`, if given, and the running average likewise; returns the digests
+    of what was found there."""
+    names = [name for name in ("generator", "critic", "encoder") if name in objects]
+    began = checkpoint.start_from(start, {name: objects[name] for name in names}, say)
     objects["average"].load_state_dict(objects["generator"].state_dict())
     return began
 

@@ -197,14 +197,13 @@ def run(
     """Call `step(progress)` from `begin` to `end` samples seen, or from the newest state in `state` on, bit for bit.
 
     Without `state` nothing is kept. A step trains `objects` (networks, optimisers, and whatever else has a state_dict
-    of tensors), advances `progress.seen`, counts its updates, and returns the values of its curves. All its random
-    numbers are keyed by `progress`. Of several `ranks`, which take the same steps, rank 0 alone reads and writes states
-    and says anything.
+    of tensors), advances `progress.seen`, counts its updates, and returns the values of its curves; its random numbers
+    are keyed by `progress`. Of several `ranks` rank 0 alone reads and writes states and says anything.
 
-    A training that diverges goes back to the last of `marks` states, saved evenly over it, with half the rate
-    (`progress.halved`); without marks it ends. After `seconds` of training in this call it is saved and left as it is.
-    A progress line shows the values `shown` (default all), and the minutes left by `time_left(seen, seconds a sample)`.
-    A `brief` training, one of many, says nothing of its end where all of it took less time than is between two lines.
+    A training that diverges goes back to the last of `marks` states, saved evenly over it, with half the rate; without
+    marks it ends. After `seconds` of training in this call it is saved and left as it is. A progress line shows the
+    values `shown` (default all), and the minutes left by `time_left(seen, seconds a sample)`; a `brief` training says
+    nothing of its end.
 
     Raises `InputError` when it is asked to stop, after saving; when it diverges for good; when a value is not finite
     though all updates were taken; and where too many updates were left out.

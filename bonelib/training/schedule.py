@@ -44,11 +44,8 @@ def snapshots(plan: Schedule, number: int, part: float, seen: int) -> int:
 
 
 def seconds_left(plan: Schedule, seen: int, seconds_per_sample: float) -> float:
-    """A guess of the time to the end, when a sample now costs `seconds_per_sample`.
-
-    A sample of the next stage is taken to cost five times as much: less than its eight times as many voxels, since
-    the layers of earlier stages and the fixed cost of a step do not grow.
-    """
+    """A guess of the time to the end, when a sample now costs `seconds_per_sample` and one of the next stage five times
+    as much: less than its eight times as many voxels, since earlier layers and the fixed cost of a step do not grow."""
     stage = at(plan, seen).stage
     ends = list(accumulate(plan.samples))
     return sum(

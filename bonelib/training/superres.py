@@ -7,7 +7,6 @@ With `--seconds` it stops after so many seconds of training, writes the network 
 
 import argparse
 import copy
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -66,9 +65,9 @@ def train_superres(
 ) -> list[list]:
     """Train the network and write superres.safetensors, curves.csv and config.json to `folder`; returns the curves.
 
-    It learns from real volumes averaged over blocks of 4x4x4 voxels, not from generated ones: what it learns serves
-    every generator. `textures` (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit. With
-    no `samples` the folder stays empty. `start` is a folder of weights to go on from, of an earlier training.
+    It learns from real volumes averaged over blocks of 4x4x4 voxels, and so serves every generator. `textures`
+    (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit. With no `samples` the folder
+    stays empty. `start` is a folder of weights to go on from.
     """
     folder, state = Path(folder), Path(state)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,15 +84,9 @@ def train_superres(
     network = build_superres(params)
     network.scaling.copy_(torch.stack([given.mean(), given.std(), params.added * (sample - quadrupled(given)).std()]))
     network.texture_scaling.copy_(torch.from_numpy(np.stack([mean, sd])))
-    critic = Critic(
-        params.critic,
-        convs=2,
-        haar=True,
-        statistics=statistics.expand(len(params.critic), 2, 8),
-        condition=network.texture,
-        dtype=compute_dtype(params.precision),
-    )
-    reader = fit_texture(network, source)
+    how = dict(statistics=statistics.expand(len(params.critic), 2, 8), condition=network.texture)
+    critic = Critic(params.critic, convs=2, haar=True, **how, dtype=compute_dtype(params.precision))
+    reader = _fit_texture(network, source)
     began = checkpoint.start_from(start, {"superres": network, "superres-critic": critic}, say)
     device = distributed.single_process().device
     network, critic, reader = network.to(device), critic.to(device), TextureReader(*(t.to(device) for t in reader))
@@ -109,11 +102,10 @@ def train_superres(
     checkpoint.save_tensors(folder / "superres.safetensors", average.state_dict())
     checkpoint.save_tensors(folder / "superres-critic.safetensors", critic.state_dict())
     run.write_curves(folder / "curves.csv", CURVES, at)
-    content = {"run": identity, "superres": json.loads(params.model_dump_json()), "data": data.meta, "seen": at.seen}
+    content = {"run": identity, "superres": params.model_dump(mode="json"), "data": data.meta, "seen": at.seen}
     content |= {"started_from": began} if began else {}
-    checkpoint.write_json(
-        folder / "config.json", content | {"sha256": checkpoint.digest(folder / "superres.safetensors")}
-    )
+    content["sha256"] = checkpoint.digest(folder / "superres.safetensors")
+    checkpoint.write_json(folder / "config.json", content)
     checkpoint.write_json(folder / "record.json", run.record(at, seed, device))
     return at.curves
 
@@ -133,10 +125,10 @@ def _step(
     seen = given + (strength * torch.randn(given.shape, generator=draws)).to(device)
     # The critic must find lines at the period of its own bands, too
     shift = [int(n) for n in torch.randint(2, (3,), generator=draws)]
-    real = without_halo(window, shift)
+    real = _inner(window, 4 * HALO, shift)
 
     with torch.no_grad():
-        fake = without_halo(network(given, code, draws, seen), shift)
+        fake = _inner(network(given, code, draws, seen), 4 * HALO, shift)
     both, codes = torch.cat([real, fake]), torch.cat([code, code])
     on_real, on_fake = critic.patches(both, condition=codes).split(len(real))
     # The penalty is on the sum over patches at unit variance, so that it does not depend on the window's size
@@ -146,11 +138,11 @@ def _step(
 
     critic.requires_grad_(False)
     fine = network(given, code, draws, seen)
-    fake = without_halo(fine, shift)
+    fake = _inner(fine, 4 * HALO, shift)
     with torch.no_grad():
         on_real = critic.patches(real, condition=code)
     loss_g = losses.relativistic(critic.patches(fake, condition=code), on_real)
-    lines = losses.lattice(without_halo(fine - quadrupled(given)), inner(given))
+    lines = losses.lattice(_inner(fine - quadrupled(given), 4 * HALO), _inner(given, HALO))
     disobedience = given.new_zeros(())
     if params.obedience and at.steps % 2 == 0:
         disobedience = _disobedience(network, reader, given[:GUIDED], code[:GUIDED], seed, at.seen)
@@ -171,8 +163,8 @@ def _disobedience(network, reader: TextureReader, given: Tensor, code: Tensor, s
     read = []
     for sign in (-1, 1):
         noise = torch_rng(seed, "superres guided noise", seen)  # the same for both
-        fine = without_halo(network(given, code + sign / 2 * change, noise))
-        read.append(reader(fine, inner(given)))
+        fine = _inner(network(given, code + sign / 2 * change, noise), 4 * HALO)
+        read.append(reader(fine, _inner(given, HALO)))
     return (read[1] - read[0] - change)[:, :ASKED].square().mean()
 
 
@@ -193,7 +185,8 @@ def windows(params: SuperRes, source: Source, first: int, count: int, seed: int)
             scan = source.scans[rng.integers(len(source.scans))]
             window = source.data.volumes[(scan, *box)]
             given = window[::2, ::2, ::2].astype(np.float32)
-            if number % ANY == 0 or quartered_sd(given) > FLAT:
+            z, y, x = (n // 2 for n in given.shape)
+            if number % ANY == 0 or given.reshape(z, 2, y, 2, x, 2).mean((1, 3, 5)).std() > FLAT:
                 break
         mirrored = [axis for axis in range(3) if rng.random() < 0.5]
         found.append(torch.from_numpy(np.flip(window.astype(np.float32), mirrored).copy()))
@@ -201,25 +194,13 @@ def windows(params: SuperRes, source: Source, first: int, count: int, seed: int)
     return torch.stack(found)[:, None], torch.from_numpy(np.stack(codes))
 
 
-def quartered_sd(halved: np.ndarray) -> float:
-    """SD of a window (z, y, x), of every second voxel, averaged over blocks of two more."""
-    z, y, x = (n // 2 for n in halved.shape)
-    return float(halved.reshape(z, 2, y, 2, x, 2).mean((1, 3, 5)).std())
+def _inner(x: Tensor, halo: int, shift=(0, 0, 0)) -> Tensor:
+    """A window without its halo, moved by `shift` voxels."""
+    cut = (slice(halo + s, n - halo + s) for n, s in zip(x.shape[2:], shift, strict=True))
+    return x[(slice(None), slice(None), *cut)]
 
 
-def without_halo(fine: Tensor, shift=(0, 0, 0)) -> Tensor:
-    """The inner part of a window, moved by `shift` voxels."""
-    cut = (slice(4 * HALO + s, n - 4 * HALO + s) for n, s in zip(fine.shape[2:], shift, strict=True))
-    return fine[(slice(None), slice(None), *cut)]
-
-
-def inner(given: Tensor) -> Tensor:
-    """A window of the given grid without its halo."""
-    cut = (slice(HALO, n - HALO) for n in given.shape[2:])
-    return given[(slice(None), slice(None), *cut)]
-
-
-def fit_texture(network, source: Source) -> TextureReader:
+def _fit_texture(network, source: Source) -> TextureReader:
     """Fit how texture codes follow from whole stacks, averaged (the network's prior) and as they are (the reader)."""
     rows = {row["volume"]: row for row in source.data.of("train")}
     codes = torch.from_numpy(source.codes[source.scans])

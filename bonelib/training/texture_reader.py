@@ -29,12 +29,9 @@ class TextureReader(NamedTuple):
 
 
 def features(fine: Tensor, given: Tensor) -> Tensor:
-    """What thickness, spacing and order of trabeculae show in, (n, features), of the trabecular bone in `fine`.
-
-    Bone volume fraction and the share of bone surface along each axis at three soft thresholds (their ratio is the
-    thickness of the plate model, Parfitt et al. 1983), variance, third moment, and autocorrelations. `given` alone
-    says where trabecular bone is, so that no gradient moves it.
-    """
+    """What thickness, spacing and order of trabeculae show in, (n, features), of the trabecular bone in `fine`, which
+    `given` alone places: volume fraction and share of surface along each axis at three soft thresholds (their ratio is
+    the thickness of the plate model, Parfitt et al. 1983), variance, third moment, and autocorrelations."""
     mean = F.avg_pool3d(given, SURROUNDINGS, 1, [n // 2 for n in SURROUNDINGS], count_include_pad=False)
     low, high = TRABECULAR
     inside = (torch.sigmoid((mean - low) / 0.01) * torch.sigmoid((high - mean) / 0.01)).detach()

@@ -20,8 +20,7 @@ from bonelib.evaluation.cohort_morphometry import COARSE_MM, by_patient
 from bonelib.evaluation.features import random3d, standardised
 from bonelib.evaluation.metrics import realism
 from bonelib.evaluation.morphometry import measure
-from bonelib.latent.models import Model, calibrated
-from bonelib.latent.sampling import draw_code, sampled_code
+from bonelib.latent.models import Model, calibrated, draw_code, sampled_code
 from bonelib.scans.dataset import Stacks
 from bonelib.scans.preprocessing import block_means, subsample
 from bonelib.scans.tables import read_table
