@@ -40,6 +40,11 @@ class How(NamedTuple):
     site: str
 
 
+def list_scans(source: str | Path) -> list[dict[str, str]]:
+    """The scans of a folder as rows (file, patient, visit, grade, side ...), see `listing.listed`."""
+    return listed(Path(source)).rows
+
+
 def import_scans(
     source: str | Path,
     folder: str | Path,
