@@ -61,7 +61,7 @@ def test_a_set_with_wrong_grades_is_seen_to_do_harm(tmp_path):
     wrong = [s | {"given": 6 - s["given"]} for s in train]
     stacks = Stacks(data.volumes, [], data.meta)
     sets = {study.SCANS: (stacks, train), study.MIXED: (stacks, train + 2 * wrong)}
-    found = study.graded_by(sets, data, tested, HOW, oracle_model(), tmp_path, seed=1, say=quiet)
+    found = study.graded_by(sets, data, tested, HOW, tmp_path, seed=1, say=quiet)
     assert found[study.SCANS].shape == (2, len(tested))
     rows = {(r["trained on"], r[""]): r for r in study.compared(found, tested, seed=1, draws=50)}
     alone, harm = rows[study.SCANS, study.ERROR], rows[study.MIXED, f"change of {study.ERROR}"]

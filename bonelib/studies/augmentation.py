@@ -1,6 +1,7 @@
 """Generated bones beside scans, for a network that grades motion: style mixing as augmentation (proposed by Angermann
 et al. 2023, section 5), in the share of Sun et al. 2022, Table V."""
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -91,12 +92,13 @@ def training_sets(
     return sets
 
 
-def graded_by(sets: dict, data: Stacks, tested: list[dict], how: Augmentation, model: Model, state, *, seed: int, say):
+def graded_by(sets: dict, data: Stacks, tested: list[dict], how: Augmentation, state, *, seed: int, say):
     """Expected grades {set: (seeds, scans)} of scans `tested` by networks trained on each set with each seed."""
     unseen = halved(data, how.grading.halvings)
     found = {}
     for name, (volumes, scans) in sets.items():
-        identity = fingerprint(how, name, data.meta["data_hash"], model.config["sha256"], scans, grading.CODE)
+        # Of what is learned from: generated volumes change with the encoder's weights as well as the generator's
+        identity = fingerprint(how, hashlib.sha256(volumes.volumes.tobytes()).hexdigest(), scans, grading.CODE)
         expected = []
         for own in range(seed, seed + how.seeds):
             folder = state / f"{name}, seed {own}".replace(" ", "-")
