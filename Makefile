@@ -6,6 +6,8 @@ STAMP := .venv/.ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Modules are compiled when first imported: pip would compile all of every package, for a minute
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: repro all results site test lab strip pins readme
 repro: $(STAMP) strip
@@ -37,7 +39,7 @@ readme: $(STAMP)
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	python -m pip install -qq -r requirements.txt
+	python -m pip install -qq --no-compile -r requirements.txt
 	python -m pip install -qq --no-deps -e .
 	touch $@
 

@@ -75,6 +75,20 @@ def test_a_window_is_drawn_as_its_place_in_the_whole(small):
     assert torch.allclose(part[0, 0][cut], drawn[0, 0][place], atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 2, 5), (1, 4, 4)])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_whole_is_what_its_surroundings_give_less_these(shape, depth):
+    torch.manual_seed(0)
+    net, given = SuperResolution(8, 1, 8, depth).eval(), torch.rand(1, 1, *shape)
+    halo = [min(2, n - 1) for n in shape]
+    around = torch.nn.functional.pad(given, [h for h in reversed(halo) for _ in range(2)], mode="reflect")
+    with torch.no_grad():
+        all_of_it = net(around, noise=torch.Generator().manual_seed(1)).clamp(0, 1)
+        whole = net.whole(given, noise=torch.Generator().manual_seed(1))
+    inner = tuple(slice(4 * h, 4 * (h + n)) for h, n in zip(halo, shape, strict=True))
+    assert torch.allclose(whole, all_of_it[(slice(None), slice(None), *inner)], atol=1e-5)
+
+
 def test_a_cascade_answers_as_a_generator(small):
     torch.manual_seed(0)
     own = ProGAN(widths=(8, 8), latent=4)

@@ -115,15 +115,20 @@ def readings(read: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
         return torch.cat([read(part) for part in codes.split(BATCH)])
 
 
-def jacobian(read: Callable[[Tensor], Tensor], codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Attributes (n, k) of codes, and their derivatives (n, k, d) by a shift."""
+def jacobian(read: Callable[[Tensor], Tensor], codes: Tensor, asked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What is read of codes, (n, k), and its derivatives (n, k, d) by a shift. Those of the first attributes that are
+    not `asked` (up to k) are not computed, and 0."""
     values, slopes = [], []
     for part in codes.split(BATCH):
         shift = torch.zeros(len(part), part.shape[-1], requires_grad=True)
         found = read(shifted(part, shift))
-        parts = [torch.autograd.grad(column.sum(), shift, retain_graph=True)[0] for column in found.unbind(1)]
+        own = torch.zeros(*found.shape, shift.shape[1])
+        for i in range(found.shape[1]):
+            if asked is not None and i < len(asked) and not asked[i]:
+                continue
+            own[:, i] = torch.autograd.grad(found[:, i].sum(), shift, retain_graph=True)[0]
         values.append(found.detach())
-        slopes.append(torch.stack(parts, 1))
+        slopes.append(own)
     return torch.cat(values), torch.cat(slopes)
 
 

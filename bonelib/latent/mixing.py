@@ -74,7 +74,7 @@ def curve(model: Model, codes: Tensor, pairs: list[tuple[int, int]], patients, t
 def _traits_and_outline(volume: Volume) -> tuple[dict[str, float], np.ndarray]:
     """`TRAITS` of one bone (NaN where it cannot be measured), and the mask within its outer contour."""
     outline = read(volume).outline
-    found = (measure_or_none(volume) if outline.any() else None) or {}
+    found = (measure_or_none(volume, anisotropy=False) if outline.any() else None) or {}
     return {trait: found.get(trait, np.nan) for trait in TRAITS}, outline
 
 

@@ -107,7 +107,8 @@ def _gauss_newton(tool, codes, white, targets, steps, rngs) -> Moved:
         rows = rows[best.error[rows] > TOLERANCE]
         if not len(rows):
             break
-        values, slopes = jacobian(tool.read_with_margin or tool.read, shifted(codes[rows], white[rows] @ tool.spread.T))
+        read, at = tool.read_with_margin or tool.read, shifted(codes[rows], white[rows] @ tool.spread.T)
+        values, slopes = jacobian(read, at, targets[rows].isfinite().any(0))
         usable = values[:, :k].isfinite().all(1) & slopes.isfinite().all(-1).all(-1)
         rows, values, slopes = rows[usable], values[usable], slopes[usable]
         if not len(rows):

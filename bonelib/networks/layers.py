@@ -71,11 +71,12 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x, self.bias)
 
-    def convolve(self, x: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
-        """The convolution with another bias, or with none; `factor` multiplies its kernels, before any rounding."""
+    def convolve(self, x: Tensor, bias: Tensor | None, factor: Tensor | float | None = None, pad=None) -> Tensor:
+        """The convolution with another bias, or with none; `factor` multiplies its kernels, before any rounding; `pad`
+        (z, y, x) replaces its own padding."""
         weight = self.weight * self.scale if factor is None else self.weight * self.scale * factor
         weight, bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
-        x, pad = x.to(self.dtype), self.pad
+        x, pad = x.to(self.dtype), self.pad if pad is None else pad
         if self.replicate and any(pad):
             x = F.pad(x, [p for p in reversed(pad) for _ in range(2)], mode="replicate")
             pad = (0, 0, 0)

@@ -1,5 +1,7 @@
 """Super-resolution by four over a generator's volumes, and a generator cascaded with it. Not in the papers."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ NOISE = 0.25  # SD of the weights of the noise inputs at the start
 NOISE_CHANNELS = 8  # beside the given volume
 GAIN = 0.3  # of what draws the bands, at the start
 REFINE = 8  # channels on the finest grid
+NOWHERE = (0, 0, 0)  # along z, y, x
 HALO = 2  # voxels of the given grid about a window or a volume, drawn too and cut off: its edges see the zeros beyond
 
 
@@ -27,13 +30,25 @@ class Residual(nn.Module):
         if texture:
             nn.init.zeros_(self.modulation.weight)
 
-    def forward(self, x: Tensor, texture: Tensor | None, noise) -> Tensor:
-        h = x
+    def forward(self, x: Tensor, texture: Tensor | None, noise, trim=NOWHERE) -> Tensor:
+        """Without the outermost voxels along the axes of `trim`."""
+        h, half = x, 0.5**0.5
         if self.modulation is not None:
             scale, shift = self.modulation(texture).to(x.dtype)[:, :, None, None, None].chunk(2, dim=1)
-            h = torch.addcmul(x + shift, x, scale)
-        h = self.conv(F.leaky_relu(h, SLOPE))
-        return (self.add_noise(h, noise(x, 1), self.noise_scale) + x) * 0.5**0.5
+            h = torch.addcmul(shift, x, 1 + scale)
+        h = self.conv.convolve(F.leaky_relu(h, SLOPE), half * self.conv.bias, half, pad=padding(trim))
+        h = self.add_noise(h, noise(h), half * self.noise_scale)
+        return torch.add(h, trimmed(x, trim), alpha=half)
+
+
+def trimmed(x: Tensor, trim: tuple[int, int, int]) -> Tensor:
+    """Volumes (n, c, z, y, x) without so many voxels at both ends of each axis."""
+    return x[(slice(None), slice(None), *(slice(t, n - t) for t, n in zip(trim, x.shape[2:], strict=True)))]
+
+
+def padding(trim: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Of a convolution of 3x3x3 that leaves out the outermost voxels where `trim` is 1."""
+    return tuple(1 - t for t in trim)
 
 
 class SuperResolution(nn.Module):
@@ -61,38 +76,57 @@ class SuperResolution(nn.Module):
         self.refine = nn.ModuleList([Conv(2, REFINE, **how), Conv(REFINE, 1, gain=GAIN, **how)])
 
     def forward(
-        self, given: Tensor, texture: Tensor | None = None, noise: torch.Generator | None = None, seen=None
+        self,
+        given: Tensor,
+        texture: Tensor | None = None,
+        noise: torch.Generator | None = None,
+        seen=None,
+        halo=NOWHERE,
     ) -> Tensor:
         """`noise` draws the noise inputs; without it they are left out, and the texture is the average one unless
-        given. `seen` is what the layers look at in place of `given`, whose means are kept (for training)."""
+        given. `seen` is what the layers look at in place of `given`, whose means are kept (for training). So many
+        voxels of the given grid as `halo` (z, y, x) says are seen at both ends of an axis, and left out of what is
+        drawn; the finer layers do not compute what nothing depends on."""
         mean, sd, added_sd = self.scaling
         if texture is None:
             texture = given.new_zeros(len(given), self.texture)
 
-        def field(like: Tensor, channels: int) -> Tensor:
-            shape = (len(like), channels, *like.shape[2:])
-            return like.new_zeros(shape) if noise is None else torch.randn(shape, generator=noise).to(like)
+        def field(times: int, like: Tensor, channels: int = 1) -> Tensor:
+            """Noise on the given grid or a finer one, drawn for all of it: it is the same whatever is left out."""
+            shape = (len(like), channels, *(times * n for n in given.shape[2:]))
+            whole = like.new_zeros(shape) if noise is None else torch.randn(shape, generator=noise).to(like)
+            return trimmed(whole, tuple((a - b) // 2 for a, b in zip(shape[2:], like.shape[2:], strict=True)))
 
         x = ((given if seen is None else seen) - mean) / sd
-        x = self.start(torch.cat([x, field(x, NOISE_CHANNELS)], 1).contiguous(memory_format=CHANNELS_LAST))
+        x = self.start(torch.cat([x, field(1, x, NOISE_CHANNELS)], 1).contiguous(memory_format=CHANNELS_LAST))
         for block in self.coarse:
-            x = block(x, texture, field)
+            x = block(x, texture, partial(field, 1))
         x = self.up(F.leaky_relu(x, SLOPE))
-        for block in self.fine:
-            x = block(x, texture, field)
-        added = unhaar(self.bands(F.leaky_relu(x, SLOPE)).float())
-        h = torch.cat([added, field(added, 1)], 1).contiguous(memory_format=CHANNELS_LAST)
-        added = added + self.refine[1](F.leaky_relu(self.refine[0](h), SLOPE)).float()
-        added = added * added_sd
-        return quadrupled(given) + added - quadrupled(quartered(added))
+        left = tuple(2 * h for h in halo)
+
+        def trim(needed: int) -> tuple[int, int, int]:
+            """Whether a layer leaves out its outermost voxels, as those behind it need only so many of the halo."""
+            nonlocal left
+            cut = tuple(int(n > needed) for n in left)
+            left = tuple(n - c for n, c in zip(left, cut, strict=True))
+            return cut
+
+        for behind, block in zip(range(len(self.fine), 0, -1), self.fine, strict=True):
+            x = block(x, texture, partial(field, 2), trim(behind + 1))
+        x = self.bands.convolve(F.leaky_relu(x, SLOPE), self.bands.bias, pad=padding(trim(1)))
+        added = unhaar(x.float())
+        left = tuple(2 * n for n in left)
+        h, first, last = torch.cat([added, field(4, added)], 1).contiguous(memory_format=CHANNELS_LAST), *self.refine
+        h = first.convolve(h, first.bias, pad=padding(outer := trim(1)))
+        h = last.convolve(F.leaky_relu(h, SLOPE), last.bias, pad=padding(inner := trim(0))).float()
+        added = trimmed((trimmed(trimmed(added, outer), inner) + h) * added_sd, left)
+        return quadrupled(trimmed(given, halo)) + added - quadrupled(quartered(added))
 
     def whole(self, given: Tensor, texture: Tensor | None = None, noise: torch.Generator | None = None) -> Tensor:
         """Whole volumes in [0, 1], as `forward` but with mirrored surroundings, as windows have theirs in training."""
-        pads = [min(HALO, n - 1) for n in given.shape[2:]]
-        around = F.pad(given, [pad for pad in reversed(pads) for _ in range(2)], mode="reflect")
-        drawn = self(around, texture, noise)
-        inner = (slice(4 * pad, 4 * (pad + n)) for pad, n in zip(pads, given.shape[2:], strict=True))
-        return drawn[(slice(None), slice(None), *inner)].clamp(0, 1)
+        halo = tuple(min(HALO, n - 1) for n in given.shape[2:])
+        around = F.pad(given, [h for h in reversed(halo) for _ in range(2)], mode="reflect")
+        return self(around, texture, noise, halo=halo).clamp(0, 1)
 
 
 class TexturePrior(nn.Module):
