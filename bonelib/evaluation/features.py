@@ -181,7 +181,9 @@ def _pooled_layers(batch, layers):
         # the nearest voxel continues the volume: padding by zeros would draw an edge around it
         x = functional.pad(x, (1,) * 6, mode="replicate")
         x = functional.leaky_relu(functional.conv3d(x, weight, bias, stride), SLOPE)
-        pooled += [x.mean(dim=(2, 3, 4)), x.std(dim=(2, 3, 4), correction=0)]
+        mean = x.mean(dim=(2, 3, 4), keepdim=True)
+        power = (x - mean).square_().mean(dim=(2, 3, 4))  # several times faster than `std` on a processor
+        pooled += [mean.flatten(1), power.sqrt()]
     return torch.cat(pooled, dim=1)
 
 
