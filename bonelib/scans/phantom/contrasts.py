@@ -68,20 +68,27 @@ def soft_tissue(density: Volume, compartments: np.ndarray, bone: np.ndarray, see
     return signal * np.exp(BIAS * sample(field, points)[0].numpy())
 
 
-def draw_slices(seed: int, patients: int, shape: tuple[int, int, int], women: float) -> Slices:
-    """Paired slices of `patients`, the share `women` of them women; every fourth one is held out."""
+def draw_slices(
+    seed: int, patients: int, shape: tuple[int, int, int], women: float, trained: int | None = None
+) -> Slices:
+    """Paired slices of `patients`, the share `women` of them women; every fourth one is held out. With `trained`, no
+    more than so many of the others are drawn, evenly spaced."""
     sexes = ["F" if int(women * (i + 1) + 1e-9) > int(women * i + 1e-9) else "M" for i in range(patients)]
+    known = [i for i in range(patients) if i % 4 != 3]
+    if trained and trained < len(known):
+        known = [known[k] for k in np.linspace(0, len(known) - 1, trained).round().astype(int)]
+    drawn = sorted({*known, *range(3, patients, 4)})
     with workers() as pool:
-        jobs = [pool.submit(draw_pair, seed, FIRST + i, sex, shape) for i, sex in enumerate(sexes)]
+        jobs = [pool.submit(draw_pair, seed, FIRST + i, sexes[i], shape) for i in drawn]
         volumes = np.concatenate([job.result() for job in jobs]).astype(np.float16)
     rows, people = [], []
-    for i, sex in enumerate(sexes):
-        person = {"patient": f"phantom {FIRST + i}", "sex": sex}
+    for k, i in enumerate(drawn):
+        person = {"patient": f"phantom {FIRST + i}", "sex": sexes[i]}
         person["split"] = "held-out" if i % 4 == 3 else "train"
         people.append(person)
         for z in range(shape[0]):
             for c, contrast in enumerate(CONTRASTS):
-                place = {"scan": f"{person['patient']} {contrast}", "volume": 2 * i + c, "start": z}
+                place = {"scan": f"{person['patient']} {contrast}", "volume": 2 * k + c, "start": z}
                 rows.append(person | place | {"contrast": contrast, "position": z / (shape[0] - 1)})
     meta = {
         "spacing_mm": [mm / n for mm, n in zip(FIELD_MM, shape, strict=True)],
