@@ -168,6 +168,8 @@ def test_readme_and_paper_have_the_numbers_of_the_results_in_the_repository(monk
     assert count > 200 and stages == {f"0{i}" for i in range(1, 10)}
     monkeypatch.chdir(tmp_path)
     assert block == readme.findings(profile), "run `make readme`"
+    further = readme.FURTHER.search(text)[0].split("-->\n", 1)[1].rsplit("<!--", 1)[0]
+    assert further == readme.further(profile) and further.count("\n") > 2
 
 
 @pytest.mark.pipeline

@@ -3,6 +3,7 @@
 python -m bonelib.views.readme [PROFILE]
 """
 
+import json
 import re
 import shutil
 import sys
@@ -14,8 +15,25 @@ from bonelib.params import check_file
 from bonelib.scans.tables import read_table
 
 BLOCK = re.compile(r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)", re.S)
+FURTHER = re.compile(r"(<!-- supplements[^>]*-->\n).*?(<!-- /supplements -->)", re.S)
 QUALITY, NAMES = "04_image_quality", {"progan": "3D-ProGAN", "stylegan": "3D-StyleGAN"}
 TRAITS = ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Ct.BMD", "Tb.Th", "Tb.N", "Ct.Th")
+
+SUPPLEMENTS = (  # metrics file, key without ".value", what it is
+    ("S9_two_contrasts", "told.contrast.unknown", "slices of unknown patients whose contrast their codes tell, share"),
+    ("S9_two_contrasts", "transfer.soft tissue to mineral.moved", "mineral from soft tissue: error, mg HA/cm³"),
+    ("S9_two_contrasts", "transfer.soft tissue to mineral.mean slice", "the same: error of the mean slice"),
+    ("S10_inverse_problems", "4x lower resolution.the likelier of both.PSNR better",
+     "voxels four times as long: bones restored better than by trilinear interpolation, share"),
+    ("S10_inverse_problems", "motion, unknown.the likelier of both.morphometry better",
+     "unknown motion: bones whose morphometry comes nearer to that of the still scan, share"),
+    ("S11_visits_and_atlases", "scan + asked density.Tb.BMD, error",
+     "Tb.BMD of visit 6 from visits 1 to 4: error, mg HA/cm³"),
+    ("S11_visits_and_atlases", "no change, scan.Tb.BMD, error", "the same, if nothing changed: error"),
+    ("S11_visits_and_atlases", "histogram.the set", "a test set to a histogram of Tb.BMD: Kolmogorov-Smirnov distance"),
+    ("S12_augmentation", "with mixed bones.change of absolute error, grades",
+     "a motion grader that also learned from mixed bones: change of its error, grades"),
+)  # fmt: skip
 
 
 def findings(profile: str) -> str:
@@ -47,13 +65,30 @@ def findings(profile: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\nOf the profile `{profile}`.\n"
 
 
+def further(profile: str) -> str:
+    """The table of README.md on the supplements, of those metrics files of out/PROFILE that are there."""
+    lines = [["supplement", "", "value (95 % interval)", "N"], ["---"] * 4]
+    for name, key, what in SUPPLEMENTS:
+        path = Path("out") / profile / "metrics" / f"{name}.json"
+        if path.is_file():
+            numbers = json.loads(path.read_text(encoding="utf-8"))
+            value, low, high = (_short(numbers[f"{key}.{end}"]) for end in ("value", "low", "high"))
+            lines.append([f"`{name}`", what, f"{value} ({low} to {high})", str(numbers[f"{key}.N"])])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _short(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}".replace("-", "−")
+
+
 @command
 def main() -> None:
     readme = Path("README.md")
     profile = sys.argv[1] if len(sys.argv) > 1 else check_file()["profile"]
     table = findings(profile)
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(BLOCK.sub(lambda part: part[1] + table + part[2], text), encoding="utf-8")
+    more, text = further(profile), readme.read_text(encoding="utf-8")
+    text = BLOCK.sub(lambda part: part[1] + table + part[2], text)
+    readme.write_text(FURTHER.sub(lambda part: part[1] + more + part[2], text), encoding="utf-8")
     Path("paper/figures").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(f"out/{profile}/figures/04_image_quality/teaser.png", "paper/figures/teaser.png")
 
