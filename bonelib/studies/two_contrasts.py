@@ -26,6 +26,7 @@ MINERAL, SOFT = CONTRASTS
 ERROR = {MINERAL: "mean absolute error, mg HA/cm³", SOFT: "root mean square error, of [-1, 1]"}
 ATTRIBUTES = ("contrast", "sex", "position")
 ENDS = (0.4, 0.6)  # classes of position (Fetty et al. 2020)
+BENT = ("mean", "SD", "p", "largest principal, median", "in spreads")  # what `bending` says of a surface
 SEFA = 8  # directions without labels
 OUTLYING = 0.01  # of real slices, whose realism is that of a pocket's border
 
@@ -233,15 +234,19 @@ def regression(known: Coded, other: Coded, how: TwoContrasts, *, seed: int) -> l
 def bending(told: dict[str, Told], known: Coded, how: TwoContrasts, *, seed: int) -> list[dict]:
     """How bent the networks' decision surfaces are, a row an attribute, in 1 / unit of the codes: `p` is that of
     D'Agostino and Pearson for normal mean curvatures; `in spreads` is the median of the largest principal curvature
-    times the spread of the codes, 1 where the surface turns within their cloud."""
+    times the spread of the codes, 1 where the surface turns within their cloud. A network for which all codes are of
+    one class has no surface among them: None."""
     rows, spread = [], float((known.codes - known.codes.mean(0)).norm(dim=1).mean())
     for attribute, found in told.items():
+        side = found.network(known.codes)[:, 0] > 0
+        if side.all() or not side.any():
+            rows.append({"attribute": attribute, "points": 0} | dict.fromkeys(BENT))
+            continue
         bent = directions.bending(found.network, known.codes, how.points, seed=seed, tangents=how.tangents)
         p = float(normaltest(bent.mean.numpy()).pvalue) if how.points >= 20 else float("nan")
         largest = bent.largest.abs().median()
-        row = {"attribute": attribute, "points": how.points, "mean": float(bent.mean.mean())}
-        row |= {"SD": float(bent.mean.std()), "p": p, "largest principal, median": float(largest)}
-        rows.append(row | {"in spreads": float(largest * spread)})
+        numbers = (float(bent.mean.mean()), float(bent.mean.std()), p, float(largest), float(largest * spread))
+        rows.append({"attribute": attribute, "points": how.points} | dict(zip(BENT, numbers, strict=True)))
     return rows
 
 
