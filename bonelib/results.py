@@ -13,7 +13,7 @@ from base64 import b64decode, b64encode
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from bonelib import InputError
 from bonelib.core.cli import command
@@ -57,10 +57,15 @@ def pack(out: str | Path) -> str:
 
 
 def _smaller(picture: str) -> str:
-    """The same pixels in fewer bytes: a PNG in base64 without an alpha channel, with a palette where that holds all."""
-    pixels = Image.open(BytesIO(b64decode(picture))).convert("RGB")
-    found = BytesIO()
-    (pixels.quantize(256) if pixels.getcolors(256) else pixels).save(found, "PNG", optimize=True)
+    """The same pixels in fewer bytes: a PNG in base64 without an alpha channel, of grey values where all are grey, with
+    a palette where that holds all colours."""
+    pixels, found = Image.open(BytesIO(b64decode(picture))).convert("RGB"), BytesIO()
+    grey = pixels.convert("L")
+    if not ImageChops.difference(pixels, grey.convert("RGB")).getbbox():
+        pixels = grey
+    elif pixels.getcolors(256):
+        pixels = pixels.quantize(256)
+    pixels.save(found, "PNG", optimize=True)
     return min(picture, b64encode(found.getvalue()).decode(), key=len)
 
 
