@@ -24,6 +24,7 @@ TARGET = Path("out/results")
 PARTS = ("notebooks", "figures", "metrics", "*.pdf", "paper*.csv")
 TURNED = "04_image_quality"  # whose bone to turn is packed; another page of that kind is 6 MB each
 LARGEST = 60_000_000  # bytes in all
+ALIKE = 4  # of 255
 
 
 def pack(out: str | Path) -> str:
@@ -57,15 +58,12 @@ def pack(out: str | Path) -> str:
 
 
 def _smaller(picture: str) -> str:
-    """The same pixels in fewer bytes: a PNG in base64 without an alpha channel, of grey values where all are grey, with
-    a palette where that holds all colours."""
+    """A PNG in base64 in fewer bytes: without an alpha channel, and with a palette where that changes no value by more
+    than `ALIKE`, as in pictures of grey values, whose lettering alone is tinted."""
     pixels, found = Image.open(BytesIO(b64decode(picture))).convert("RGB"), BytesIO()
-    grey = pixels.convert("L")
-    if not ImageChops.difference(pixels, grey.convert("RGB")).getbbox():
-        pixels = grey
-    elif pixels.getcolors(256):
-        pixels = pixels.quantize(256)
-    pixels.save(found, "PNG", optimize=True)
+    few = pixels.quantize(256, dither=Image.Dither.NONE)
+    worst = max(high for _, high in ImageChops.difference(pixels, few.convert("RGB")).getextrema())
+    (few if worst <= ALIKE else pixels).save(found, "PNG", optimize=True)
     return min(picture, b64encode(found.getvalue()).decode(), key=len)
 
 
