@@ -3,11 +3,33 @@
 import json
 import re
 import subprocess
+from base64 import b64decode, b64encode
+from io import BytesIO
 
 import pytest
 from PIL import Image
 
 from bonelib import InputError, results, site
+
+
+def png(picture):
+    """A picture in base64."""
+    found = BytesIO()
+    picture.save(found, "PNG")
+    return b64encode(found.getvalue()).decode()
+
+
+GREY = png(Image.linear_gradient("L").convert("RGBA"))
+
+
+def pixels_and_rest(notebook):
+    """The values of every picture of a notebook, and all else that it holds."""
+    found, values = json.loads(notebook), []
+    for output in (output for cell in found["cells"] for output in cell.get("outputs", [])):
+        if picture := output.get("data", {}).pop("image/png", None):
+            values.append(list(Image.open(BytesIO(b64decode(picture))).convert("RGB").tobytes()))
+    assert values
+    return values, found
 
 
 def run_folder(folder):
@@ -19,7 +41,7 @@ def run_folder(folder):
             "source": ["x = 1 < 2"],
             "outputs": [
                 {"output_type": "stream", "text": ["a <b> line\n"]},
-                {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo=", "text/plain": ["<Figure>"]}},
+                {"output_type": "display_data", "data": {"image/png": GREY, "text/plain": ["<Figure>"]}},
                 {
                     "output_type": "execute_result",
                     "data": {"text/markdown": ["| a | b |\n", "|---|---|\n", "| 1 | 2 |"]},
@@ -94,7 +116,11 @@ def test_packed_results_are_laid_out_as_they_were(tmp_path, monkeypatch):
     assert names == {path.relative_to(laid) for path in laid.rglob("*") if path.is_file()}
     assert "bonelib/x.py:1: a warning" in (laid / "notebooks/01_some.ipynb").read_text()
     for name in names:
-        assert (laid / name).read_bytes() == (out / name).read_bytes().replace(f"{tmp_path}/repository/".encode(), b"")
+        was = (out / name).read_bytes().replace(f"{tmp_path}/repository/".encode(), b"")
+        if name.suffix == ".ipynb":
+            assert pixels_and_rest((laid / name).read_bytes()) == pixels_and_rest(was)
+        else:
+            assert (laid / name).read_bytes() == was
         assert str(tmp_path).encode() not in (laid / name).read_bytes()
     (out / "paper.pdf").unlink()
     with pytest.raises(InputError, match="only a run that reached the paper"):
