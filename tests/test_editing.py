@@ -67,6 +67,8 @@ def test_effects_at_a_code_are_the_derivatives(tool):
     assert torch.allclose(change / 2, slopes @ step, rtol=1e-2, atol=1e-3)
     layered = codes[:, None].expand(-1, 3, -1)
     assert torch.allclose(editing.jacobian(tool.read, layered)[1], slopes, rtol=1e-4, atol=1e-4)
+    _, some = editing.jacobian(tool.read, codes, torch.tensor([False, True]))
+    assert torch.equal(some[:, 1:], slopes[:, 1:]) and slopes[:, 0].any() and not some[:, 0].any()
 
 
 @pytest.mark.parametrize("layers", [False, True])

@@ -1,5 +1,7 @@
 """Slices in two contrasts: phantoms, networks of slices, losses, and codes that are moved, with planted truth."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,24 @@ def test_slices_come_in_pairs_of_patients_who_are_in_one_split():
         "women": 2,
         "slices of each contrast": 24,
     }
+    few, fewer = contrasts.draw_slices(1, 8, SHAPE, 0.25, 2)
+    assert [p["patient"] for p in fewer] == [people[i]["patient"] for i in (0, 3, 6, 7)]
+    for row in few.rows:
+        same = next(r for r in data.rows if (r["scan"], r["start"]) == (row["scan"], row["start"]))
+        assert np.array_equal(few.volumes[row["volume"]], data.volumes[same["volume"]])
+
+
+def test_a_network_that_knows_one_class_alone_has_no_surface_to_be_bent():
+    codes = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    known = study.Coded(codes, codes, [])
+    how = SimpleNamespace(points=5, tangents=8)
+    nets = {"one class": torch.nn.Linear(3, 1), "two": torch.nn.Linear(3, 1)}
+    for net, bias in zip(nets.values(), (100.0, 0.0), strict=True):
+        torch.nn.init.ones_(net.requires_grad_(False).weight)
+        torch.nn.init.constant_(net.bias, bias)
+    one, two = study.bending({k: SimpleNamespace(network=net) for k, net in nets.items()}, known, how, seed=1)
+    assert one["points"] == 0 and all(one[key] is None for key in study.BENT)
+    assert two["points"] == 5 and abs(two["mean"]) < 1e-6  # a plane
 
 
 def test_two_scans_of_ones_own_are_read_on_the_grid_of_the_slices(tmp_path):

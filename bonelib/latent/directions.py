@@ -258,13 +258,18 @@ def bending(network: nn.Module, codes: Tensor, points: int, *, seed: int, tangen
     return curvature(odds, surface_points(odds, codes, points, seed=seed), seed=seed, tangents=tangents)
 
 
+def parted(side: Tensor) -> bool:
+    """Whether codes lie on both sides of a decision surface, by the `side` (n,) of each."""
+    return bool(side.any() and not side.all())
+
+
 def surface_points(function: Callable[[Tensor], Tensor], codes: Tensor, n: int, *, seed: int) -> Tensor:
     """`n` points (n, d) where `function` (n, d) -> (n,) is 0, on lines between random codes on either side.
 
     Raises `InputError` if all codes lie on one side.
     """
     side = function(codes) > 0
-    if side.all() or not side.any():
+    if not parted(side):
         raise InputError("all codes lie on one side of the decision surface; it cannot be found between them")
     rng = numpy_rng(seed, "surface points")
     inner, outer = (torch.from_numpy(rng.choice(np.flatnonzero(mask.numpy()), n)) for mask in (~side, side))

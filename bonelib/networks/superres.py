@@ -32,13 +32,13 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, texture: Tensor | None, noise, trim=NOWHERE) -> Tensor:
         """Without the outermost voxels along the axes of `trim`."""
-        h, half = x, 0.5**0.5
+        h, keep = x, 0.5**0.5  # of both terms: their sum keeps the variance
         if self.modulation is not None:
             scale, shift = self.modulation(texture).to(x.dtype)[:, :, None, None, None].chunk(2, dim=1)
             h = torch.addcmul(shift, x, 1 + scale)
-        h = self.conv.convolve(F.leaky_relu(h, SLOPE), half * self.conv.bias, half, pad=padding(trim))
-        h = self.add_noise(h, noise(h), half * self.noise_scale)
-        return torch.add(h, trimmed(x, trim), alpha=half)
+        h = self.conv.convolve(F.leaky_relu(h, SLOPE), keep * self.conv.bias, keep, pad=padding(trim))
+        h = self.add_noise(h, noise(h), keep * self.noise_scale)
+        return torch.add(h, trimmed(x, trim), alpha=keep)
 
 
 def trimmed(x: Tensor, trim: tuple[int, int, int]) -> Tensor:

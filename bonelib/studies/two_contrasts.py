@@ -238,8 +238,7 @@ def bending(told: dict[str, Told], known: Coded, how: TwoContrasts, *, seed: int
     one class has no surface among them: None."""
     rows, spread = [], float((known.codes - known.codes.mean(0)).norm(dim=1).mean())
     for attribute, found in told.items():
-        side = found.network(known.codes)[:, 0] > 0
-        if side.all() or not side.any():
+        if not directions.parted(found.network(known.codes)[:, 0] > 0):
             rows.append({"attribute": attribute, "points": 0} | dict.fromkeys(BENT))
             continue
         bent = directions.bending(found.network, known.codes, how.points, seed=seed, tangents=how.tangents)

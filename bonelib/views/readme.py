@@ -72,13 +72,10 @@ def further(profile: str) -> str:
         path = Path("out") / profile / "metrics" / f"{name}.json"
         if path.is_file():
             numbers = json.loads(path.read_text(encoding="utf-8"))
-            value, low, high = (_short(numbers.get(f"{key}.{end}")) for end in ("value", "low", "high"))
-            lines.append([f"`{name}`", what, f"{value} ({low} to {high})", str(numbers.get(f"{key}.N", 0))])
+            found = [numbers.get(f"{key}.{end}") for end in ("value", "low", "high")]
+            shown = "not measured" if None in found else "{:.3g} ({:.3g} to {:.3g})".format(*found).replace("-", "−")
+            lines.append([f"`{name}`", what, shown, str(numbers.get(f"{key}.N", 0))])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _short(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3g}".replace("-", "−")
 
 
 @command
