@@ -39,6 +39,10 @@ readme: $(STAMP)
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
+	# Torch, as large as all others, is installed beside them; what it needs on a GPU, in the end
+	grep -v '^torch==' requirements.txt > .venv/others.txt
+	python -m pip install -qq --no-compile --no-deps $$(grep '^torch==' requirements.txt) & torch=$$!; \
+	python -m pip install -qq --no-compile --no-deps -r .venv/others.txt && wait $$torch
 	python -m pip install -qq --no-compile -r requirements.txt
 	python -m pip install -qq --no-deps -e .
 	touch $@

@@ -11,8 +11,9 @@ python -m bonelib.published out/laptop/models/progan progan --audit out/laptop/m
 python -m bonelib.published out/laptop/grading grader --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published out/laptop/codes/progan encoder-progan --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published scratch/state/laptop/two_contrasts/slices slices
+python -m bonelib.published out/laptop/conditional/grades hagan-grades
 
-The last one, generator and encoder of S9, learns of phantoms alone, whatever the cohort is, and needs no audit.
+The last two need no audit, but pass of phantoms alone: generator and encoder of S9, and a conditional HA-GAN of S8.
 """
 
 import argparse
@@ -29,18 +30,27 @@ from bonelib import InputError
 from bonelib.core.cli import command
 from bonelib.core.config import section
 from bonelib.core.files import digest
-from bonelib.store import STORE, fetch_files, pointer, published_hash
+from bonelib.store import STORE, fetch_files, listed, pointer, published_hash, stored
 from bonelib.training.config import HierarchicalTrain, Published, Train, training_section
 
 LARGEST = 16_000_000  # bytes of a file
-WEIGHTS = {"model": "generator", "grader": "grader", "encoder": "encoder"}
+MARKS = {  # by which a folder is known for what it is, the first that holds
+    "slices": {"generator.safetensors", "encoder.safetensors"},  # of S9: a generator with its encoder
+    "conditional": {"generator.safetensors", "classes.json"},  # of S8
+    "model": {"generator.safetensors"},
+    "grader": {"grader.safetensors"},
+    "encoder": {"encoder.safetensors"},
+}
 PARTS = {
     "model": {"config.json", "curves.csv", "candidates.csv", "record.json", "superres-record.json"}
     | {f"{name}.safetensors" for name in ("generator", "critic", "superres", "superres-critic", "growth")},
     "grader": {"grader.safetensors", "config.json"},
     "encoder": {"encoder.safetensors", "encoder.json", "encoder-curves.csv", "refinement.json"},
 }
-PARTS["slices"] = PARTS["model"] | PARTS["encoder"] | {"trials.csv"}  # of S9: a generator with its encoder
+PARTS["slices"] = PARTS["model"] | PARTS["encoder"] | {"trials.csv"}
+PARTS["conditional"] = PARTS["model"] | {"classes.json"}
+PLACES = {"grader": "grading", "slices": "two_contrasts", "conditional": "hagan_uses.conditional.CLASSES"}
+UNAUDITED = ("slices", "conditional")  # which are published of phantoms alone
 REMOTE = "published"  # in .dvc/config
 GRID = ("spacing_mm", "intensity", "shape")  # what a model and the stacks beside it must share
 
@@ -65,12 +75,14 @@ def fetch(name: str, given: dict, folder: str | Path, data: dict) -> Train | Hie
 
 def kind_of(folder: Path) -> str:
     """Which of `PARTS` a folder holds; raises `InputError` where it is none."""
-    if all((folder / f"{WEIGHTS[kind]}.safetensors").is_file() for kind in ("model", "encoder")):
-        return "slices"
-    for kind, weights in WEIGHTS.items():
-        if (folder / f"{weights}.safetensors").is_file():
-            return kind
-    raise InputError(f"{folder}: not a whole model folder; accepted are those of a model, a grader or an encoder")
+    kind = _kind({path.name for path in folder.glob("*")})
+    if kind is None:
+        raise InputError(f"{folder}: not a whole model folder; accepted are those of a model, a grader or an encoder")
+    return kind
+
+
+def _kind(names: set[str]) -> str | None:
+    return next((kind for kind, marks in MARKS.items() if marks <= names), None)
 
 
 def publish(folder: str | Path, name: str, audit: str | Path | None = None) -> str:
@@ -79,17 +91,17 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None) -> s
     `audit` is the metrics file of the stage `privacy` of the same run. Of the folders of a grader and an encoder, what
     belongs to the scans of that run stays behind. Raises `InputError` for a folder that is not whole, a file that is
     too large to be committed, and weights that may not be published (`require_release`, `require_phantoms`). Slices
-    need no `audit`, but must be of phantoms.
+    and conditional models need no `audit`, but must be of phantoms.
     """
     folder, target = Path(folder), pointer(name).with_suffix("")
     kind = kind_of(folder)
     config = _checked(folder, kind)
     for path in sorted(folder.iterdir()):
-        if kind in ("model", "slices") and path.name not in PARTS[kind]:
+        if kind not in ("grader", "encoder") and path.name not in PARTS[kind]:
             raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(PARTS[kind]))}")
         if path.name in PARTS[kind] and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
-    print(f"{name}: {_of_phantoms(folder, config) if kind == 'slices' else _audited(folder, kind, config, audit)}")
+    print(f"{name}: {_of_phantoms(folder, config) if kind in UNAUDITED else _audited(folder, kind, config, audit)}")
     before = published_hash(name) if pointer(name).is_file() else None
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -130,7 +142,9 @@ def put(name: str) -> str:
     content["outs"][0]["remote"] = REMOTE  # so that `dvc push` and `dvc pull` of nothing else go there
     pointer(name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     _dvc("push", "--quiet", str(pointer(name)))
-    for path in set(STORE.glob("*/*")) - {path for one in Path("published").glob("*.dvc") for path in stored(one)}:
+    names = [one.stem for one in Path("published").glob("*.dvc")]
+    kept = {path for one in names for path in (stored(published_hash(one)), *listed(one).values())}
+    for path in set(STORE.glob("*/*")) - kept:
         path.unlink()  # of what was replaced
     return published_hash(name)
 
@@ -165,16 +179,6 @@ def require_release(values: dict, model: str, weights: dict[str, str]) -> str:
     )
 
 
-def stored(one: Path) -> list[Path]:
-    """The files of the store that belong to a published model, its list of files first."""
-    listing = _at(yaml.safe_load(one.read_text(encoding="utf-8"))["outs"][0]["md5"])
-    return [listing, *(_at(item["md5"]) for item in json.loads(listing.read_text(encoding="utf-8")))]
-
-
-def _at(md5: str) -> Path:
-    return STORE / md5[:2] / md5[2:]
-
-
 def _checked(folder: Path, kind: str) -> dict:
     """The JSON of a folder of weights, which have the hashes that it says; an encoder's says those of its model."""
     file = folder / ("encoder.json" if kind == "encoder" else "config.json")
@@ -202,13 +206,13 @@ def _name_in_params(path: Path, kind: str, name: str, before: str | None, after:
     """
     text = path.read_text(encoding="utf-8")
     if kind != "model":
-        key = {"grader": "grading", "slices": "two_contrasts"}.get(kind, "inversion.MODEL.encoder")
+        key = PLACES.get(kind, "inversion.MODEL.encoder")
         if before is None or before not in text:
             print(f"{path}: write `published: {after}` into {key} of the profile published")
             return
         path.write_text(text.replace(before, after), encoding="utf-8")
         return
-    models = [one.stem for one in sorted(Path("published").glob("*.dvc")) if is_model(one)]
+    models = [one.stem for one in sorted(Path("published").glob("*.dvc")) if is_model(one.stem)]
     line = yaml.safe_dump({m: {"published": published_hash(m)} for m in models}, default_flow_style=True, width=1000)
     text, count = re.subn(r"(?ms)(^  published:.*?^    train: )[^\n]*", lambda m: m[1] + line.strip(), text, count=1)
     if not count:
@@ -216,10 +220,9 @@ def _name_in_params(path: Path, kind: str, name: str, before: str | None, after:
     path.write_text(text, encoding="utf-8")
 
 
-def is_model(one: Path) -> bool:
-    """Whether a pointer of published/ is that of a model, and not of a grader, an encoder or slices."""
-    names = {item["relpath"] for item in json.loads(stored(one)[0].read_text(encoding="utf-8"))}
-    return "generator.safetensors" in names and "encoder.safetensors" not in names
+def is_model(name: str) -> bool:
+    """Whether what is published under a name is a model of `train`."""
+    return _kind(set(listed(name))) == "model"
 
 
 @command
@@ -227,7 +230,7 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("folder", type=Path)
     cli.add_argument("name", help="of the model, as in `models` of params.yaml")
-    cli.add_argument("--audit", type=Path, help="metrics/S5_privacy.json of these weights; slices need none")
+    cli.add_argument("--audit", type=Path, help="metrics/S5_privacy.json of these weights; see above, which need none")
     args = cli.parse_args()
     found = publish(args.folder, args.name, args.audit)
     print(f"{args.folder} is published as {args.name}, {found}; commit dvc-store/, published/ and params.yaml")

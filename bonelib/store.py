@@ -1,5 +1,7 @@
 """Weights that come with the repository: fetched from dvc-store/ by the hash that params.yaml names."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -23,22 +25,43 @@ def published_hash(name: str) -> str:
         raise InputError(f"{pointer(name)}: no published model; see python -m bonelib.published --help") from None
 
 
+def stored(md5: str) -> Path:
+    """Where the store has the file, or the list of files, of a hash."""
+    return STORE / md5[:2] / md5[2:]
+
+
+def listed(name: str) -> dict[str, Path]:
+    """The files published under `name`, {path in its folder: file of the store}."""
+    items = json.loads(stored(published_hash(name)).read_text(encoding="utf-8"))
+    return {item["relpath"]: stored(item["md5"]) for item in items}
+
+
 def fetch_files(name: str, wanted: str, folder: str | Path, key: str) -> Path:
     """Copy the files that are published under `name` to `folder`, and return it; other files there stay.
 
-    `wanted` is the hash that params.yaml gives under `key`. Raises `InputError` where another one is published.
+    `wanted` is the hash that params.yaml gives under `key`. Raises `InputError` where another one is published, or a
+    file of the store is missing or damaged.
     """
     folder, found = Path(folder), published_hash(name)
     if found != wanted:
         raise InputError(f"params.yaml: {key}: found {wanted}, but {pointer(name)} holds {found}")
-    import dvc.api
-
     part = folder.with_name(f".part-{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    dvc.api.DVCFileSystem().get(str(pointer(name).with_suffix("")), str(part), recursive=True)
+    for relative, source in listed(name).items():
+        target = part / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            content = source.read_bytes()
+        except OSError:
+            raise InputError(
+                f"{source}: no such file, which {name}/{relative} is; it comes with the repository"
+            ) from None
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != source.parent.name + source.name:
+            raise InputError(f"{source}: damaged; it should be {name}/{relative}")
+        target.write_bytes(content)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in part.iterdir():
-        path.replace(folder / path.name)
-    part.rmdir()
+    for path in sorted(part.rglob("*")):
+        target = folder / path.relative_to(part)
+        target.mkdir(parents=True, exist_ok=True) if path.is_dir() else path.replace(target)
+    shutil.rmtree(part)
     return folder

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from bonelib import InputError, published, store
 from bonelib.core.config import section
@@ -140,10 +139,10 @@ def test_the_profile_names_the_models_that_the_repository_holds(monkeypatch):
     monkeypatch.chdir(ROOT)
     named = check_file()["profiles"]["published"]["train"]
     held = {}
-    for pointer in sorted(Path("published").glob("*.dvc")):
-        if published.is_model(pointer):
-            held[pointer.stem] = {"published": yaml.safe_load(pointer.read_text())["outs"][0]["md5"]}
-        assert all(path.stat().st_size <= published.LARGEST for path in published.stored(pointer))
+    for name in sorted(path.stem for path in Path("published").glob("*.dvc")):
+        if published.is_model(name):
+            held[name] = {"published": store.published_hash(name)}
+        assert all(path.stat().st_size <= published.LARGEST for path in store.listed(name).values())
     assert named == held
 
 
@@ -225,11 +224,9 @@ def test_a_model_that_is_replaced_leaves_nothing(inside, tmp_path):
     write_model(tmp_path / "other")
     assert published.publish(tmp_path / "other", "mine", audit(tmp_path / "other")) != inside
     after = set(published.STORE.glob("*/*"))
-    assert (
-        after == {path for one in Path("published").glob("*.dvc") for path in published.stored(one)}
-        and len(after) == len(before)
-        and after != before
-    )
+    names = [one.stem for one in Path("published").glob("*.dvc")]
+    kept = {p for one in names for p in (store.stored(store.published_hash(one)), *store.listed(one).values())}
+    assert after == kept and len(after) == len(before) and after != before
 
 
 def test_slices_are_published_with_their_encoder_if_they_are_of_phantoms(inside, tmp_path, capsys):
@@ -246,4 +243,32 @@ def test_slices_are_published_with_their_encoder_if_they_are_of_phantoms(inside,
     assert f"write `published: {found}` into two_contrasts" in capsys.readouterr().out
     to = store.fetch_files("slices", found, tmp_path / "fetched", "two_contrasts.published")
     assert known_encoder(to, load_model(to))[0].encoder is not None
-    assert published.kind_of(to) == "slices" and not published.is_model(store.pointer("slices"))
+    assert published.kind_of(to) == "slices" and not published.is_model("slices")
+
+
+def test_a_conditional_model_is_published_of_phantoms_and_is_no_model_of_train(inside, tmp_path, capsys):
+    folder = tmp_path / "grades"
+    write_model(folder)
+    (folder / "classes.json").write_text('{"by": "motion grade", "edges": [1.5, 2.5, 3.5, 4.5]}')
+    with pytest.raises(InputError, match="not of phantoms"):
+        published.publish(folder, "hagan-grades")
+    config = json.loads((folder / "config.json").read_text())
+    checkpoint.write_json(folder / "config.json", config | {"data": config["data"] | {"phantoms": True}})
+    found = published.publish(folder, "hagan-grades")
+    assert "into hagan_uses.conditional.CLASSES of" in capsys.readouterr().out
+    assert not published.is_model("hagan-grades") and published.is_model("mine")
+    fetched = store.fetch_files("hagan-grades", found, tmp_path / "fetched", "key")
+    assert (fetched / "classes.json").read_bytes() == (folder / "classes.json").read_bytes()
+
+
+def test_what_the_store_has_lost_or_spoiled_is_named(inside, tmp_path):
+    file = store.listed("mine")["config.json"]
+    content = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(content + b" ")
+    with pytest.raises(InputError, match=f"{file}: damaged; it should be mine/config.json"):
+        store.fetch_files("mine", store.published_hash("mine"), tmp_path / "fetched", "key")
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file}: no such file"):
+        store.fetch_files("mine", store.published_hash("mine"), tmp_path / "fetched", "key")
+    assert not (tmp_path / "fetched").exists()

@@ -9,8 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 
@@ -113,6 +113,23 @@ def workers(count: int | None = None, also: tuple[str, ...] = ()) -> Iterator[Pr
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def side_by_side(count: int) -> Iterator[Callable]:
+    """A `map` for work on `count` small inputs, each in a thread of its own and by one of torch's threads, as long as
+    there are cores; a single one, or one core, is worked on as it is."""
+    import torch
+
+    if (lanes := min(count, torch.get_num_threads())) < 2:
+        yield lambda *given: list(map(*given))
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda *given: list(pool.map(*given))
+    finally:
+        torch.set_num_threads(before)  # what new threads begin with
 
 
 def map_large_blocks() -> None:

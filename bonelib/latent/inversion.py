@@ -8,6 +8,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from bonelib import InputError, core, networks, training
 from bonelib.core.config import fingerprint
+from bonelib.core.parallel import side_by_side
 from bonelib.core.provenance import code_hash
 from bonelib.latent.codes import mean_code
 from bonelib.latent.config import Refinement
@@ -205,21 +207,24 @@ def refine(
     values = [objective(how, model, volumes[cut], latent_discriminator) for cut in cuts]
     data = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (start, volumes)]
 
-    def step(at: run.Progress) -> dict[str, float]:
-        adam.zero_grad()
-        total = 0.0
-        for cut, value in zip(cuts, values, strict=True):
-            part = value(codes["codes"][cut]).sum()
-            part.backward()
-            total += part.item() / len(start)
+    def slope(cut: slice, value: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
+        part = codes["codes"][cut].detach().requires_grad_()
+        total = value(part).sum()
+        return total.item(), torch.autograd.grad(total, part)[0]
+
+    def step(every: Callable, at: run.Progress) -> dict[str, float]:
+        totals, slopes = zip(*every(slope, cuts, values), strict=True)
+        codes["codes"].grad = torch.cat(slopes)
         adam.step()
         at.count(True)
         at.seen += 1
-        return {"loss": total}
+        return {"loss": sum(totals) / len(start)}
 
     identity = fingerprint(how, model.config["sha256"], data, CODE) if state else ""
     where = dict(state=state and Path(state), fingerprint=identity, name=f"refinement of {len(start)}")
-    at = run.run(step, dict(codes=codes, adam=adam), end=how.steps, **where, say=say, brief=True)
+    with side_by_side(len(cuts) if place_of(model).type == "cpu" else 1) as every:
+        parts = dict(codes=codes, adam=adam)
+        at = run.run(partial(step, every), parts, end=how.steps, **where, say=say, brief=True)
     return Inverted(codes["codes"].detach().cpu(), at.seconds)
 
 

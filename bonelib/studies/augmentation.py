@@ -1,5 +1,5 @@
 """Generated bones beside scans, for a network that grades motion: style mixing as augmentation (proposed by Angermann
-et al. 2023, section 5), in the share of Sun et al. 2022, Table V."""
+et al. 2023, section 5), and samples of a conditional HA-GAN in the share of Sun et al. 2022, Table V."""
 
 import hashlib
 from typing import NamedTuple
@@ -16,10 +16,12 @@ from bonelib.latent.mixing import crossed
 from bonelib.latent.models import Model
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.scans.preprocessing import to_unit
+from bonelib.studies.conditional import styles_of
 from bonelib.studies.config import Augmentation
 from bonelib.training import grading
+from bonelib.training.grading import GRADES
 
-SCANS, REDRAWN, MIXED = "scans alone", "with bones of their codes", "with mixed bones"
+SCANS, REDRAWN, MIXED, ASKED = "scans alone", "with bones of their codes", "with mixed bones", "with bones of a grade"
 ERROR, BALANCED = "absolute error, grades", "balanced accuracy"
 
 
@@ -65,25 +67,36 @@ def drawn(model: Model, codes: Tensor, halvings: int, seed: int) -> np.ndarray:
 
 
 def training_sets(
-    model: Model, codes: Tensor, data: Stacks, rows: list[dict], how: Augmentation, *, seed: int
+    model: Model,
+    codes: Tensor,
+    data: Stacks,
+    rows: list[dict],
+    how: Augmentation,
+    *,
+    seed: int,
+    conditional: Model | None = None,
 ) -> dict[str, tuple[Stacks, list[dict]]]:
     """Training sets by name, each as the volumes and scans that `grading.train_network` takes.
 
     `rows` are graded stacks of `data`, `codes` theirs (n, *code). The second set adds bones drawn of codes, as many as
-    are mixed in the third, whose codes are crossed: what drawing alone changes is seen in the former.
+    are mixed in the third, whose codes are crossed: what drawing alone changes is seen in the former. With a
+    `conditional` model of motion grades, a fourth set adds samples of the same grades.
     """
     real = data.pooled(rows, how.grading.halvings)[:, 0].numpy()
     styles = codes.shape[1] if codes.dim() == 3 else 1
     chosen = mixes(rows, styles, count_of(rows, how.share), seed)
     sources = [mix.source for mix in chosen]
-    added = {SCANS: None}
+    added = {SCANS: real[:0]}
     if chosen:
         mixed = torch.stack([crossed(codes[m.source], codes[m.target], m.styles) for m in chosen])
-        added |= {REDRAWN: codes[sources], MIXED: mixed}
+        added |= {REDRAWN: drawn(model, codes[sources], how.grading.halvings, seed)}
+        added |= {MIXED: drawn(model, mixed, how.grading.halvings, seed)}
+    if chosen and conditional:
+        asked = styles_of(conditional, [int(rows[i]["grade"]) - GRADES[0] for i in sources], seed)
+        added |= {ASKED: drawn(conditional, asked, how.grading.halvings, seed)}
     sets = {}
-    for name, own in added.items():
-        more = real[:0] if own is None else drawn(model, own, how.grading.halvings, seed)
-        names = [rows[i] for i in (sources if own is not None else [])]
+    for name, more in added.items():
+        names = [rows[i] for i in sources[: len(more)]]
         scans = [
             {"scan": row["scan"], "patient": row["patient"], "volume": i, "given": int(row["grade"])}
             for i, row in enumerate([*rows, *names])
@@ -119,7 +132,7 @@ def compared(expected: dict[str, np.ndarray], tested: list[dict], *, seed: int, 
     errors = {name: np.abs(values - truth).mean(0) for name, values in expected.items()}
     rows = []
     for name, values in expected.items():
-        rounded = np.rint(values).clip(grading.GRADES[0], grading.GRADES[-1])
+        rounded = np.rint(values).clip(GRADES[0], GRADES[-1])
 
         def balanced(i, rounded=rounded):
             right = rounded[:, i] == truth[i]

@@ -274,12 +274,23 @@ class HAGANStudy(Section):
     cost: HAGANCost = HAGANCost()
 
 
+class Conditional(Section):
+    """A conditional HA-GAN: its classes are motion grades, or fifths of the training scans `by` an attribute.
+
+    It is trained further from the unconditional one, for `samples` real volumes, or is the `published` one.
+    """
+
+    by: str = "motion grade"
+    samples: Count = 12000
+    published: str | None = None
+
+
 class HAGANUses(Section):
-    """What the codes of HA-GAN's encoder are used for.
+    """What the codes of HA-GAN's encoder are used for, and its conditional variant.
 
     `patients` are phantoms that no network has seen; the last `walked` of them are left out of what the walks go by. Of
     each of `walks`, an attribute, `points` values are asked, from its quantile `reach` among the bones to that of 1 -
-    `reach`. `draws` are those of the intervals.
+    `reach`. Of every network of `conditional` so many samples are `drawn`. `draws` are those of the intervals.
     """
 
     patients: Annotated[int, Field(ge=8)] = 240
@@ -287,6 +298,8 @@ class HAGANUses(Section):
     points: Annotated[int, Field(ge=2)] = 5
     walks: Annotated[tuple[str, ...], Field(min_length=1)] = ("Tt.Ar", "Tb.BMD", "Ct.Th")
     reach: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    conditional: dict[str, Conditional] = {}
+    drawn: Annotated[int, Field(ge=5)] = 100
     draws: Annotated[int, Field(ge=2)] = 1000
 
     @model_validator(mode="after")
