@@ -124,7 +124,7 @@ def lay_out(folder, what):
 
 
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
-@settings(max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(what=folders())
 def test_any_folder_gives_the_right_cohort_or_one_sentence(what):
     with tempfile.TemporaryDirectory() as place:

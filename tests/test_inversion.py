@@ -128,6 +128,18 @@ def test_bones_are_refined_alike_alone_and_together(model):
     assert torch.allclose(together[18], alone[0], atol=1e-5)
 
 
+def test_bones_are_refined_alike_whatever_the_threads(model):
+    codes, volumes = bones(model, 70, "threads")
+    how, before, found = Refinement(weights=(1, 1, 1), rate=0.02, steps=3), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(inversion.refine(codes + 0.1, volumes, model, how, say=silent).codes)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_w_plus_fits_a_mixed_bone_that_one_style_cannot(model):
     codes, _ = bones(model, 3, "mixed")
     mixed = 3 * codes[None]  # one bone, a style of its own in each of the three layers, far apart

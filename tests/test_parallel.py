@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonelib.core.parallel import THREAD_SETTINGS, cores, workers
+from bonelib.core.parallel import THREAD_SETTINGS, cores, side_by_side, workers
 
 OWNER = """
 import os, time
@@ -27,6 +27,18 @@ def test_a_worker_has_one_thread_and_the_owner_keeps_its_own():
         with workers(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == 1
     assert {name: os.environ.get(name) for name in THREAD_SETTINGS} == before and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("mine, count, each", [(2, 3, 1), (2, 1, 2), (1, 3, 1)])
+def test_small_work_side_by_side_has_the_threads_of_the_process_and_leaves_them(mine, count, each):
+    before = torch.get_num_threads()
+    torch.set_num_threads(mine)
+    try:
+        with side_by_side(count) as every:
+            found = every(lambda i: (i, torch.get_num_threads()), range(count))
+        assert found == [(i, each) for i in range(count)] and torch.get_num_threads() == mine
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills processes with their parent")
