@@ -11,6 +11,7 @@ from bonelib.networks.config import HAGANConfig
 from bonelib.networks.hagan import Grid
 from bonelib.networks.registry import build_generator
 from bonelib.scans.dataset import Stacks
+from bonelib.scans.phantom.contrasts import Slices
 from bonelib.studies import ablation
 from bonelib.studies import hagan_study as study
 from bonelib.studies.config import HAGANStudy, Trials
@@ -105,11 +106,25 @@ def test_the_slope_of_memory_over_size_is_read_from_the_numbers(mine, verdict):
     assert verdict in study.advantage(found)
 
 
-def test_trials_of_hagan_are_trained_and_one_more_of_stacks_with_empty_slices(tmp_path, monkeypatch):
+def test_trials_of_hagan_are_trained_and_two_more_of_other_stacks(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "workers", InThisProcess)
-    how = section(HAGANStudy, HOW, "study")
+    asked = []
+
+    def drawn(seed, patients, shape, women):
+        asked.append((patients, shape[1:]))
+        people = [dict(patient=f"q{i}", split="held-out" if i % 4 == 3 else "train") for i in range(patients)]
+        volumes = np.random.default_rng(seed).random((2 * patients, 20, *shape[1:])).astype(np.float16)
+        return Slices(Stacks(volumes, [], stacks().meta), people)
+
+    monkeypatch.setattr(study, "draw_slices", drawn)
+    how = section(HAGANStudy, HOW | dict(second=dict(patients=8, stacks=2, seconds=0.1)), "study")
     found = study.trained(how, ablation.on_grid(Trials(**HOW["trials"]), stacks()), tmp_path, seed=1)
-    assert [list(trials) for trials in found.values()] == [[("as it is", 1)], [(study.BLANK, 1)]]
-    for trials in found.values():
+    assert [list(trials) for _, trials in found.values()] == [
+        [("as it is", 1)], [(study.BLANK, 1)], [(study.SECOND, 1)],
+    ]  # fmt: skip
+    for _, trials in found.values():
         for took, volumes in trials.values():
             assert volumes.shape == (8, 16, 24, 16) and took["samples"] % 4 == 0 < took["samples"]
+    assert asked == [(8, (24, 16))] and len(found[study.SECOND][0].rows) == 16
+    real, patients = study.compared(found[study.SECOND][0], 8, 1)
+    assert real["real"].shape == (4, 16, 24, 16) and set(patients) == {"q3", "q7"}

@@ -22,10 +22,10 @@ def test_patches_have_the_shape_of_their_plane():
 
 def test_lines_are_found_and_equal_volumes_are_not_told_apart():
     patients = [f"p{i // 2}" for i in range(16)]
-    lined = classify(volumes(16, 0), patients, volumes(12, 1, lines=0.06), updates=20, seed=1, draws=20)
+    lined = classify(volumes(16, 0), patients, volumes(12, 1, lines=0.06), updates=8, seed=1, draws=20)
     assert lined.accuracy.value > 0.9 and lined.accuracy.low <= lined.accuracy.value <= lined.accuracy.high
     assert lined.surest.shape[1:] == (SIZE, SIZE)
-    same = classify(volumes(16, 0), patients, volumes(12, 2), updates=20, seed=1, draws=20)
+    same = classify(volumes(16, 0), patients, volumes(12, 2), updates=8, seed=1, draws=20)
     assert 0.3 < same.accuracy.value < 0.7
 
 

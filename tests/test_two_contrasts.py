@@ -77,6 +77,19 @@ def test_slices_come_in_pairs_of_patients_who_are_in_one_split():
     for row in few.rows:
         same = next(r for r in data.rows if (r["scan"], r["start"]) == (row["scan"], row["start"]))
         assert np.array_equal(few.volumes[row["volume"]], data.volumes[same["volume"]])
+    soft = contrasts.stacks_of(contrasts.Slices(few, fewer), "soft tissue", 8, 2)
+    assert [(row["patient"], row["start"]) for row in soft.of("held-out")] == [
+        (person["patient"], start) for person in fewer[1:2] + fewer[3:] for start in (0, 4)
+    ]
+    assert np.array_equal(soft.pooled(soft.rows[-1:], 0)[0, 0], few.volumes[-1, 4:])
+
+
+def test_a_grid_over_the_field_has_cubes_within_it():
+    for height, width in ((72, 56), (80, 64), (24, 16)):
+        slices, *plane = contrasts.grid_over_field(height, width)
+        edge = contrasts.FIELD_MM[0] / slices
+        assert plane == [height, width] and edge * height <= contrasts.FIELD_MM[1] + 1e-9
+        assert edge * width <= contrasts.FIELD_MM[2] + 1e-9 and contrasts.FIELD_MM[0] / (slices - 1) > edge
 
 
 def test_a_network_that_knows_one_class_alone_has_no_surface_to_be_bent():

@@ -256,18 +256,28 @@ class HAGANCost(Section):
     rounds: Count = 3
 
 
+class SecondFamily(Section):
+    """Volumes of another kind: the soft-tissue contrast of `patients` phantoms, cut into `stacks` each, from which a
+    HA-GAN learns for `seconds` of CPU time."""
+
+    patients: Annotated[int, Field(ge=8)] = 60
+    stacks: Count = 3
+    seconds: Positive = 150
+
+
 class HAGANStudy(Section):
     """HA-GAN at the size that is trained in a notebook.
 
     `train` is the model that is shown, `trials` are short trainings of what it has and what is left out, the first
-    variant as it is; `blank` is the share of slices, at either end of a stack, that are made empty for one more trial.
-    `real` stacks, of held-out patients and as many of training patients, are what all samples are compared with, and
-    `samples` are drawn of the model that is shown.
+    variant as it is; `blank` is the share of slices, at either end of a stack, that are made empty for one more trial,
+    and `second` another family of volumes. `real` stacks, of held-out patients and as many of training patients, are
+    what all samples are compared with, and `samples` are drawn of the model that is shown.
     """
 
     train: HierarchicalTrain
     trials: Trials
     blank: Share = 0.3
+    second: SecondFamily = SecondFamily()
     real: Annotated[int, Field(ge=8)] = 320
     samples: Annotated[int, Field(ge=8)] = 320
     draws: Annotated[int, Field(ge=2)] = 200

@@ -13,11 +13,13 @@ from bonelib.latent.models import Model
 from bonelib.networks.config import CriticNet, Generator, ProGANConfig
 from bonelib.networks.hagan import Grid
 from bonelib.scans.dataset import Stacks
+from bonelib.scans.phantom.contrasts import CONTRASTS, draw_slices, grid_over_field, stacks_of
 from bonelib.studies import ablation, cost, hagan_cost
 from bonelib.studies import image_quality as iq
-from bonelib.studies.config import HAGANCost, HAGANStudy, Trials
+from bonelib.studies.config import HAGANCost, HAGANStudy, Trials, TwoContrasts
 
 BLANK = "empty slices"  # the trial whose stacks have some
+SECOND = CONTRASTS[1]  # the second family of volumes
 REAL = "further real stacks"
 SHOWN = ("FD", "RBF-MMD", "precision", "recall")
 MEASURES = (*SHOWN, "ellipse overlap", "jump")
@@ -40,14 +42,21 @@ def blanked(data: Stacks, share: float, seed: int) -> Stacks:
     return Stacks(np.stack(volumes), rows, data.meta | dict(data_hash=found, shape=[slices, *data.meta["shape"][1:]]))
 
 
-def trained(how: HAGANStudy, data: Stacks, folder: str | Path, *, seed: int) -> dict[str, dict[tuple, tuple]]:
-    """The trials of `ablation.trials`, {"": those of stacks as they are, BLANK: that of stacks with empty slices}."""
-    plain = next(iter(how.trials.variants))
-    blank = Trials(**how.trials.model_dump() | dict(variants={BLANK: how.trials.variants[plain]}))
-    emptied = blanked(data, how.blank, seed)
+def trained(how: HAGANStudy, data: Stacks, folder: str | Path, *, seed: int) -> dict[str, tuple[Stacks, dict]]:
+    """Stacks and the trials of `ablation.trials` on them: "", as they are; BLANK, of which some slices are empty; and
+    SECOND, of another family, which has no mineral."""
+    plain = dict(variants={BLANK: how.trials.variants[next(iter(how.trials.variants))]})
+    second = dict(variants={SECOND: plain["variants"][BLANK]}, seeds=1, seconds=how.second.seconds)
+    women = TwoContrasts.model_fields["women"].default
+    drawn = draw_slices(seed, how.second.patients, grid_over_field(*data.volumes.shape[2:]), women)
+    kinds = {
+        "": (data, {}),
+        BLANK: (blanked(data, how.blank, seed), plain),
+        SECOND: (stacks_of(drawn, SECOND, data.meta["stack_slices"], how.second.stacks), second),
+    }
     return {
-        "": ablation.trials(how.trials, data, folder, seed=seed),
-        BLANK: ablation.trials(blank, emptied, folder, seed=seed),
+        kind: (stacks, ablation.trials(Trials(**how.trials.model_dump() | change), stacks, folder, seed=seed))
+        for kind, (stacks, change) in kinds.items()
     }
 
 

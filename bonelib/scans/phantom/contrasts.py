@@ -5,6 +5,7 @@ tendon are black. It has its own blur, noise and smooth bias field; no scan of a
 """
 
 import hashlib
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from bonelib.scans.phantom.anatomy import BOX, HEIGHT_MM
 from bonelib.scans.phantom.random_fields import sample, smooth_noise
 from bonelib.scans.phantom.rendering import OUTSIDE, draw_centred
 from bonelib.scans.phantom.scanner import scan
-from bonelib.scans.preprocessing import block_means, to_unit
+from bonelib.scans.preprocessing import block_means, slice_stacks, to_unit
 from bonelib.scans.volumes import Volume, read_volume
 
 FIRST = 300_000  # patients are the phantom's from this number on, whom no cohort holds
@@ -96,6 +97,23 @@ def draw_slices(
         "data_hash": hashlib.sha256(volumes.tobytes()).hexdigest()[:16],
     }  # fmt: skip
     return Slices(Stacks(volumes, rows, meta), people)
+
+
+def grid_over_field(height: int, width: int) -> tuple[int, int, int]:
+    """The grid (z, y, x) over `FIELD_MM` that has these voxels in plane, of voxels as high as they are wide."""
+    return math.ceil(FIELD_MM[0] / min(FIELD_MM[1] / height, FIELD_MM[2] / width)), height, width
+
+
+def stacks_of(slices: Slices, contrast: str, depth: int, count: int) -> Stacks:
+    """One contrast as volumes: `count` overlapping stacks of `depth` slices of every patient."""
+    number = CONTRASTS.index(contrast)
+    volumes, meta = slices.stacks.volumes[number :: len(CONTRASTS)], slices.stacks.meta
+    rows = [
+        person | {"scan": f"{person['patient']} {contrast}", "volume": k, "start": start}
+        for k, person in enumerate(slices.people)
+        for start in slice_stacks(volumes.shape[1], depth, count)
+    ]
+    return Stacks(volumes, rows, meta | {"stack_slices": depth, "data_hash": f"{meta['data_hash']}-{number}"})
 
 
 def given_pair(files: tuple[str, str], shape: tuple[int, int, int]) -> tuple[Stacks, list[dict]]:
