@@ -10,10 +10,10 @@ then to be committed. One command for each part of a run:
 python -m bonelib.published out/laptop/models/progan progan --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published out/laptop/grading grader --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published out/laptop/codes/progan encoder-progan --audit out/laptop/metrics/S5_privacy.json
+python -m bonelib.published out/laptop/conditional/grades hagan-grades --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published scratch/state/laptop/two_contrasts/slices slices
-python -m bonelib.published out/laptop/conditional/grades hagan-grades
 
-The last two need no audit, but pass of phantoms alone: generator and encoder of S9, and a conditional HA-GAN of S8.
+The last one, generator and encoder of S9, learns of phantoms alone, whatever the cohort is, and needs no audit.
 """
 
 import argparse
@@ -50,7 +50,6 @@ PARTS = {
 PARTS["slices"] = PARTS["model"] | PARTS["encoder"] | {"trials.csv"}
 PARTS["conditional"] = PARTS["model"] | {"classes.json"}
 PLACES = {"grader": "grading", "slices": "two_contrasts", "conditional": "hagan_uses.conditional.CLASSES"}
-UNAUDITED = ("slices", "conditional")  # which are published of phantoms alone
 REMOTE = "published"  # in .dvc/config
 GRID = ("spacing_mm", "intensity", "shape")  # what a model and the stacks beside it must share
 
@@ -91,7 +90,7 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None) -> s
     `audit` is the metrics file of the stage `privacy` of the same run. Of the folders of a grader and an encoder, what
     belongs to the scans of that run stays behind. Raises `InputError` for a folder that is not whole, a file that is
     too large to be committed, and weights that may not be published (`require_release`, `require_phantoms`). Slices
-    and conditional models need no `audit`, but must be of phantoms.
+    need no `audit`, but must be of phantoms.
     """
     folder, target = Path(folder), pointer(name).with_suffix("")
     kind = kind_of(folder)
@@ -101,7 +100,7 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None) -> s
             raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(PARTS[kind]))}")
         if path.name in PARTS[kind] and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
-    print(f"{name}: {_of_phantoms(folder, config) if kind in UNAUDITED else _audited(folder, kind, config, audit)}")
+    print(f"{name}: {_of_phantoms(folder, config) if kind == 'slices' else _audited(folder, kind, config, audit)}")
     before = published_hash(name) if pointer(name).is_file() else None
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -150,8 +149,9 @@ def put(name: str) -> str:
 
 
 def require_phantoms(values: dict, folder: Path, audit: Path) -> str:
-    """The gate before a grader or an encoder, which no audit examines: all models of its run must hold no person."""
-    where = folder.resolve().parents[1 if kind_of(folder) == "encoder" else 0]
+    """The gate before a grader, an encoder or a conditional model, which no audit examines: all models of its run must
+    hold no person."""
+    where = folder.resolve().parents[0 if kind_of(folder) == "grader" else 1]
     if audit.resolve().parent.parent != where:
         raise InputError(f"{audit}: of another run than {folder}; accepted is {where / 'metrics' / audit.name}")
     found = [value for key, value in values.items() if key.endswith(".phantoms only")]
@@ -230,7 +230,7 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("folder", type=Path)
     cli.add_argument("name", help="of the model, as in `models` of params.yaml")
-    cli.add_argument("--audit", type=Path, help="metrics/S5_privacy.json of these weights; see above, which need none")
+    cli.add_argument("--audit", type=Path, help="metrics/S5_privacy.json of these weights; slices need none")
     args = cli.parse_args()
     found = publish(args.folder, args.name, args.audit)
     print(f"{args.folder} is published as {args.name}, {found}; commit dvc-store/, published/ and params.yaml")

@@ -247,14 +247,15 @@ def test_slices_are_published_with_their_encoder_if_they_are_of_phantoms(inside,
 
 
 def test_a_conditional_model_is_published_of_phantoms_and_is_no_model_of_train(inside, tmp_path, capsys):
-    folder = tmp_path / "grades"
-    write_model(folder)
-    (folder / "classes.json").write_text('{"by": "motion grade", "edges": [1.5, 2.5, 3.5, 4.5]}')
-    with pytest.raises(InputError, match="not of phantoms"):
-        published.publish(folder, "hagan-grades")
-    config = json.loads((folder / "config.json").read_text())
-    checkpoint.write_json(folder / "config.json", config | {"data": config["data"] | {"phantoms": True}})
-    found = published.publish(folder, "hagan-grades")
+    folder = tmp_path / "out/conditional/grades"
+    people, _ = run_of_phantoms(tmp_path / "people", nobody=False)
+    for place in (folder, tmp_path / "people/conditional/grades"):
+        write_model(place)
+        (place / "classes.json").write_text('{"by": "motion grade", "edges": [1.5, 2.5, 3.5, 4.5]}')
+    with pytest.raises(InputError, match="only what learned from phantoms passes"):
+        published.publish(place, "hagan-grades", people)
+    audit_file, _ = run_of_phantoms(tmp_path / "out")
+    found = published.publish(folder, "hagan-grades", audit_file)
     assert "into hagan_uses.conditional.CLASSES of" in capsys.readouterr().out
     assert not published.is_model("hagan-grades") and published.is_model("mine")
     fetched = store.fetch_files("hagan-grades", found, tmp_path / "fetched", "key")
