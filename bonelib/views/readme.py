@@ -20,6 +20,10 @@ QUALITY, NAMES = "04_image_quality", {"progan": "3D-ProGAN", "stylegan": "3D-Sty
 TRAITS = ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Ct.BMD", "Tb.Th", "Tb.N", "Ct.Th")
 
 SUPPLEMENTS = (  # metrics file, key without ".value", what it is
+    ("S8_hagan_uses", "conditional.BV/TV.samples.right",
+     "bones asked of a fifth of the cohort by BV/TV that morphometry finds there, share"),
+    ("S8_hagan_uses", "conditional.motion grade.samples.right",
+     "bones asked of a motion grade that the grader gives it, share"),
     ("S9_two_contrasts", "told.contrast.unknown", "slices of unknown patients whose contrast their codes tell, share"),
     ("S9_two_contrasts", "transfer.soft tissue to mineral.moved", "mineral from soft tissue: error, mg HA/cm³"),
     ("S9_two_contrasts", "transfer.soft tissue to mineral.mean slice", "the same: error of the mean slice"),
@@ -72,9 +76,11 @@ def further(profile: str) -> str:
         path = Path("out") / profile / "metrics" / f"{name}.json"
         if path.is_file():
             numbers = json.loads(path.read_text(encoding="utf-8"))
-            found = [numbers.get(f"{key}.{end}") for end in ("value", "low", "high")]
-            shown = "not measured" if None in found else "{:.3g} ({:.3g} to {:.3g})".format(*found).replace("-", "−")
-            lines.append([f"`{name}`", what, shown, str(numbers.get(f"{key}.N", 0))])
+            joins = (".value", ".low", ".high"), ("", " low", " high")  # of measures in rows, and in columns
+            found = next((v for ends in joins if None not in (v := [numbers.get(key + end) for end in ends])), None)
+            shown = "{:.3g} ({:.3g} to {:.3g})".format(*found).replace("-", "−") if found else "not measured"
+            count = numbers.get(f"{key}.N", numbers.get(f"{key.rpartition('.')[0]}.N", 0))
+            lines.append([f"`{name}`", what, shown, str(count)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
