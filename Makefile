@@ -42,7 +42,8 @@ $(STAMP): requirements.txt pyproject.toml
 	# Torch, as large as all others, is installed beside them; what it needs on a GPU, in the end
 	grep -v '^torch==' requirements.txt > .venv/others.txt
 	python -m pip install -qq --no-compile --no-deps $$(grep '^torch==' requirements.txt) & torch=$$!; \
-	python -m pip install -qq --no-compile --no-deps -r .venv/others.txt && wait $$torch
+	python -m pip install -qq --no-compile --no-deps -r .venv/others.txt; others=$$?; \
+	wait $$torch && exit $$others
 	python -m pip install -qq --no-compile -r requirements.txt
 	python -m pip install -qq --no-deps -e .
 	touch $@

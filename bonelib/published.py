@@ -65,11 +65,16 @@ def fetch(name: str, given: dict, folder: str | Path, data: dict) -> Train | Hie
     shutil.rmtree(folder, ignore_errors=True)
     fetch_files(name, wanted, folder, f"train.{name}.published")
     config = _checked(folder, "model")
+    require_grid(name, config, data)
+    return training_section(config["train"], "train", str(folder / "config.json"))
+
+
+def require_grid(name: str, config: dict, data: dict) -> None:
+    """Raise `InputError` where what is published under `name` draws another grid than that of the stacks' `data`."""
     for key in GRID:
         if config["data"][key] != data[key]:
             says = f"was trained on {key} {config['data'][key]}, but that of the stacks is {data[key]}"
             raise InputError(f"{pointer(name)}: the model {says}; train one of your own in another profile")
-    return training_section(config["train"], "train", str(folder / "config.json"))
 
 
 def kind_of(folder: Path) -> str:
@@ -85,7 +90,7 @@ def _kind(names: set[str]) -> str | None:
 
 
 def publish(folder: str | Path, name: str, audit: str | Path | None = None) -> str:
-    """Put a model, a grader or an encoder into the store of the repository in the working folder; returns its hash.
+    """Put what `kind_of` knows into the store of the repository in the working folder; returns its hash.
 
     `audit` is the metrics file of the stage `privacy` of the same run. Of the folders of a grader and an encoder, what
     belongs to the scans of that run stays behind. Raises `InputError` for a folder that is not whole, a file that is
@@ -202,7 +207,7 @@ def _dvc(*command: str) -> None:
 def _name_in_params(path: Path, kind: str, name: str, before: str | None, after: str) -> None:
     """Write the hash to params.yaml: of models to the line `train:` of the profile `published`, else over the old one.
 
-    Where a grader or an encoder is published for the first time, it is said where its hash belongs.
+    Where another kind is published for the first time, it is said where its hash belongs.
     """
     text = path.read_text(encoding="utf-8")
     if kind != "model":

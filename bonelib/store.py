@@ -31,9 +31,20 @@ def stored(md5: str) -> Path:
 
 
 def listed(name: str) -> dict[str, Path]:
-    """The files published under `name`, {path in its folder: file of the store}."""
-    items = json.loads(stored(published_hash(name)).read_text(encoding="utf-8"))
+    """The files published under `name`, {path in its folder: file of the store}; raises `InputError` as `read`."""
+    items = json.loads(read(stored(published_hash(name)), f"the list of files of {name}"))
     return {item["relpath"]: stored(item["md5"]) for item in items}
+
+
+def read(path: Path, what: str) -> bytes:
+    """The content of a file of the store; raises `InputError` where it is missing or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise InputError(f"{path}: no such file, {what}; it comes with the repository") from None
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != (path.parent.name + path.name).removesuffix(".dir"):
+        raise InputError(f"{path}: damaged, {what}; it comes with the repository")
+    return content
 
 
 def fetch_files(name: str, wanted: str, folder: str | Path, key: str) -> Path:
@@ -48,17 +59,8 @@ def fetch_files(name: str, wanted: str, folder: str | Path, key: str) -> Path:
     part = folder.with_name(f".part-{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
     for relative, source in listed(name).items():
-        target = part / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            content = source.read_bytes()
-        except OSError:
-            raise InputError(
-                f"{source}: no such file, which {name}/{relative} is; it comes with the repository"
-            ) from None
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != source.parent.name + source.name:
-            raise InputError(f"{source}: damaged; it should be {name}/{relative}")
-        target.write_bytes(content)
+        (part / relative).parent.mkdir(parents=True, exist_ok=True)
+        (part / relative).write_bytes(read(source, f"{relative} of {name}"))
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(part.rglob("*")):
         target = folder / path.relative_to(part)

@@ -117,7 +117,7 @@ def test_trials_of_hagan_are_trained_and_two_more_of_other_stacks(tmp_path, monk
         return Slices(Stacks(volumes, [], stacks().meta), people)
 
     monkeypatch.setattr(study, "draw_slices", drawn)
-    how = section(HAGANStudy, HOW | dict(second=dict(patients=8, stacks=2, seconds=0.1)), "study")
+    how = section(HAGANStudy, HOW | dict(second=dict(patients=8, stacks=3, seconds=0.1)), "study")
     found = study.trained(how, ablation.on_grid(Trials(**HOW["trials"]), stacks()), tmp_path, seed=1)
     assert [list(trials) for _, trials in found.values()] == [
         [("as it is", 1)], [(study.BLANK, 1)], [(study.SECOND, 1)],
@@ -125,6 +125,6 @@ def test_trials_of_hagan_are_trained_and_two_more_of_other_stacks(tmp_path, monk
     for _, trials in found.values():
         for took, volumes in trials.values():
             assert volumes.shape == (8, 16, 24, 16) and took["samples"] % 4 == 0 < took["samples"]
-    assert asked == [(8, (24, 16))] and len(found[study.SECOND][0].rows) == 16
+    assert asked == [(8, (24, 16))] and len(found[study.SECOND][0].rows) == 24
     real, patients = study.compared(found[study.SECOND][0], 8, 1)
-    assert real["real"].shape == (4, 16, 24, 16) and set(patients) == {"q3", "q7"}
+    assert real["real"].shape == (6, 16, 24, 16) and set(patients) == {"q3", "q7"}

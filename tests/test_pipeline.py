@@ -85,17 +85,17 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
     for family in ("vgs", "random3d", "spectrum"):
         for name in ("FD", "kernel distance", "precision", "recall", "density", "coverage", "C2ST"):
             keys = ("value", "low", "high", "real_against_real", "n_real", "n_fake", "d")
-            assert all(isinstance(metrics[f"progan 1.8.{family}.{name}.{key}"], (int, float)) for key in keys)
+            assert all(isinstance(metrics[f"stylegan 0.8.{family}.{name}.{key}"], (int, float)) for key in keys)
     for picture in (
         "01_preprocess/figure1_bones",
         "01_preprocess/figure2_steps",
-        "03_train/progan/figure3_growth",
+        "03_train/stylegan/figure3_growth",
         "S3_superres/same_bones",
-        "03_train/progan/curves",
-        "05_inversion/progan/reconstructions",
-        "05_inversion/progan/full_size",
+        "03_train/stylegan/curves",
+        "05_inversion/stylegan/reconstructions",
+        "05_inversion/stylegan/full_size",
         "S4_metric_sensitivity/sensitivity",
-        "S5_privacy/scores_progan",
+        "S5_privacy/scores_stylegan",
         "S7_hagan/samples_coronal",
         "S7_hagan/full_size_axial",
         "S7_hagan/seams",
@@ -112,16 +112,16 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "S9_two_contrasts/volume",
         "04_image_quality/mds",
         "04_image_quality/spectra",
-        "06_image_transition/progan/figure5",
-        "06_image_transition/progan/film_strip",
-        "06_image_transition/progan/densities",
-        "06_image_transition/progan/geodesic",
-        "08_attribute_editing/progan/surrogate",
-        "08_attribute_editing/progan/figure7",
-        "08_attribute_editing/progan/figure7_differences",
-        "08_attribute_editing/progan/effects",
-        "08_attribute_editing/progan/ranks",
-        "08_attribute_editing/progan/atlases",
+        "06_image_transition/stylegan/figure5",
+        "06_image_transition/stylegan/film_strip",
+        "06_image_transition/stylegan/densities",
+        "06_image_transition/stylegan/geodesic",
+        "08_attribute_editing/stylegan/surrogate",
+        "08_attribute_editing/stylegan/figure7",
+        "08_attribute_editing/stylegan/figure7_differences",
+        "08_attribute_editing/stylegan/effects",
+        "08_attribute_editing/stylegan/ranks",
+        "08_attribute_editing/stylegan/atlases",
         "04_image_quality/figure4_axial",
         "04_image_quality/figure4_coronal",
     ):
@@ -139,14 +139,15 @@ def test_the_pipeline_gives_held_out_bones_their_codes(pipeline):
     from bonelib.latent.encoder_training import load_inverter
     from bonelib.latent.models import load_model
 
-    folder = pipeline / "out/tiny/codes/progan"
+    folder = pipeline / "out/tiny/codes/stylegan"
     (encoded, _), (refined, rows) = load_codes(folder, "encoded"), load_codes(folder)
-    assert refined.shape == encoded.shape == (len(rows), 32 + 5) and not refined.equal(encoded)
+    assert refined.shape == encoded.shape and len(refined) == len(rows) and not refined.equal(encoded)
+    assert refined.shape[-1] == 16 + 5  # a style and the texture code
     assert {r["split"] for r in rows} == {"train", "held-out"} and [int(r["index"]) for r in rows] == [
         *range(len(rows))
     ]
-    assert load_inverter(folder, load_model(pipeline / "out/tiny/models/progan")).encoder
-    metrics = json.loads((pipeline / "out/tiny/metrics/05_inversion_progan.json").read_text())
+    assert load_inverter(folder, load_model(pipeline / "out/tiny/models/stylegan")).encoder
+    metrics = json.loads((pipeline / "out/tiny/metrics/05_inversion_stylegan.json").read_text())
     for way in ("mean bone", "encoder", "optimisation", "hybrid"):
         assert all(metrics[f"{way}.PSNR, dB.{key}"] > 0 for key in ("value", "low", "high", "N", "patients"))
 
@@ -176,24 +177,24 @@ def test_the_pipeline_asks_for_bones_that_can_be_measured_and_no_others(pipeline
     from bonelib.latent.attribute_model import load_attribute_model
     from bonelib.latent.models import load_model
 
-    model = load_model(pipeline / "out/tiny/models/progan")
-    file = pipeline / "out/tiny/editing/progan/instrument.safetensors"
+    model = load_model(pipeline / "out/tiny/models/stylegan")
+    file = pipeline / "out/tiny/editing/stylegan/instrument.safetensors"
     tool = load_attribute_model(file, model.generator, model.config["data"])
-    metrics = json.loads((pipeline / "out/tiny/metrics/08_attribute_editing_progan.json").read_text())
+    metrics = json.loads((pipeline / "out/tiny/metrics/08_attribute_editing_stylegan.json").read_text())
     read = metrics["samples that can be read"]
     # Where no sample is like the scans that the surrogate was fitted to, there is no range
     assert metrics["samples"] == 40 and (read >= 4 or not tool.calibrated)
     assert metrics["infeasible targets"] == metrics["infeasible targets refused"] == 4 * tool.calibrated
     assert metrics["target.all.N"] == 4 * (read >= 20 and tool.calibrated)
     assert metrics["rank.Tb.BMD.directions"] == 32  # of the latent, without those of the texture code
-    assert (pipeline / "out/tiny/figures/08_attribute_editing/progan/explorer.html").stat().st_size > 5000
+    assert (pipeline / "out/tiny/figures/08_attribute_editing/stylegan/explorer.html").stat().st_size > 5000
 
 
 @pytest.mark.pipeline
 def test_a_model_of_the_pipeline_makes_calibrated_volumes(pipeline, tmp_path):
     from bonelib.scans.volumes import read_volume
 
-    command = [sys.executable, "-m", "bonelib.latent.sampling", "out/tiny/models/progan", "-n", "2", "--to", tmp_path]
+    command = [sys.executable, "-m", "bonelib.latent.sampling", "out/tiny/models/stylegan", "-n", "2", "--to", tmp_path]
     done = subprocess.run(command, cwd=pipeline, env=environment(pipeline), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     volume = read_volume(tmp_path / "sample-1-0001.nii.gz", unit="mgHA")
@@ -214,9 +215,9 @@ def test_a_changed_key_runs_only_what_depends_on_it(pipeline, monkeypatch):
     assert would_run() == set()
     with edited(pipeline, profiles__tiny__quality__samples=13):
         assert would_run() == {"image_quality"}
-    with edited(pipeline, profiles__tiny__train__progan__generator__latent=16):
-        assert would_run() == {"train@progan"}
-    with edited(pipeline, profiles__laptop__train__progan__schedule__samples=[9, 9, 9]):
+    with edited(pipeline, profiles__tiny__train__stylegan__generator__latent=16):
+        assert would_run() == {"train@stylegan"}
+    with edited(pipeline, profiles__laptop__train__stylegan__schedule__samples=[9, 9, 9]):
         assert would_run() == set()
 
 
@@ -233,7 +234,7 @@ def test_a_bad_scan_ends_with_2_and_another_run_finds_the_earlier_outputs_and_do
         f"{scans / 'sub-a_ses-1.nii.gz'}: not a readable NIfTI file" in done.stderr and "Traceback" not in done.stderr
     )
     assert (pipeline / "out/tiny/cohort/scans.tsv").is_file() and (
-        pipeline / "out/tiny/models/progan/config.json"
+        pipeline / "out/tiny/models/stylegan/config.json"
     ).is_file()
     again = repro(pipeline)
     assert again.returncode == 0 and "up to date" in again.stdout and "Running stage" not in again.stdout
@@ -241,7 +242,7 @@ def test_a_bad_scan_ends_with_2_and_another_run_finds_the_earlier_outputs_and_do
 
 @pytest.mark.pipeline
 def test_published_weights_take_the_place_of_a_training(pipeline):
-    model, weights = "out/tiny/models/progan", "out/tiny/models/progan/generator.safetensors"
+    model, weights = "out/tiny/models/stylegan", "out/tiny/models/stylegan/generator.safetensors"
     before = {name: (pipeline / name).read_bytes() for name in ("params.yaml", "dvc.lock", weights)}
     params = pipeline / "params.yaml"
     shutil.rmtree(pipeline / "published", ignore_errors=True)
@@ -253,15 +254,15 @@ def test_published_weights_take_the_place_of_a_training(pipeline):
 
     try:
         audit = "out/tiny/metrics/S5_privacy.json"
-        said = run(sys.executable, "-m", "bonelib.published", model, "progan", "--audit", audit)
-        found = yaml.safe_load(params.read_text())["profiles"]["published"]["train"]["progan"]["published"]
+        said = run(sys.executable, "-m", "bonelib.published", model, "stylegan", "--audit", audit)
+        found = yaml.safe_load(params.read_text())["profiles"]["published"]["train"]["stylegan"]["published"]
         assert found in said
         values = yaml.safe_load(before["params.yaml"])
-        values["profiles"]["tiny"]["train"]["progan"] = {"published": found}
+        values["profiles"]["tiny"]["train"]["stylegan"] = {"published": found}
         params.write_text(yaml.safe_dump(values, sort_keys=False))
-        assert "samples |" not in run("dvc", "repro", "--single-item", "train@progan", "select@progan")
+        assert "samples |" not in run("dvc", "repro", "--single-item", "train@stylegan", "select@stylegan")
         assert (pipeline / weights).read_bytes() == before[weights]
-        assert (pipeline / "out/tiny/figures/03_train/progan/figure3_growth.png").stat().st_size > 5000
+        assert (pipeline / "out/tiny/figures/03_train/stylegan/figure3_growth.png").stat().st_size > 5000
     finally:
         for name in ("params.yaml", "dvc.lock"):
             (pipeline / name).write_bytes(before[name])
@@ -291,7 +292,7 @@ def test_a_killed_run_leaves_no_process_and_goes_on(pipeline):
     params = pipeline / "params.yaml"
     before = params.read_text()
     # For minutes, with a state every few seconds
-    set_value(params, "profiles__tiny__train__progan__schedule__samples", [8000, 96])
+    set_value(params, "profiles__tiny__train__stylegan__schedule__samples", [8000, 96])
     try:
         run = subprocess.Popen(
             [sys.executable, "-m", "bonelib.repro"],
@@ -300,7 +301,7 @@ def test_a_killed_run_leaves_no_process_and_goes_on(pipeline):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        state = pipeline / "scratch/state/tiny/train/progan"
+        state = pipeline / "scratch/state/tiny/train/stylegan"
         known = {*state.glob("state-*.json"), state / "state-0000000000.json"}  # its start is saved at once
         deadline = time.time() + 120
         while not set(state.glob("state-*.json")) - known and time.time() < deadline:

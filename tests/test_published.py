@@ -262,14 +262,20 @@ def test_a_conditional_model_is_published_of_phantoms_and_is_no_model_of_train(i
     assert (fetched / "classes.json").read_bytes() == (folder / "classes.json").read_bytes()
 
 
-def test_what_the_store_has_lost_or_spoiled_is_named(inside, tmp_path):
-    file = store.listed("mine")["config.json"]
+@pytest.mark.parametrize("what", ["config.json", None])
+def test_what_the_store_has_lost_or_spoiled_is_named(inside, tmp_path, what):
+    found = store.published_hash("mine")
+    file = store.listed("mine")[what] if what else store.stored(found)
+    says = f"{what} of mine" if what else "the list of files of mine"
     content = file.read_bytes()
     file.chmod(0o644)
-    file.write_bytes(content + b" ")
-    with pytest.raises(InputError, match=f"{file}: damaged; it should be mine/config.json"):
-        store.fetch_files("mine", store.published_hash("mine"), tmp_path / "fetched", "key")
-    file.unlink()
-    with pytest.raises(InputError, match=f"{file}: no such file"):
-        store.fetch_files("mine", store.published_hash("mine"), tmp_path / "fetched", "key")
-    assert not (tmp_path / "fetched").exists()
+    try:
+        file.write_bytes(content + b" ")
+        with pytest.raises(InputError, match=f"{file}: damaged, {says}"):
+            store.fetch_files("mine", found, tmp_path / "fetched", "key")
+        file.unlink()
+        with pytest.raises(InputError, match=f"{file}: no such file, {says}"):
+            store.fetch_files("mine", found, tmp_path / "fetched", "key")
+        assert not (tmp_path / "fetched").exists()
+    finally:
+        file.write_bytes(content)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 BEGAN = time.monotonic()
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+LANES = 4
 PRELOADED = ("torch", "scipy.ndimage", "scipy.stats", "nibabel")  # no code of our own, which may change under a kernel
 
 
@@ -117,16 +118,16 @@ def workers(count: int | None = None, also: tuple[str, ...] = ()) -> Iterator[Pr
 
 @contextlib.contextmanager
 def side_by_side(count: int) -> Iterator[Callable]:
-    """A `map` for work on `count` small inputs, each in a thread of its own and by one of torch's threads, as long as
-    there are cores; a single one, or one core, is worked on as it is."""
+    """A `map` for work on `count` small inputs: up to `LANES` threads, which share out those of torch and hold an input
+    in memory each."""
     import torch
 
-    if (lanes := min(count, torch.get_num_threads())) < 2:
+    before = torch.get_num_threads()
+    if (lanes := min(count, before, LANES)) < 2:
         yield lambda *given: list(map(*given))
         return
-    before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(before // lanes,)) as pool:
             yield lambda *given: list(pool.map(*given))
     finally:
         torch.set_num_threads(before)  # what new threads begin with

@@ -1,5 +1,5 @@
-"""The conditional HA-GAN (Sun et al. 2022, section IV-C): bones of an asked motion grade, or of an asked part of the
-cohort by an attribute, and how often an independent reader finds in them what was asked."""
+"""The conditional HA-GAN (Sun et al. 2022, section IV-C): bones of an asked motion grade, or of an asked fifth of the
+cohort by an attribute, and how often a reader who has seen no generated bone finds in them what was asked."""
 
 import json
 from collections.abc import Callable
@@ -9,21 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bonelib import InputError
+from bonelib.core.config import fingerprint
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng, torch_rng
 from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import patient_interval
-from bonelib.latent.codes import decode
 from bonelib.latent.inversion import halvings
-from bonelib.latent.models import Model, calibrated, enlarge, load_model
+from bonelib.latent.models import Model, calibrated, draw_code, enlarge, load_model
 from bonelib.networks.encoder import trunk
 from bonelib.networks.registry import build_critic, build_generator
-from bonelib.scans.dataset import Stacks, halved, load_stacks
+from bonelib.published import require_grid
+from bonelib.scans.dataset import Stacks, load_stacks
 from bonelib.scans.preprocessing import subsample, to_unit
 from bonelib.scans.tables import read_table
 from bonelib.scans.volumes import Volume
@@ -31,46 +31,47 @@ from bonelib.store import fetch_files
 from bonelib.studies.config import Conditional
 from bonelib.training import checkpoint, loop
 from bonelib.training.config import HierarchicalTrain
-from bonelib.training.grading import exceedance_probabilities, load_grader
+from bonelib.training.grading import GRADES, exceedance_probabilities, known_grader, load_grader
 
-GRADE = "motion grade"  # of 1 to 5; other classes are equal parts of the training scans by an attribute
-CLASSES = 5
+GRADE = Conditional().by  # other classes are equal parts of the training scans, by an attribute
+CLASSES = len(GRADES)
 EDGES = "classes.json"
 
 
-def labelled(stacks: Stacks, values: dict[str, float], edges) -> Stacks:
-    """The stacks whose scan has one of `values`, each with its `class`: the interval between `edges` that it is in."""
-    found = {scan: classes([value], edges)[0] for scan, value in values.items()}
-    rows = [row | {"class": found[row["scan"]]} for row in stacks.rows if found.get(row["scan"], -1) >= 0]
-    return Stacks(stacks.volumes, rows, stacks.meta)
+# Classes
+
+
+class Classes(NamedTuple):
+    """What classes go `by`, and the values between them (classes - 1,)."""
+
+    by: str
+    edges: list[float]
+
+
+def read_classes(folder: str | Path) -> Classes:
+    """The classes of the conditional model in `folder`; raises `InputError` where its classes.json is not one."""
+    file = Path(folder) / EDGES
+    try:
+        return Classes(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{file}: not the classes of a conditional model; needed are by and edges") from None
 
 
 def values_of(stacks: Stacks, by: str, attributes: str | Path) -> dict[str, float]:
-    """What the classes of every scan go by: its grade, or its value in the table `attributes`; NaN where it has none.
-
-    Raises `InputError` where that table has no such attribute.
-    """
+    """What the classes of every scan go by, its grade or its value in the table `attributes`; NaN where it has none."""
     if by == GRADE:
         return {row["scan"]: float(row.get("grade") or "nan") for row in stacks.rows}
-    table = read_table(attributes)
-    if by not in table[0]:
-        raise InputError(f"{attributes}: holds no {by}; accepted are {GRADE} and its attributes")
-    return {row["scan"]: float(row[by] or "nan") for row in table}
+    return {row["scan"]: float(row[by] or "nan") for row in read_table(attributes)}
 
 
-def edges_of(stacks: Stacks, values: dict[str, float], by: str) -> list[float]:
-    """The values between classes: between grades, or between fifths of the training scans.
-
-    Raises `InputError` where a class has no training stack.
-    """
+def edges_of(stacks: Stacks, values: dict[str, float], by: str) -> list[float] | None:
+    """The values between grades, or between fifths of the training scans; None where a class has no training scan."""
     scans = sorted({row["scan"] for row in stacks.of("train")})
-    known = np.array([values.get(scan, np.nan) for scan in scans])
-    edges = np.arange(CLASSES - 1) + 1.5
-    if by != GRADE and np.isfinite(known).any():
-        edges = np.nanquantile(known, np.arange(1, CLASSES) / CLASSES)
-    if missing := sorted(set(range(CLASSES)) - set(classes(known, edges))):
-        raise InputError(f"stacks.csv: no training scan has class {missing[0] + 1} of {CLASSES} by {by}")
-    return edges.tolist()
+    known = np.array([value for scan in scans if np.isfinite(value := values.get(scan, np.nan))])
+    edges = [grade + 0.5 for grade in GRADES[:-1]]
+    if by != GRADE and len(known):
+        edges = np.quantile(known, np.arange(1, CLASSES) / CLASSES).tolist()
+    return edges if set(classes(known, edges)) == set(range(CLASSES)) else None
 
 
 def classes(values, edges) -> list[int]:
@@ -78,10 +79,21 @@ def classes(values, edges) -> list[int]:
     return [int(np.searchsorted(edges, v)) if np.isfinite(v) else -1 for v in values]
 
 
+def labelled(stacks: Stacks, values: dict[str, float], edges) -> Stacks:
+    """The stacks whose scan has one of `values`, each with its `class`: the interval between `edges` that it is in."""
+    found = {scan: classes([value], edges)[0] for scan, value in values.items()}
+    rows = [row | {"class": found[row["scan"]]} for row in stacks.rows if found.get(row["scan"], -1) >= 0]
+    told = [[row["scan"], row["start"], row["class"]] for row in rows]
+    return Stacks(stacks.volumes, rows, stacks.meta | {"data_hash": fingerprint(stacks.meta["data_hash"], told)})
+
+
+# Networks
+
+
 def conditional(how: HierarchicalTrain, samples: int) -> HierarchicalTrain:
     """The same training for a conditional network, from another one's weights on: of `samples`, without an encoder."""
     generator = how.generator.model_copy(update={"classes": CLASSES})
-    return how.model_copy(update=dict(generator=generator, samples=samples, encode=False, snapshots=None))
+    return how.lasting(samples).model_copy(update={"generator": generator, "encode": False})
 
 
 def widened(model: Model, how: HierarchicalTrain, folder: str | Path, seed: int) -> Path:
@@ -108,46 +120,40 @@ def train_conditional(
     how: Conditional,
     base: str | Path,
     data: Stacks,
-    values: dict[str, float],
+    edges: list[float],
     folder: str | Path,
     *,
     state: str | Path,
     seed: int,
+    superres: str | Path | None = None,
 ) -> None:
-    """Train the model of the folder `base` further on stacks `data` with classes by `values`; write it to `folder`.
+    """Train the model of the folder `base` further on stacks `data` of classes; write it, and them, to `folder`.
 
-    Its super-resolution is taken over; without one, stacks are averaged to the grid that the model draws. What lies
-    between classes is written to classes.json. Raises `InputError` as `edges_of`.
+    `superres` is a folder with the network that draws the rest where it draws a coarser grid than that of the stacks.
     """
-    base, state, model, edges = Path(base), Path(state), load_model(base), edges_of(data, values, how.by)
-    params, data = conditional(model.how, how.samples), labelled(data, values, edges)
+    state, model = Path(state), load_model(base)
+    params = conditional(model.how, how.samples)
     start = widened(model, params, state / "start", seed)
-    superres = base if (base / "superres.safetensors").is_file() else None
-    if superres is None:
-        data = halved(data, halvings(model, data.meta["stack_slices"]))
     loop.train(params, data, folder, state=state / "training", seed=seed, superres=superres, start=start)
-    checkpoint.write_json(Path(folder) / EDGES, {"by": how.by, "edges": edges})
-
-
-def known_edges(folder: str | Path) -> list[float]:
-    """What lies between the classes of the conditional model in `folder`."""
-    return json.loads((Path(folder) / EDGES).read_text(encoding="utf-8"))["edges"]
+    checkpoint.write_json(Path(folder) / EDGES, Classes(how.by, edges)._asdict())
 
 
 def of_grades(folder: str | Path) -> Model | None:
-    """The model of motion grades among the conditional ones in `folder`, None where there is none."""
-    for path in sorted(Path(folder).glob(f"*/{EDGES}")):
-        if json.loads(path.read_text(encoding="utf-8"))["by"] == GRADE:
-            return load_model(path.parent)
-    return None
+    """The model of motion grades among the conditional ones in `folder`, the first by name, or None."""
+    found = [path.parent for path in sorted(Path(folder).glob(f"*/{EDGES}"))]
+    return next((load_model(place) for place in found if read_classes(place).by == GRADE), None)
 
 
 def styles_of(model: Model, wanted: list[int], seed: int) -> Tensor:
     """Styles (n, d) of samples of these classes, of the model's truncation; number i depends on (seed, i) alone."""
     own = trunk(model.generator)
     drawn = torch.cat([model.generator.sample_latent(1, torch_rng(seed, "sample", i)) for i in range(len(wanted))])
-    drawn[:, own.latent : own.latent + own.classes] = F.one_hot(torch.tensor(wanted), own.classes).to(drawn)
-    return model.generator.to_styles(drawn, model.how.generator.truncation)
+    texture = drawn[:, own.latent + own.classes :]  # of super-resolution, behind the class
+    asked = torch.cat([own.of_class(drawn, torch.tensor(wanted)), texture], 1)
+    return model.generator.to_styles(asked, model.how.generator.truncation)
+
+
+# What is read
 
 
 class Reader(NamedTuple):
@@ -158,7 +164,7 @@ class Reader(NamedTuple):
 
 
 def reader_of(by: str, grading: str | Path) -> Reader:
-    """The grader in the folder `grading` for grades, morphometry for attributes: neither has seen a generated bone."""
+    """The grader in the folder `grading` for grades, which must be there; morphometry for attributes."""
     if by != GRADE:
         return Reader(COARSE_MM, partial(_trait, by))
     grader = load_grader(grading)
@@ -175,116 +181,143 @@ def _grade(grader: tuple, bone: Volume) -> float:
     return 1 + float(exceedance_probabilities(network, voxels, config["grading"]["depth"]).sum())
 
 
-class Bones(NamedTuple):
-    """Bones with the classes (n,) that they should have, and their groups: patients, or each by itself."""
+class Arm(NamedTuple):
+    """A conditional model with its `Classes`, the stacks of a cohort with their `class`, who reads bones and whether
+    that reader has not seen these scans (`unseen`), and the grades {scan: expected grade} by graders that did not know
+    the patient (`predicted`)."""
 
-    volumes: list[Volume]
+    model: Model
+    classes: Classes
+    stacks: Stacks
+    reader: Reader
+    predicted: dict[str, float]
+    unseen: bool
+
+
+def arms(
+    how: dict[str, Conditional],
+    base: str | Path,
+    out: str | Path,
+    to: str | Path,
+    *,
+    state: str | Path,
+    seed: int,
+    say=print,
+) -> dict[str, Arm]:
+    """The arm of each name, its model fetched to the folder `to`, or trained there from that in the folder `base`.
+
+    `out` is that of the profile. All scans count where classes are grades, those that a generator learns from where
+    they are not. An arm that cannot be trained on these scans is left out, and why is said. Raises `InputError` for
+    published weights that are not what is asked for, and as a training does.
+    """
+    found, out = {}, Path(out)
+    Path(to).mkdir(parents=True, exist_ok=True)
+    for name, one in how.items():
+        place, grades = Path(to) / name, out / "grading/grades.csv"
+        data = load_stacks(out / "stacks", None if one.by == GRADE else grades)
+        values = values_of(data, one.by, out / "stacks/attributes.csv")
+        if one.published:
+            _fetch(name, one, place, data.meta)
+        else:
+            places = (Path(base), out / "superres")
+            superres = next((p for p in places if (p / "superres.safetensors").is_file()), None)
+            edges = edges_of(data, values, one.by)
+            coarse = halvings(load_model(base), data.meta["stack_slices"]) > 0 and superres is None
+            if one.by == GRADE and known_grader(out / "grading") is None:
+                say(f"no HA-GAN is told {name}: no grader was trained", flush=True)
+                continue
+            if edges is None or coarse:
+                says = "it would draw coarser voxels than the scans'" if edges else "a class has no training scan"
+                say(f"no HA-GAN is told {name}: {says}", flush=True)
+                continue
+            stacks = labelled(data, values, edges)
+            train_conditional(one, base, stacks, edges, place, state=Path(state) / name, seed=seed, superres=superres)
+        known = read_classes(place)
+        found[name] = Arm(
+            load_model(place),
+            known,
+            labelled(data, values, known.edges),
+            reader_of(one.by, out / "grading"),
+            {row["scan"]: float(row["predicted"] or "nan") for row in read_table(grades)},
+            one.by != GRADE or one.published is not None,
+        )
+    return found
+
+
+def _fetch(name: str, how: Conditional, place: Path, data: dict) -> None:
+    key = f"hagan_uses.conditional.{name}"
+    fetch_files(f"hagan-{name}", how.published, place, f"{key}.published")
+    if (by := read_classes(place).by) != how.by:
+        raise InputError(f"params.yaml: {key}.by: found {how.by!r}, but the classes of what is published go by {by!r}")
+    require_grid(f"hagan-{name}", load_model(place).config, data)
+
+
+class Read(NamedTuple):
+    """Bones by their classes (n,), what is read in each, NaN where nothing can be said, and their groups: patients, or
+    each by itself; with the bones that were drawn."""
+
     asked: list[int]
+    found: list[float]
     groups: list[str]
+    volumes: list[Volume]
 
     def of(self, wanted: int) -> list[Volume]:
         """Those that should have a class."""
         return [volume for volume, asked in zip(self.volumes, self.asked, strict=True) if asked == wanted]
 
 
-def samples(model: Model, reader: Reader, count: int, seed: int) -> Bones:
-    """Samples, as many of each class."""
+def read_all(given: Arm, count: int, seed: int) -> dict[str, Read]:
+    """What is read in samples, as many of each class; and, where scans were held out, in these and in what
+    super-resolution draws of their coarse volumes, which are all that the generator draws.
+
+    Of grades, scans as they are have those by networks that knew none of their patients; a grader of the same cohort
+    has seen them all, and reads none of their volumes.
+    """
+    model, (by, _), stacks, reader, predicted, unseen = given
+    data = model.config["data"]
     wanted = [i % CLASSES for i in range(count)]
     codes = styles_of(model, wanted, seed)
-    volumes = [decode(model, code, seed + i, reader.voxel_mm) for i, code in enumerate(codes)]
-    return Bones(volumes, wanted, [f"sample {i}" for i in range(count)])
-
-
-def held_out(data: Stacks, reader: Reader, model: Model | None = None, seed: int = 0) -> Bones:
-    """The middle stack of every scan that was held out; with a `model`, as its super-resolution draws it of its coarse
-    volume, which is all that the generator itself draws."""
+    drawn = [draw_code(model, code[None], seed, number=i) for i, code in enumerate(codes)]
+    sets = {"samples": _read(drawn, data, reader, wanted, [f"sample {i}" for i in range(count)])}
     by_scan: dict[str, list[dict]] = {}
-    for row in data.of("held-out"):
-        by_scan.setdefault(row["scan"], []).append(row)
+    for row in stacks.rows:
+        if row["split"] == "held-out":
+            by_scan.setdefault(row["scan"], []).append(row)
     rows = [every[len(every) // 2] for _, every in sorted(by_scan.items())]
-    times = halvings(model, data.meta["stack_slices"]) if model else 0
-    stacks = data.pooled(rows, times)[:, 0].float().numpy()
-    if model:
-        stacks = enlarge(model.generator.superres, stacks, seed)
-    step = int(max(1.0, reader.voxel_mm / min(data.meta["spacing_mm"])))
-    volumes = [subsample(calibrated(stack, data.meta), step) for stack in stacks]
-    return Bones(volumes, [row["class"] for row in rows], [row["patient"] for row in rows])
-
-
-class Arm(NamedTuple):
-    """A conditional model, its stacks with their classes, the values between classes, and who reads them."""
-
-    model: Model
-    stacks: Stacks
-    edges: list[float]
-    reader: Reader
-
-
-def _arm(name: str, how: Conditional, base: str | Path, out: str | Path, *, state: str | Path, seed: int) -> Arm:
-    """One arm; where its model is not published, it is trained from that in the folder `base`.
-
-    All scans count where classes are grades, those that a generator learns from where they are not. Raises `InputError`
-    where there is no grader for grades, or no training scan of a class.
-    """
-    out, place = Path(out), Path(out) / "conditional" / name
-    reader = reader_of(how.by, out / "grading")
-    data = load_stacks(out / "stacks", None if how.by == GRADE else out / "grading/grades.csv")
-    values = values_of(data, how.by, out / "stacks/attributes.csv")
-    if not how.published:
-        train_conditional(how, base, data, values, place, state=state, seed=seed)
-    edges = known_edges(place)
-    return Arm(load_model(place), labelled(data, values, edges), edges, reader)
-
-
-def arms(
-    how: dict[str, Conditional], base: str | Path, out: str | Path, *, state: str | Path, seed: int, say=print
-) -> dict[str, Arm]:
-    """The arm of each name, its model in the folder `conditional` of `out`; those that the scans do not allow, without
-    a grader or a training scan of a class, are left out, and why is said."""
-    found = {}
-    (Path(out) / "conditional").mkdir(parents=True, exist_ok=True)
-    for name, one in how.items():
-        if one.published:
-            key = f"hagan_uses.conditional.{name}.published"
-            fetch_files(f"hagan-{name}", one.published, Path(out) / "conditional" / name, key)
-        try:
-            found[name] = _arm(name, one, base, out, state=Path(state) / name, seed=seed)
-        except InputError as error:
-            say(f"no conditional network of {name}: {error}", flush=True)
-    return found
-
-
-def sets_of(given: Arm, count: int, seed: int) -> dict[str, Bones]:
-    """What is read: samples, and the held-out scans as they are and, after super-resolution, as their grid has them."""
-    model, stacks, _, reader = given
-    sets = {"samples": samples(model, reader, count, seed), "held-out scans": held_out(stacks, reader)}
-    if trunk(model.generator) is not model.generator:
-        sets["drawn of their coarse volumes"] = held_out(stacks, reader, model, seed)
+    if not rows:
+        return sets
+    asked, patients = [row["class"] for row in rows], [row["patient"] for row in rows]
+    if by == GRADE:
+        sets["held-out scans"] = Read(asked, [predicted[row["scan"]] for row in rows], patients, [])
+    else:
+        volumes = stacks.pooled(rows, 0)[:, 0].float().numpy()
+        sets["held-out scans"] = _read(volumes, data, reader, asked, patients)
+    if (times := halvings(model, stacks.meta["stack_slices"])) and unseen:
+        coarse = stacks.pooled(rows, times)[:, 0].float().numpy()
+        again = enlarge(model.generator.superres, coarse, seed)
+        sets["drawn of their coarse volumes"] = _read(again, data, reader, asked, patients)
     return sets
 
 
-def read(bones: Bones, reader: Reader) -> list[float]:
-    """What a reader finds in every bone."""
+def _read(volumes, data: dict, reader: Reader, asked: list[int], groups: list[str]) -> Read:
+    """What a reader finds in volumes (z, y, x) in [0, 1] of the grid that `data` says."""
+    step = int(max(1.0, reader.voxel_mm / min(data["spacing_mm"])))
+    bones = [subsample(calibrated(volume, data), step) for volume in volumes]
     with workers() as pool:
-        return list(pool.map(reader.read, bones.volumes))
+        return Read(asked, list(pool.map(reader.read, bones)), groups, bones)
 
 
-def obeyed(asked, found, groups, edges, *, seed: int, draws: int) -> dict:
-    """How often what a reader `found` (n,), NaN where it can say nothing, lies in the class `asked` (n,), how often in
-    it or one beside it, and the correlation of both; with intervals by group (patients, or samples each by itself)."""
-    asked, found = np.asarray(asked), np.asarray(found, float)
+def obeyed(read: Read, edges, *, seed: int, draws: int) -> dict:
+    """How often what is read lies in the class that was asked, in it or one beside it, of all bones, and the
+    correlation of both, of those that can be read; with intervals by group."""
+    asked, found = np.asarray(read.asked), np.asarray(read.found, float)
     known = np.isfinite(found)
-    read = np.array(classes(found, edges))
-    row = {"N": len(asked), "read": int(known.sum())}
+    apart = np.where(known, np.abs(np.array(classes(found, edges)) - asked), np.inf)
 
     def measures(i):
-        i = i[known[i]]
-        apart = np.abs(read[i] - asked[i])
-        r = np.corrcoef(asked[i], found[i])[0, 1] if np.ptp(asked[i]) and np.ptp(found[i]) else np.nan
-        return np.array([(apart == 0).mean(), (apart <= 1).mean(), r])
+        x, y = asked[i[known[i]]], found[i[known[i]]]
+        r = np.corrcoef(x, y)[0, 1] if len(x) and np.ptp(x) and np.ptp(y) else np.nan
+        return np.array([(apart[i] == 0).mean(), (apart[i] <= 1).mean(), r])
 
-    names = ("right", "right or beside", "r")
-    if known.sum() < 2:
-        return row | {f"{name}{end}": None for name in names for end in ("", " low", " high")}
-    ends = patient_interval(measures, list(groups), rng=numpy_rng(seed, "obeyed"), draws=draws)
-    return row | ends.columns(*names)
+    ends = patient_interval(measures, list(read.groups), rng=numpy_rng(seed, "obeyed"), draws=draws)
+    return {"N": len(asked), "read": int(known.sum())} | ends.columns("right", "right or beside", "r")

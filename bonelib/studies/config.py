@@ -1,6 +1,6 @@
 """The sections of params.yaml on studies."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -261,7 +261,7 @@ class SecondFamily(Section):
     HA-GAN learns for `seconds` of CPU time."""
 
     patients: Annotated[int, Field(ge=8)] = 60
-    stacks: Count = 3
+    stacks: Annotated[int, Field(ge=3)] = 3  # which cover the field
     seconds: Positive = 150
 
 
@@ -290,9 +290,11 @@ class Conditional(Section):
     It is trained further from the unconditional one, for `samples` real volumes, or is the `published` one.
     """
 
-    by: str = "motion grade"
+    by: Literal["motion grade", "Tt.Ar", "Tt.BMD", "Tb.BMD", "BV/TV", "Tb.N", "Tb.Sp", "Ct.BMD", "Ct.Th"] = (
+        "motion grade"
+    )
     samples: Count = 12000
-    published: str | None = None
+    published: Hash | None = None
 
 
 class HAGANUses(Section):

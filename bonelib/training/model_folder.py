@@ -126,7 +126,8 @@ def write_model(
         for name in ("superres", "superres-critic"):
             shutil.copyfile(Path(superres) / f"{name}.safetensors", folder / f"{name}.safetensors")
         content["superres"] = json.loads((Path(superres) / "config.json").read_text(encoding="utf-8"))["superres"]
-        shutil.copyfile(Path(superres) / "record.json", folder / "superres-record.json")
+        records = (Path(superres) / name for name in ("superres-record.json", "record.json"))  # of a model, or its own
+        shutil.copyfile(next(path for path in records if path.is_file()), folder / "superres-record.json")
         parts += ["superres", "superres-critic"]
     content["sha256"] = {name: checkpoint.digest(folder / f"{name}.safetensors") for name in parts}
     checkpoint.write_json(folder / "config.json", content)

@@ -13,6 +13,7 @@ import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from bonelib import InputError
+from bonelib.core.config import fingerprint
 from bonelib.core.parallel import workers
 from bonelib.core.random import numpy_rng
 from bonelib.scans.dataset import Stacks
@@ -105,7 +106,8 @@ def grid_over_field(height: int, width: int) -> tuple[int, int, int]:
 
 
 def stacks_of(slices: Slices, contrast: str, depth: int, count: int) -> Stacks:
-    """One contrast as volumes: `count` overlapping stacks of `depth` slices of every patient."""
+    """One contrast as volumes: `count` overlapping stacks of `depth` slices of every patient. Raises `InputError` where
+    these do not cover the volumes."""
     number = CONTRASTS.index(contrast)
     volumes, meta = slices.stacks.volumes[number :: len(CONTRASTS)], slices.stacks.meta
     rows = [
@@ -113,7 +115,8 @@ def stacks_of(slices: Slices, contrast: str, depth: int, count: int) -> Stacks:
         for k, person in enumerate(slices.people)
         for start in slice_stacks(volumes.shape[1], depth, count)
     ]
-    return Stacks(volumes, rows, meta | {"stack_slices": depth, "data_hash": f"{meta['data_hash']}-{number}"})
+    found = fingerprint(meta["data_hash"], number, depth, count)
+    return Stacks(volumes, rows, meta | {"stack_slices": depth, "data_hash": found})
 
 
 def given_pair(files: tuple[str, str], shape: tuple[int, int, int]) -> tuple[Stacks, list[dict]]:
