@@ -1,6 +1,7 @@
 """What more than one file of tests works with."""
 
 import os
+import re
 
 # Of two test processes side by side each has one core, and so have the programs that it starts
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
@@ -43,10 +44,11 @@ def the_same_weights_in_every_run():
 def pipeline(tmp_path_factory):
     """The tiny pipeline, run once in a copy of the repository: its folder. Its model is the StyleGAN, as all notebooks
     take one; the ProGAN goes through those that scans of one's own do."""
-    from test_pipeline import copy_of_the_repository, repro, set_value
+    from test_pipeline import copy_of_the_repository, repro
 
     folder = copy_of_the_repository(tmp_path_factory.mktemp("pipeline"))
-    set_value(folder / "params.yaml", "models", ["stylegan"])
+    params = folder / "params.yaml"
+    params.write_text(re.sub(r"^models: .*", "models: [stylegan]", params.read_text(), flags=re.M))
     done = repro(folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder

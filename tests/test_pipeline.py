@@ -186,7 +186,7 @@ def test_the_pipeline_asks_for_bones_that_can_be_measured_and_no_others(pipeline
     assert metrics["samples"] == 40 and (read >= 4 or not tool.calibrated)
     assert metrics["infeasible targets"] == metrics["infeasible targets refused"] == 4 * tool.calibrated
     assert metrics["target.all.N"] == 4 * (read >= 20 and tool.calibrated)
-    assert metrics["rank.Tb.BMD.directions"] == 32  # of the latent, without those of the texture code
+    assert metrics["rank.Tb.BMD.directions"] == 16  # of a style, without those of the texture code
     assert (pipeline / "out/tiny/figures/08_attribute_editing/stylegan/explorer.html").stat().st_size > 5000
 
 
