@@ -21,9 +21,9 @@ TRAITS = ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Ct.BMD"
 
 SUPPLEMENTS = (  # metrics file, key without ".value", what it is
     ("S8_hagan_uses", "conditional.BV/TV.samples.right",
-     "bones asked of a fifth of the cohort by BV/TV that morphometry finds there, share"),
+     "samples asked for a fifth of the cohort by BV/TV in which morphometry finds it, share"),
     ("S8_hagan_uses", "conditional.motion grade.samples.right",
-     "bones asked of a motion grade that the grader gives it, share"),
+     "samples asked for a motion grade in which the grader finds it, share"),
     ("S9_two_contrasts", "told.contrast.unknown", "slices of unknown patients whose contrast their codes tell, share"),
     ("S9_two_contrasts", "transfer.soft tissue to mineral.moved", "mineral from soft tissue: error, mg HA/cm³"),
     ("S9_two_contrasts", "transfer.soft tissue to mineral.mean slice", "the same: error of the mean slice"),
