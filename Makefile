@@ -39,12 +39,13 @@ readme: $(STAMP)
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	# Torch, as large as all others, is installed beside them; what it needs on a GPU, in the end
-	grep -v '^torch==' requirements.txt > .venv/others.txt
-	python -m pip install -qq --no-compile --no-deps $$(grep '^torch==' requirements.txt) & torch=$$!; \
-	python -m pip install -qq --no-compile --no-deps -r .venv/others.txt; others=$$?; \
-	wait $$torch && exit $$others
-	python -m pip install -qq --no-compile -r requirements.txt
+	# By two pips at once, as one keeps one core busy; what torch needs on a GPU is not pinned, and comes in the end
+	awk 'NR % 3 == 1 || /^torch==/' requirements.txt > .venv/first.txt
+	awk 'NR % 3 != 1 && !/^torch==/' requirements.txt > .venv/second.txt
+	python -m pip install -qq --no-compile --no-deps -r .venv/first.txt & first=$$!; \
+	python -m pip install -qq --no-compile --no-deps -r .venv/second.txt; second=$$?; \
+	wait $$first && exit $$second
+	python -m pip install -qq --no-compile $$(grep '^torch==' requirements.txt)
 	python -m pip install -qq --no-deps -e .
 	touch $@
 
