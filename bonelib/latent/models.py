@@ -14,6 +14,7 @@ from bonelib import InputError
 from bonelib.core.config import section
 from bonelib.core.random import torch_rng
 from bonelib.networks.config import SuperRes
+from bonelib.networks.encoder import trunk
 from bonelib.networks.registry import build_critic, build_generator, build_superres
 from bonelib.networks.superres import Cascaded, SuperResolution
 from bonelib.scans.preprocessing import to_density
@@ -91,6 +92,16 @@ def _fill(network: torch.nn.Module, file: Path) -> None:
 def sampled_code(model: Model, seed: int, truncation: float | None = None, number: int = 0) -> Tensor:
     """The code (1, *style shape) of a sample of a seed."""
     return model.generator.to_styles(model.generator.sample_latent(1, torch_rng(seed, "sample", number)), truncation)
+
+
+def styles_of(model: Model, wanted: list[int], seed: int) -> Tensor:
+    """Styles (n, d) of samples of these classes of a conditional HA-GAN, of its truncation; number i depends on (seed,
+    i) alone."""
+    own = trunk(model.generator)
+    drawn = torch.cat([model.generator.sample_latent(1, torch_rng(seed, "sample", i)) for i in range(len(wanted))])
+    texture = drawn[:, own.latent + own.classes :]  # of super-resolution, behind the class
+    asked = torch.cat([own.of_class(drawn, torch.tensor(wanted)), texture], 1)
+    return model.generator.to_styles(asked, model.how.generator.truncation)
 
 
 def draw_code(model: Model, code: Tensor, seed: int, stage: int | None = None, number: int = 0) -> np.ndarray:

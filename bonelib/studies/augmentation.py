@@ -13,10 +13,9 @@ from bonelib.core.random import numpy_rng
 from bonelib.evaluation.statistics import patient_interval, patient_mean
 from bonelib.latent.codes import decode
 from bonelib.latent.mixing import crossed
-from bonelib.latent.models import Model
+from bonelib.latent.models import Model, styles_of
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.scans.preprocessing import to_unit
-from bonelib.studies.conditional import styles_of
 from bonelib.studies.config import Augmentation
 from bonelib.training import grading
 from bonelib.training.grading import GRADES

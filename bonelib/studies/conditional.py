@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bonelib import InputError
 from bonelib.core.config import fingerprint
@@ -19,7 +18,7 @@ from bonelib.evaluation.cohort_morphometry import COARSE_MM
 from bonelib.evaluation.morphometry import measure_or_none
 from bonelib.evaluation.statistics import patient_interval
 from bonelib.latent.inversion import halvings
-from bonelib.latent.models import Model, calibrated, draw_code, enlarge, load_model
+from bonelib.latent.models import Model, calibrated, draw_code, enlarge, load_model, styles_of
 from bonelib.networks.encoder import trunk
 from bonelib.networks.registry import build_critic, build_generator
 from bonelib.published import require_grid
@@ -142,15 +141,6 @@ def of_grades(folder: str | Path) -> Model | None:
     """The model of motion grades among the conditional ones in `folder`, the first by name, or None."""
     found = [path.parent for path in sorted(Path(folder).glob(f"*/{EDGES}"))]
     return next((load_model(place) for place in found if read_classes(place).by == GRADE), None)
-
-
-def styles_of(model: Model, wanted: list[int], seed: int) -> Tensor:
-    """Styles (n, d) of samples of these classes, of the model's truncation; number i depends on (seed, i) alone."""
-    own = trunk(model.generator)
-    drawn = torch.cat([model.generator.sample_latent(1, torch_rng(seed, "sample", i)) for i in range(len(wanted))])
-    texture = drawn[:, own.latent + own.classes :]  # of super-resolution, behind the class
-    asked = torch.cat([own.of_class(drawn, torch.tensor(wanted)), texture], 1)
-    return model.generator.to_styles(asked, model.how.generator.truncation)
 
 
 # What is read
