@@ -18,8 +18,6 @@ from bonelib.studies.config import (
     Augmentation,
     Cost,
     Experts,
-    HAGANStudy,
-    HAGANUses,
     InverseProblems,
     Ladder,
     PhantomCheck,
@@ -29,6 +27,7 @@ from bonelib.studies.config import (
     TwoContrasts,
     VisitsAndAtlases,
 )
+from bonelib.studies.hagan_config import HAGANStudy, HAGANUses, Native
 from bonelib.training.config import TRAININGS, Grading, HierarchicalTrain, Published, Train, training_kind
 
 
@@ -68,6 +67,7 @@ class Profile(Section):
     inverse_problems: InverseProblems
     visits_and_atlases: VisitsAndAtlases
     two_contrasts: TwoContrasts
+    native: Native
     cost: Cost
     ablation: Trials
     hagan_study: HAGANStudy

@@ -12,8 +12,9 @@ python -m bonelib.published out/laptop/grading grader --audit out/laptop/metrics
 python -m bonelib.published out/laptop/codes/progan encoder-progan --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published out/laptop/conditional/grades hagan-grades --audit out/laptop/metrics/S5_privacy.json
 python -m bonelib.published scratch/state/laptop/two_contrasts/slices slices
+python -m bonelib.published scratch/state/laptop/native/model native
 
-The last one, generator and encoder of S9, learns of phantoms alone, whatever the cohort is, and needs no audit.
+The last two, generator and encoder of S9 and the model of S13, learn of phantoms alone and need no audit.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from bonelib.training.config import HierarchicalTrain, Published, Train, trainin
 LARGEST = 16_000_000  # bytes of a file
 MARKS = {  # by which a folder is known for what it is, the first that holds
     "slices": {"generator.safetensors", "encoder.safetensors"},  # of S9: a generator with its encoder
+    "native": {"generator.safetensors", "finer.safetensors"},  # of S13
     "conditional": {"generator.safetensors", "classes.json"},  # of S8
     "model": {"generator.safetensors"},
     "grader": {"grader.safetensors"},
@@ -49,7 +51,11 @@ PARTS = {
 }
 PARTS["slices"] = PARTS["model"] | PARTS["encoder"] | {"trials.csv"}
 PARTS["conditional"] = PARTS["model"] | {"classes.json"}
-PLACES = {"grader": "grading", "slices": "two_contrasts", "conditional": "hagan_uses.conditional.CLASSES"}
+PARTS["native"] = PARTS["model"] | {"finer.safetensors", "finer-critic.safetensors", "finer-record.json"}
+PARTS["native"] |= {"direct.safetensors", "direct-record.json"}
+PLACES = {"grader": "grading", "slices": "two_contrasts", "native": "native"}
+PLACES |= {"conditional": "hagan_uses.conditional.CLASSES"}
+OF_PHANTOMS = {"slices", "native"}  # which learn of phantoms alone, whatever the cohort is
 REMOTE = "published"  # in .dvc/config
 GRID = ("spacing_mm", "intensity", "shape")  # what a model and the stacks beside it must share
 
@@ -94,8 +100,8 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None) -> s
 
     `audit` is the metrics file of the stage `privacy` of the same run. Of the folders of a grader and an encoder, what
     belongs to the scans of that run stays behind. Raises `InputError` for a folder that is not whole, a file that is
-    too large to be committed, and weights that may not be published (`require_release`, `require_phantoms`). Slices
-    need no `audit`, but must be of phantoms.
+    too large to be committed, and weights that may not be published (`require_release`, `require_phantoms`). What is
+    `OF_PHANTOMS` needs no `audit`.
     """
     folder, target = Path(folder), pointer(name).with_suffix("")
     kind = kind_of(folder)
@@ -105,7 +111,7 @@ def publish(folder: str | Path, name: str, audit: str | Path | None = None) -> s
             raise InputError(f"{path}: not a part of a published model; accepted are {', '.join(sorted(PARTS[kind]))}")
         if path.name in PARTS[kind] and path.stat().st_size > LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; accepted are at most {LARGEST / 1e6:.0f} MB")
-    print(f"{name}: {_of_phantoms(folder, config) if kind == 'slices' else _audited(folder, kind, config, audit)}")
+    print(f"{name}: {_of_phantoms(folder, config) if kind in OF_PHANTOMS else _audited(folder, kind, config, audit)}")
     before = published_hash(name) if pointer(name).is_file() else None
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)

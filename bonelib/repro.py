@@ -36,7 +36,7 @@ CHILD = {"preexec_fn": die_with_parent} if sys.platform == "linux" else {}  # Wi
 LOCAL = Path(".dvc/config.local")
 STORY = ["paper"]  # the stage that needs 01-09
 RUNS, TOOK = re.compile(r"Running stage '([^']+)'"), re.compile(r"^(\S+): took (\d+) s$")  # lines of DVC and of stages
-ALONE = {"ablation", "cost", "hagan"}  # stages whose results are times
+ALONE = {"ablation", "cost", "hagan", "native"}  # stages whose results are times
 SECONDS = Path(__file__).with_name("stage_seconds.json")  # {profile: {stage: seconds}}, as measured on two cores
 
 

@@ -15,7 +15,7 @@ from bonelib.scans.dataset import Stacks
 from bonelib.scans.tables import write_table
 from bonelib.studies import augmentation
 from bonelib.studies import conditional as cd
-from bonelib.studies.config import Conditional
+from bonelib.studies.hagan_config import Conditional
 from bonelib.training import checkpoint
 from bonelib.training.config import Grading, training_section
 from bonelib.training.grading import build_grader

@@ -14,7 +14,8 @@ from bonelib.scans.dataset import Stacks
 from bonelib.scans.phantom.contrasts import Slices
 from bonelib.studies import ablation
 from bonelib.studies import hagan_study as study
-from bonelib.studies.config import HAGANStudy, Trials
+from bonelib.studies.config import Trials
+from bonelib.studies.hagan_config import HAGANStudy
 
 SMALL = dict(
     kind="hagan", base=[2, 3, 2], stages=3, widths=[16, 16], fine=[16], low=[16], encoder=[16], latent=8, division=2

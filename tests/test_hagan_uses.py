@@ -10,7 +10,7 @@ from bonelib.core.config import section
 from bonelib.latent import directions as ds
 from bonelib.scans.config import Preprocess
 from bonelib.studies import hagan_uses as study
-from bonelib.studies.config import HAGANUses
+from bonelib.studies.hagan_config import HAGANUses
 
 how = dict(seed=1, draws=50)
 

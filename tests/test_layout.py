@@ -16,7 +16,7 @@ UPWARD = {
     "latent": {"studies", "views"},
     "studies": {"views"},
 }
-TOOLS = {"corruption", "config", "cost", "crops"}  # used by several studies, and no studies of their own
+TOOLS = {"config", "corruption", "cost", "crops", "hagan_config"}  # used by several studies, and none themselves
 TOOLS |= {"ablation", "hagan_cost", "image_quality"}  # studies, whose trials and tables that of HA-GAN takes up
 
 

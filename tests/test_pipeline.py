@@ -110,6 +110,8 @@ def test_the_pipeline_makes_what_it_promises(pipeline):
         "S9_two_contrasts/walk",
         "S9_two_contrasts/injection",
         "S9_two_contrasts/volume",
+        "S13_native/axial",
+        "S13_native/coronal",
         "04_image_quality/mds",
         "04_image_quality/spectra",
         "06_image_transition/stylegan/figure5",

@@ -12,7 +12,7 @@ from bonelib.core.config import section
 from bonelib.latent.models import draw, enlarge, growth_strip, load_model, load_superres
 from bonelib.networks.config import SuperRes
 from bonelib.networks.progan import ProGAN
-from bonelib.networks.superres import Cascaded, SuperResolution, TexturePrior, quartered
+from bonelib.networks.superres import Cascaded, SuperResolution, TexturePrior
 from bonelib.scans.dataset import Stacks, halved
 from bonelib.scans.volumes import Volume
 from bonelib.studies import superres_check
@@ -60,7 +60,7 @@ def test_what_was_given_is_kept(small):
     given = torch.rand(2, 1, 4, 6, 8)
     drawn = small(given, torch.randn(2, 5), torch.Generator().manual_seed(0))
     assert drawn.shape == (2, 1, 16, 24, 32)
-    assert torch.allclose(quartered(drawn), given, atol=1e-6)
+    assert torch.allclose(small.reduced(drawn), given, atol=1e-6)
     assert drawn.std() > 1.05 * given.std()  # and something is drawn over it
 
 
@@ -87,6 +87,40 @@ def test_the_whole_is_what_its_surroundings_give_less_these(shape, depth):
         whole = net.whole(given, noise=torch.Generator().manual_seed(1))
     inner = tuple(slice(4 * h, 4 * (h + n)) for h, n in zip(halo, shape, strict=True))
     assert torch.allclose(whole, all_of_it[(slice(None), slice(None), *inner)], atol=1e-5)
+
+
+def test_twice_as_fine_keeps_what_was_given():
+    torch.manual_seed(0)
+    net, given = SuperResolution(8, 1, 8, 2, texture=0, factor=2).eval(), torch.rand(2, 1, 4, 6, 8)
+    drawn = net(given, noise=torch.Generator().manual_seed(0))
+    assert drawn.shape == (2, 1, 8, 12, 16) and drawn.std() > 1.05 * given.std()
+    assert torch.allclose(net.reduced(drawn), given, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("fine_depth", [1, 2])
+def test_slabs_draw_what_the_whole_does(factor, fine_depth):
+    torch.manual_seed(0)
+    net = SuperResolution(8, 2, 8, fine_depth, texture=0, factor=factor).eval()
+    given = torch.rand(1, 1, 37, 5, 6)
+
+    def whole(most):
+        with torch.no_grad():
+            return net.whole(given, noise=torch.Generator().manual_seed(1), most=most)
+
+    at_once = whole(10**9)
+    assert at_once.shape == (1, 1, *(factor * n for n in given.shape[2:]))
+    assert torch.allclose(whole(at_once.numel() // 5), at_once, atol=1e-6)
+
+
+def test_a_cascade_may_go_on(small):
+    torch.manual_seed(0)
+    cascaded = Cascaded(ProGAN(widths=(8, 8), latent=4), small, SuperResolution(8, 1, 8, 1, texture=0, factor=2))
+    styles = cascaded.to_styles(cascaded.sample_latent(1, torch.Generator().manual_seed(1)))
+    volumes = [cascaded.synthesize(styles, stage, noise=torch.Generator().manual_seed(2)) for stage in range(1, 5)]
+    assert cascaded.stages == 4 and [v.shape[2] for v in volumes] == [2, 4, 8, 16]
+    both = torch.stack([cascaded.finer[0].reduced(volumes[3]).flatten(), volumes[2].flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.9  # not equal, as both are clamped
 
 
 def test_a_cascade_answers_as_a_generator(small):
@@ -152,9 +186,17 @@ def test_training_brings_what_is_added_to_its_size(stacks, textures, tmp_path):
     how = SuperRes(**SMALL | dict(samples=200, ema=5))
     superres.train_superres(how, stacks, textures, tmp_path, state=tmp_path / "state", seed=1, say=quiet)
     volumes = torch.from_numpy(stacks.volumes[4:, :16].astype(np.float32))[:, None]
-    given = quartered(volumes)
-    drawn = torch.from_numpy(enlarge(load_superres(tmp_path), given[:, 0].numpy(), 1))
+    network = load_superres(tmp_path)
+    drawn = torch.from_numpy(enlarge(network, network.reduced(volumes)[:, 0].numpy(), 1))
     assert 0.5 < drawn.std() / volumes.std() < 1.5
+
+
+def test_training_twice_as_fine_needs_no_texture(stacks, tmp_path):
+    how = SuperRes(**SMALL | dict(factor=2, texture=0))
+    none = np.zeros((6, 0), np.float32)
+    superres.train_superres(how, stacks, none, tmp_path, state=tmp_path / "state", seed=1, say=quiet)
+    network, given = load_superres(tmp_path), stacks.volumes[4:, :8, :16, :16].astype(np.float32)
+    assert enlarge(network, given, 1).shape == (2, 16, 32, 32)
 
 
 def test_updates_left_out_are_bounded_and_a_slope_that_is_not_finite_is_an_alarm(

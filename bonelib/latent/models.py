@@ -21,6 +21,8 @@ from bonelib.scans.preprocessing import to_density
 from bonelib.scans.volumes import Volume
 from bonelib.training.config import HierarchicalTrain, Train, training_section
 
+SUPERRES = ("superres", "finer")  # networks behind a generator, in order
+
 
 class Model(NamedTuple):
     """A generator, the critic it was trained against, and what config.json says of both."""
@@ -47,7 +49,8 @@ def load_model(folder: str | Path) -> Model:
     for network, name in zip((generator, critic), files[1:], strict=True):
         _fill(network, folder / name)
     if "superres" in config:
-        generator = Cascaded(generator, load_superres(folder)).requires_grad_(False).eval()
+        networks = [load_superres(folder, name) for name in SUPERRES if name in config]
+        generator = Cascaded(generator, *networks).requires_grad_(False).eval()
     return Model(generator, critic, config)
 
 
@@ -69,13 +72,13 @@ def read_config(folder: Path, *sections: str) -> dict:
     return config
 
 
-def load_superres(folder: str | Path) -> SuperResolution:
-    """The network of superres.safetensors in a folder. Raises `InputError` naming what is missing."""
+def load_superres(folder: str | Path, name: str = SUPERRES[0]) -> SuperResolution:
+    """The network of `name`.safetensors in a folder. Raises `InputError` naming what is missing."""
     folder = Path(folder)
-    _require(folder, ("config.json", "superres.safetensors"), "a super-resolution network is both")
-    config = read_config(folder, "superres")
-    network = build_superres(section(SuperRes, config["superres"], f"{folder / 'config.json'}: superres"))
-    _fill(network, folder / "superres.safetensors")
+    _require(folder, ("config.json", f"{name}.safetensors"), "a super-resolution network is both")
+    config = read_config(folder, name)
+    network = build_superres(section(SuperRes, config[name], f"{folder / 'config.json'}: {name}"))
+    _fill(network, folder / f"{name}.safetensors")
     return network
 
 
@@ -134,7 +137,7 @@ def growth_strip(folder: str | Path, seed: int) -> list[tuple[str, np.ndarray]]:
 
 
 def enlarge(superres: SuperResolution, given: np.ndarray, seed: int, codes: np.ndarray | None = None) -> np.ndarray:
-    """Volumes (n, z, y, x) in [0, 1] drawn four times as fine, with texture codes (n, 5), else the average one."""
+    """Volumes (n, z, y, x) in [0, 1] drawn finer by the network, with texture codes (n, 5), else the average one."""
     drawn = []
     for i, volume in enumerate(given):
         x = torch.from_numpy(np.asarray(volume, np.float32))[None, None]

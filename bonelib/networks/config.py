@@ -151,15 +151,18 @@ class HAGANCriticNet(Section):
 
 
 class SuperRes(Section):
-    """The network that draws a generator's volumes four times as fine; not in the paper.
+    """The network that draws a generator's volumes `factor` times as fine; not in the paper.
 
-    `samples` windows of `window` (z, y, x) voxels of the given grid are seen (0: no network). `critic` are the critic's
-    channels from its coarsest grid on; `penalty` holds its slope at zero; `lattice` keeps air free of the grid, and
-    `obedience` the texture at what is asked for. `added` times the SD of what is missing in the given volume is the
-    unit of the output; `corruption` is the largest SD of the noise on the volumes given in training.
+    `texture` numbers of a bone may be asked for (0: none). `samples` windows of `window` (z, y, x) voxels of the given
+    grid are seen (0: no network). `critic` are the critic's channels from its coarsest grid on; `penalty` holds its
+    slope at zero; `lattice` keeps air free of the grid, and `obedience` the texture at what is asked for. `added` times
+    the SD of what is missing in the given volume is the unit of the output; `corruption` is the largest SD of the noise
+    on the volumes given in training.
     """
 
     samples: Annotated[int, Field(ge=0)] = 0
+    factor: Literal[2, 4] = 4
+    texture: Literal[0, 5] = 5  # as many as `scans.dataset.TEXTURE` has
     window: Shape = (4, 12, 12)
     width: Count = 96
     depth: Count = 4

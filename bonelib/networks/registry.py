@@ -20,9 +20,6 @@ from bonelib.networks.progan import ProGAN
 from bonelib.networks.stylegan import StyleGAN
 from bonelib.networks.superres import SuperResolution
 
-TEXTURE = 5  # numbers of a texture code (`scans.dataset.TEXTURE`)
-
-
 GENERATORS = {ProGANConfig: ProGAN, StyleGANConfig: StyleGAN, HAGANConfig: HAGAN}
 
 
@@ -63,4 +60,5 @@ def build_critic(
 def build_superres(params: SuperRes) -> SuperResolution:
     """The super-resolution network that a `SuperRes` section describes."""
     sizes = params.width, params.depth, params.fine_width, params.fine_depth
-    return SuperResolution(*sizes, texture=TEXTURE, dtype=compute_dtype(params.precision))
+    how = dict(texture=params.texture, factor=params.factor)
+    return SuperResolution(*sizes, **how, dtype=compute_dtype(params.precision))

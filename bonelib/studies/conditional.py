@@ -27,7 +27,7 @@ from bonelib.scans.preprocessing import subsample, to_unit
 from bonelib.scans.tables import read_table
 from bonelib.scans.volumes import Volume
 from bonelib.store import fetch_files
-from bonelib.studies.config import Conditional
+from bonelib.studies.hagan_config import Conditional
 from bonelib.training import checkpoint, loop
 from bonelib.training.config import HierarchicalTrain
 from bonelib.training.grading import GRADES, exceedance_probabilities, known_grader, load_grader

@@ -1,13 +1,13 @@
 """The sections of params.yaml on studies."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from bonelib.core.config import Count, Hash, NotNegative, Positive, Section, Shape, Share, Voxel
 from bonelib.latent.config import EncoderTraining, Refinement
 from bonelib.networks.config import GENERATORS, CriticNet, Generator
-from bonelib.training.config import Grading, HierarchicalTrain, Train, training_section
+from bonelib.training.config import Grading, Train, training_section
 
 
 class Quality(Section):
@@ -237,87 +237,6 @@ class TwoContrasts(Section):
         z, y, x = self.shape
         if abs(y / z - 80 / 23) > 0.2 or abs(x / y - 0.8) > 0.01:
             raise ValueError(f"shape {self.shape} must be about 23 : 80 : 64, the field of the wrist in cubic voxels")
-        return self
-
-
-class HAGANCost(Section):
-    """What is measured of HA-GAN's cost: `networks` at each of `stages` (cubes of 4 x 2^stage voxels where the base is
-    the published one) beside `generators` and their `critic` at the same, which are boxes of nearly as many voxels.
-
-    At stage `timed`, an iteration is timed `rounds` times in turns with a plain implementation. `networks` null are the
-    published ones.
-    """
-
-    networks: HierarchicalTrain | None = None
-    generators: dict[str, Generator] = {kind: config() for kind, config in GENERATORS.items()}
-    critic: CriticNet = CriticNet()
-    stages: Annotated[tuple[Count, ...], Field(min_length=2)] = (3, 4, 5)
-    timed: Count = 5
-    rounds: Count = 3
-
-
-class SecondFamily(Section):
-    """Volumes of another kind: the soft-tissue contrast of `patients` phantoms, cut into `stacks` each, from which a
-    HA-GAN learns for `seconds` of CPU time."""
-
-    patients: Annotated[int, Field(ge=8)] = 60
-    stacks: Annotated[int, Field(ge=3)] = 3  # which cover the field
-    seconds: Positive = 150
-
-
-class HAGANStudy(Section):
-    """HA-GAN at the size that is trained in a notebook.
-
-    `train` is the model that is shown, `trials` are short trainings of what it has and what is left out, the first
-    variant as it is; `blank` is the share of slices, at either end of a stack, that are made empty for one more trial,
-    and `second` another family of volumes. `real` stacks, of held-out patients and as many of training patients, are
-    what all samples are compared with, and `samples` are drawn of the model that is shown.
-    """
-
-    train: HierarchicalTrain
-    trials: Trials
-    blank: Share = 0.3
-    second: SecondFamily = SecondFamily()
-    real: Annotated[int, Field(ge=8)] = 320
-    samples: Annotated[int, Field(ge=8)] = 320
-    draws: Annotated[int, Field(ge=2)] = 200
-    cost: HAGANCost = HAGANCost()
-
-
-class Conditional(Section):
-    """A conditional HA-GAN: its classes are motion grades, or fifths of the training scans `by` an attribute.
-
-    It is trained further from the unconditional one, for `samples` real volumes, or is the `published` one.
-    """
-
-    by: Literal["motion grade", "Tt.Ar", "Tt.BMD", "Tb.BMD", "BV/TV", "Tb.N", "Tb.Sp", "Ct.BMD", "Ct.Th"] = (
-        "motion grade"
-    )
-    samples: Count = 12000
-    published: Hash | None = None
-
-
-class HAGANUses(Section):
-    """What the codes of HA-GAN's encoder are used for, and its conditional variant.
-
-    `patients` are phantoms that no network has seen; the last `walked` of them are left out of what the walks go by. Of
-    each of `walks`, an attribute, `points` values are asked, from its quantile `reach` among the bones to that of 1 -
-    `reach`. Of every network of `conditional` so many samples are `drawn`. `draws` are those of the intervals.
-    """
-
-    patients: Annotated[int, Field(ge=8)] = 240
-    walked: Annotated[int, Field(ge=2)] = 16
-    points: Annotated[int, Field(ge=2)] = 5
-    walks: Annotated[tuple[str, ...], Field(min_length=1)] = ("Tt.Ar", "Tb.BMD", "Ct.Th")
-    reach: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    conditional: dict[str, Conditional] = {}
-    drawn: Annotated[int, Field(ge=5)] = 100
-    draws: Annotated[int, Field(ge=2)] = 1000
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if self.patients - self.walked < 5:
-            raise ValueError(f"walked {self.walked} of {self.patients} patients leaves fewer than 5 to learn from")
         return self
 
 

@@ -16,7 +16,8 @@ from bonelib.scans.dataset import Stacks
 from bonelib.scans.phantom.contrasts import CONTRASTS, draw_slices, grid_over_field, stacks_of
 from bonelib.studies import ablation, cost, hagan_cost
 from bonelib.studies import image_quality as iq
-from bonelib.studies.config import HAGANCost, HAGANStudy, Trials, TwoContrasts
+from bonelib.studies.config import Trials, TwoContrasts
+from bonelib.studies.hagan_config import HAGANCost, HAGANStudy
 
 BLANK = "empty slices"  # the trial whose stacks have some
 SECOND = CONTRASTS[1]  # the second family of volumes

@@ -153,15 +153,15 @@ def _histograms(volumes: Tensor) -> Tensor:
 
 
 AIR = 0.32  # intensity below which a voxel is air or soft tissue, some 140 mg HA/cm3
-BLOCK = 4  # voxels a side
 
 
 def lattice(added: Tensor, given: Tensor) -> Tensor:
-    """How far the detail `added`, four times as fine, to given volumes (n, 1, z, y, x) shows the grid that it was drawn
-    on, one value. In air and soft tissue the mean detail at each of the places in a block of 4x4x4 voxels is zero: the
-    mean square of these means, over what noise of the same variance would leave in them."""
+    """How far the detail `added`, on a finer grid, to given volumes (n, 1, z, y, x) shows the grid that it was drawn
+    on, one value. In air and soft tissue the mean detail at each of the places in a block of voxels is zero: the mean
+    square of these means, over what noise of the same variance would leave in them."""
     n, _, z, y, x = given.shape
-    places = added.reshape(n, z, BLOCK, y, BLOCK, x, BLOCK).permute(2, 4, 6, 0, 1, 3, 5).reshape(BLOCK**3, -1)
+    side = added.shape[2] // z
+    places = added.reshape(n, z, side, y, side, x, side).permute(2, 4, 6, 0, 1, 3, 5).reshape(side**3, -1)
     air = (given < AIR).flatten().to(added)
     count = air.sum().clamp(min=1)
     means = places @ air / count

@@ -25,7 +25,7 @@ from bonelib.networks.config import SuperRes
 from bonelib.networks.critic import Critic
 from bonelib.networks.numerics import compute_dtype
 from bonelib.networks.registry import build_superres
-from bonelib.networks.superres import HALO, quadrupled, quartered
+from bonelib.networks.superres import HALO
 from bonelib.scans import dataset
 from bonelib.scans.dataset import Stacks, band_statistics, load_stacks, load_textures
 from bonelib.training import checkpoint, distributed, losses, run, texture_reader
@@ -65,9 +65,9 @@ def train_superres(
 ) -> list[list]:
     """Train the network and write superres.safetensors, curves.csv and config.json to `folder`; returns the curves.
 
-    It learns from real volumes averaged over blocks of 4x4x4 voxels, and so serves every generator. `textures`
-    (volumes, 5) are those of `dataset.load_textures`. Killed, it goes on bit for bit. With no `samples` the folder
-    stays empty. `start` is a folder of weights to go on from.
+    It learns from real volumes averaged over blocks of voxels, and so serves every generator. `textures` (volumes,
+    `params.texture`) are those of `dataset.load_textures`, if the network has any. Killed, it goes on bit for bit. With
+    no `samples` the folder stays empty. `start` is a folder of weights to go on from.
     """
     folder, state = Path(folder), Path(state)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,18 +78,20 @@ def train_superres(
     codes = np.nan_to_num(((textures - mean) / sd).clip(-CLIP, CLIP)).astype(np.float32)
     source = Source(data, scans, codes)
 
-    sample, _ = windows(params, source, 0, STATISTICS_FROM, seed)
-    statistics, given = band_statistics(sample, bands=True), quartered(sample)
     torch.manual_seed(torch_rng(seed, "superres weights").initial_seed())
     network = build_superres(params)
-    network.scaling.copy_(torch.stack([given.mean(), given.std(), params.added * (sample - quadrupled(given)).std()]))
+    sample, _ = windows(params, source, 0, STATISTICS_FROM, seed)
+    statistics, given = band_statistics(sample, bands=True), network.reduced(sample)
+    detail = params.added * (sample - network.raised(given)).std()
+    network.scaling.copy_(torch.stack([given.mean(), given.std(), detail]))
     network.texture_scaling.copy_(torch.from_numpy(np.stack([mean, sd])))
     how = dict(statistics=statistics.expand(len(params.critic), 2, 8), condition=network.texture)
     critic = Critic(params.critic, convs=2, haar=True, **how, dtype=compute_dtype(params.precision))
-    reader = _fit_texture(network, source)
+    reader = _fit_texture(network, source) if network.texture else None
     began = checkpoint.start_from(start, {"superres": network, "superres-critic": critic}, say)
     device = distributed.single_process().device
-    network, critic, reader = network.to(device), critic.to(device), TextureReader(*(t.to(device) for t in reader))
+    network, critic = network.to(device), critic.to(device)
+    reader = reader and TextureReader(*(t.to(device) for t in reader))
     identity = fingerprint(params, data.meta["data_hash"], seed, CODE, began)
     average = copy.deepcopy(network).requires_grad_(False)
     adam = partial(torch.optim.Adam, betas=(0.0, 0.98), eps=1e-8, fused=True)
@@ -111,7 +113,7 @@ def train_superres(
 
 
 def _step(
-    params: SuperRes, source: Source, reader: TextureReader, objects: dict, seed: int, at: run.Progress
+    params: SuperRes, source: Source, reader: TextureReader | None, objects: dict, seed: int, at: run.Progress
 ) -> dict[str, float]:
     """One update of the critic and one of the network, on the same windows."""
     network, critic, average, adam_g, adam_c = objects.values()
@@ -119,16 +121,16 @@ def _step(
     adam_g.param_groups[0]["lr"], adam_c.param_groups[0]["lr"] = params.rate * decay, params.critic_rate * decay
     device = network.scaling.device
     window, code = (t.to(device) for t in windows(params, source, at.seen, params.batch, seed))
-    given, draws = quartered(window), torch_rng(seed, "superres noise", at.seen)
+    given, draws, outer = network.reduced(window), torch_rng(seed, "superres noise", at.seen), params.factor * HALO
     # Conditioning augmentation (Ho et al. 2022): generators draw volumes that no scan would give
     strength = params.corruption * torch.rand(len(given), 1, 1, 1, 1, generator=draws)
     seen = given + (strength * torch.randn(given.shape, generator=draws)).to(device)
     # The critic must find lines at the period of its own bands, too
     shift = [int(n) for n in torch.randint(2, (3,), generator=draws)]
-    real = _inner(window, 4 * HALO, shift)
+    real = _inner(window, outer, shift)
 
     with torch.no_grad():
-        fake = _inner(network(given, code, draws, seen), 4 * HALO, shift)
+        fake = _inner(network(given, code, draws, seen), outer, shift)
     both, codes = torch.cat([real, fake]), torch.cat([code, code])
     on_real, on_fake = critic.patches(both, condition=codes).split(len(real))
     # The penalty is on the sum over patches at unit variance, so that it does not depend on the window's size
@@ -138,13 +140,13 @@ def _step(
 
     critic.requires_grad_(False)
     fine = network(given, code, draws, seen)
-    fake = _inner(fine, 4 * HALO, shift)
+    fake = _inner(fine, outer, shift)
     with torch.no_grad():
         on_real = critic.patches(real, condition=code)
     loss_g = losses.relativistic(critic.patches(fake, condition=code), on_real)
-    lines = losses.lattice(_inner(fine - quadrupled(given), 4 * HALO), _inner(given, HALO))
+    lines = losses.lattice(_inner(fine - network.raised(given), outer), _inner(given, HALO))
     disobedience = given.new_zeros(())
-    if params.obedience and at.steps % 2 == 0:
+    if params.obedience and reader and at.steps % 2 == 0:
         disobedience = _disobedience(network, reader, given[:GUIDED], code[:GUIDED], seed, at.seen)
     loss_g = loss_g + params.lattice * lines + params.obedience * disobedience
     at.count(run.update(adam_g, loss_g, params.clip))
@@ -163,7 +165,7 @@ def _disobedience(network, reader: TextureReader, given: Tensor, code: Tensor, s
     read = []
     for sign in (-1, 1):
         noise = torch_rng(seed, "superres guided noise", seen)  # the same for both
-        fine = _inner(network(given, code + sign / 2 * change, noise), 4 * HALO)
+        fine = _inner(network(given, code + sign / 2 * change, noise), network.factor * HALO)
         read.append(reader(fine, _inner(given, HALO)))
     return (read[1] - read[0] - change)[:, :ASKED].square().mean()
 
@@ -171,9 +173,11 @@ def _disobedience(network, reader: TextureReader, given: Tensor, code: Tensor, s
 def windows(params: SuperRes, source: Source, first: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Windows number `first` onwards of the training scans, (count, 1, z, y, x), and their texture codes (count, 5).
 
-    They are four times `params.window` and its halo, which are counted in voxels of the given grid; bone is preferred.
+    They are `params.factor` times `params.window` and its halo, which are counted in voxels of the given grid; bone is
+    preferred.
     """
-    size, shape = [4 * (n + 2 * HALO) for n in params.window], source.data.volumes.shape[1:]
+    size, shape = [params.factor * (n + 2 * HALO) for n in params.window], source.data.volumes.shape[1:]
+    every = params.factor // 2
     if any(n > have for n, have in zip(size, shape, strict=True)):
         raise InputError(f"superres.window {params.window} needs scans of {tuple(size)} voxels; they have {shape}")
     found, codes = [], []
@@ -184,7 +188,7 @@ def windows(params: SuperRes, source: Source, first: int, count: int, seed: int)
             box = tuple(slice(c, c + n) for c, n in zip(corner, size, strict=True))
             scan = source.scans[rng.integers(len(source.scans))]
             window = source.data.volumes[(scan, *box)]
-            given = window[::2, ::2, ::2].astype(np.float32)
+            given = window[::every, ::every, ::every].astype(np.float32)
             z, y, x = (n // 2 for n in given.shape)
             if number % ANY == 0 or given.reshape(z, 2, y, 2, x, 2).mean((1, 3, 5)).std() > FLAT:
                 break
@@ -207,7 +211,7 @@ def _fit_texture(network, source: Source) -> TextureReader:
     given, seen = [], []
     for scan in source.scans:
         stack = source.data.pooled([rows[scan]], 0).float()
-        given.append(quartered(stack))
+        given.append(network.reduced(stack))
         seen.append(features(stack, given[-1]))
     network.prior.fit(torch.cat(given), codes)
     return texture_reader.fit(torch.cat(seen), codes)
