@@ -1,6 +1,7 @@
 """Low precision is believed only where it agrees with float32."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -65,6 +66,23 @@ def test_a_planted_wrong_kernel_is_replaced_by_float32_and_said_once(spoil, monk
     with torch.no_grad():
         conv(x)
     assert len(numerics._trusted) == 2
+
+
+def test_a_kernel_that_ends_the_process_is_replaced_by_float32_and_said(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    numerics._elsewhere.cache_clear()
+    ends = "print('ready', flush=True); input()"  # and that is all
+    x = torch.randn(2, 4, 3, 5, 4, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(4, 4, 3, 3, 3).bfloat16().requires_grad_()
+    operation = Operation("convolution", 1, (1, 1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(numerics, "OTHER", (sys.executable, "-c", ends))
+        for _ in range(2):
+            y = numerics.apply(operation, x, weight)
+            exact = torch.nn.functional.conv3d(x.float(), weight.float(), None, 1, 1)
+            assert y.dtype == torch.bfloat16 and (y.float() - exact).norm() / exact.norm() < 0.02
+    assert [r.getMessage().count("ends the process; it runs in float32") for r in caplog.records] == [1]
+    assert numerics.survived(operation, x, weight, None)  # in the next process
 
 
 def test_a_check_draws_no_random_number_and_leaves_the_operands_alone():

@@ -152,7 +152,7 @@ def test_every_number_of_the_paper_is_that_of_its_key(pipeline):
 def results_of(text):
     """The block of results of a README, and the profile that it is of, or None before the first."""
     block = readme.BLOCK.search(text)[0]
-    found = re.search(r"Of the profile `(\w+)`", block)
+    found = re.search(r"profile `(\w+)`", block)
     return block.split("-->\n", 1)[1].rsplit("<!--", 1)[0], found and found[1]
 
 

@@ -170,10 +170,13 @@ def started(how: HierarchicalTrain, seed: int) -> tuple[Trained, Progress, hagan
 
 
 def iteration_times(how: HierarchicalTrain, *, rounds: int, seed: int) -> list[dict]:
-    """`cost.in_turns` of an iteration, plain, as trained here, and that with a halo about sub-volumes."""
+    """`cost.in_turns` of an iteration: plain, as trained here, that with a halo about sub-volumes, and that with
+    convolutions in bfloat16, where these pass their check."""
     runs = {}
-    for name, halo in (("plain", False), ("here", False), ("here, with halo", True)):
-        own = how.model_copy(update=dict(generator=how.generator.model_copy(update=dict(halo=halo))))
+    ways = {"plain": (False, "float32"), "here": (False, "float32"), "here, with halo": (True, "float32")}
+    for name, (halo, precision) in (ways | {"here, with halo, bfloat16": (True, "bfloat16")}).items():
+        generator = how.generator.model_copy(update=dict(halo=halo))
+        own = how.model_copy(update=dict(generator=generator, precision=precision))
         trained, at, real = started(own, seed)
         runs[name] = partial(hagan.update_all, trained, at, real)
         if name == "plain":

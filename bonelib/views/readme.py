@@ -35,6 +35,8 @@ SUPPLEMENTS = (  # metrics file, key without ".value", what it is
      "Tb.BMD of visit 6 from visits 1 to 4: error, mg HA/cm³"),
     ("S11_visits_and_atlases", "no change, scan.Tb.BMD, error", "the same, if nothing changed: error"),
     ("S11_visits_and_atlases", "histogram.the set", "a test set to a histogram of Tb.BMD: Kolmogorov-Smirnov distance"),
+    ("S13_native", "traits.Tb.Th.samples", "whole scans drawn at the scanner's voxels: Tb.Th, mm"),
+    ("S13_native", "traits.Tb.Th.scans of phantoms", "the same of scans"),
     ("S12_augmentation", "with mixed bones.change of absolute error, grades",
      "a motion grader that also learned from mixed bones: change of its error, grades"),
 )  # fmt: skip
@@ -58,7 +60,8 @@ def findings(profile: str) -> str:
         ends = [shown[f"{low}.{end}"] for end in ("low", "high") if f"{low}.{end}" in shown]
         return f"{shown[key]} ({ends[0]} to {ends[1]})" if len(ends) == 2 else shown[key]
 
-    lines = [["", *(NAMES.get(m.split("-")[0], m) for m in models), "real bones"], ["---"] * (len(models) + 2)]
+    names = (NAMES.get(m.split("-")[0], m) for m in models)
+    lines = [[f"profile `{profile}`", *names, "real bones"], ["---"] * (len(models) + 2)]
     for metric in ("density", "coverage", "precision", "recall"):
         keys = [f"{name}.random3d.{metric}" for name in models.values()]
         real = [value for key, value in shown.items() if key.endswith(f".random3d.{metric}.real_against_real")]
@@ -66,7 +69,7 @@ def findings(profile: str) -> str:
     for trait in TRAITS:
         groups = [f"measured.{group}.{trait}" for group in (*models.values(), "real")]
         lines.append([trait, *(cell(group, group) for group in groups)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\nOf the profile `{profile}`.\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def further(profile: str) -> str:
