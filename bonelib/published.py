@@ -127,6 +127,11 @@ def _of_phantoms(folder: Path, config: dict) -> str:
     """Why weights whose data say that they are phantoms pass without an audit."""
     if config["data"].get("phantoms") is not True:
         raise InputError(f"{folder}: config.json: data: not of phantoms; only what learned from phantoms passes")
+    if "superres" in config["sha256"]:  # of a model of the run, which learned from whatever scans the run has
+        files = [listed(path.stem).get("superres.safetensors") for path in Path("published").glob("*.dvc")]
+        if config["sha256"]["superres"] not in {digest(path) for path in files if path}:
+            says = "is that of no published model, and may have learned from people; publish such a model first"
+            raise InputError(f"{folder / 'superres.safetensors'}: the network {says}")
     return "it was trained on phantoms and holds no person"
 
 

@@ -246,6 +246,26 @@ def test_slices_are_published_with_their_encoder_if_they_are_of_phantoms(inside,
     assert published.kind_of(to) == "slices" and not published.is_model("slices")
 
 
+def test_whole_scans_are_published_if_their_super_resolution_is_that_of_a_published_model(inside, tmp_path):
+    folder = tmp_path / "native"
+    write_model(folder)
+    for name in ("superres", "finer"):
+        checkpoint.save_tensors(folder / f"{name}.safetensors", {"a": torch.ones(1)})
+    config = json.loads((folder / "config.json").read_text())
+    hashes = {name: checkpoint.digest(folder / f"{name}.safetensors") for name in ("superres", "finer")}
+    changes = {"data": config["data"] | {"phantoms": True}, "sha256": config["sha256"] | hashes}
+    checkpoint.write_json(folder / "config.json", config | changes)
+    with pytest.raises(InputError, match="superres.safetensors: the network is that of no published model"):
+        published.publish(folder, "native")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "finer.safetensors").unlink()
+    kept = {key: value for key, value in changes["sha256"].items() if key != "finer"}
+    checkpoint.write_json(other / "config.json", config | changes | {"sha256": kept})
+    published.publish(other, "other", audit(other))
+    assert published.publish(folder, "native") == store.published_hash("native")
+
+
 def test_a_conditional_model_is_published_of_phantoms_and_is_no_model_of_train(inside, tmp_path, capsys):
     folder = tmp_path / "out/conditional/grades"
     people, _ = run_of_phantoms(tmp_path / "people", nobody=False)

@@ -95,11 +95,12 @@ def one_core():
 def in_turns(runs: dict[str, Callable[[], object]], rounds: int, column: str) -> list[dict]:
     """What one core takes for each of `runs`, which take turns: a row each, under its name in `column`.
 
-    Seconds (median), least, most, times faster than the first, GFLOP, rounds. One round that is not timed goes before.
+    Seconds (median), least, most, times faster than the first, GFLOP, rounds. Two rounds that are not timed go before.
     """
     flops, seconds = {}, {name: [] for name in runs}
     with one_core():
         for name, run in runs.items():
+            run()  # low precision is checked against float32 here
             with Flops() as counter:
                 run()
             flops[name] = counter.total / 1e9

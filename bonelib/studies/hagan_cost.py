@@ -29,7 +29,7 @@ from bonelib.core.random import torch_rng
 from bonelib.networks.config import HAGANConfig, HAGANCriticNet
 from bonelib.networks.hagan_layers import SLOPE
 from bonelib.scans.tables import write_table
-from bonelib.studies.cost import in_turns
+from bonelib.studies.cost import in_turns, precisions
 from bonelib.training import hagan
 from bonelib.training.config import HierarchicalTrain
 from bonelib.training.distributed import single_process
@@ -171,10 +171,11 @@ def started(how: HierarchicalTrain, seed: int) -> tuple[Trained, Progress, hagan
 
 def iteration_times(how: HierarchicalTrain, *, rounds: int, seed: int) -> list[dict]:
     """`cost.in_turns` of an iteration: plain, as trained here, that with a halo about sub-volumes, and that with
-    convolutions in bfloat16, where these pass their check."""
+    convolutions in bfloat16, on processors that have it, where these pass their check."""
     runs = {}
     ways = {"plain": (False, "float32"), "here": (False, "float32"), "here, with halo": (True, "float32")}
-    for name, (halo, precision) in (ways | {"here, with halo, bfloat16": (True, "bfloat16")}).items():
+    ways |= {f"here, with halo, {low}": (True, low) for low in precisions() if low != "float32"}
+    for name, (halo, precision) in ways.items():
         generator = how.generator.model_copy(update=dict(halo=halo))
         own = how.model_copy(update=dict(generator=generator, precision=precision))
         trained, at, real = started(own, seed)

@@ -86,7 +86,10 @@ def _fine_scan(patient: int, how: Preprocess, voxel_mm: float, seed: int) -> np.
 
 def train_model(how: Native, superres_of: str | Path, folder: str | Path, *, state: str | Path, seed: int, say=print):
     """Train the coarse generator and the last super-resolution network, and write the model of all three to `folder`;
-    the network between them is that of the model folder `superres_of`."""
+    the network between them is that of the model folder `superres_of`. Raises `InputError` where that has none."""
+    if not (Path(superres_of) / "superres.safetensors").is_file():
+        says = "no superres.safetensors; native.middle must name a model with super-resolution"
+        raise InputError(f"{superres_of}: {says}")
     state, own = Path(state), dict(seed=seed, say=say)
     loop.train(how.train, coarse_scans(how, seed), state / "coarse", state=state / "train", **own)
     scans = fine_scans(how, range(FIRST, FIRST + how.scanned), seed)

@@ -19,6 +19,7 @@ FURTHER = re.compile(r"(<!-- supplements[^>]*-->\n).*?(<!-- /supplements -->)", 
 QUALITY, NAMES = "04_image_quality", {"progan": "3D-ProGAN", "stylegan": "3D-StyleGAN"}
 TRAITS = ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Ct.BMD", "Tb.Th", "Tb.N", "Ct.Th")
 
+PICTURES = {"teaser.png": "04_image_quality/teaser.png", "native.png": "S13_native/coronal.png"}
 SUPPLEMENTS = (  # metrics file, key without ".value", what it is
     ("S8_hagan_uses", "conditional.BV/TV.samples.right",
      "samples asked for a fifth of the cohort by BV/TV in which morphometry finds it, share"),
@@ -35,10 +36,10 @@ SUPPLEMENTS = (  # metrics file, key without ".value", what it is
      "Tb.BMD of visit 6 from visits 1 to 4: error, mg HA/cm³"),
     ("S11_visits_and_atlases", "no change, scan.Tb.BMD, error", "the same, if nothing changed: error"),
     ("S11_visits_and_atlases", "histogram.the set", "a test set to a histogram of Tb.BMD: Kolmogorov-Smirnov distance"),
-    ("S13_native", "traits.Tb.Th.samples", "whole scans drawn at the scanner's voxels: Tb.Th, mm"),
-    ("S13_native", "traits.Tb.Th.scans of phantoms", "the same of scans"),
     ("S12_augmentation", "with mixed bones.change of absolute error, grades",
      "a motion grader that also learned from mixed bones: change of its error, grades"),
+    ("S13_native", "traits.Tb.Th.samples", "whole scans drawn at the scanner's voxels: Tb.Th, mm"),
+    ("S13_native", "traits.closed slices.samples", "the same: closed slices, share"),
 )  # fmt: skip
 
 
@@ -96,7 +97,9 @@ def main() -> None:
     text = BLOCK.sub(lambda part: part[1] + table + part[2], text)
     readme.write_text(FURTHER.sub(lambda part: part[1] + more + part[2], text), encoding="utf-8")
     Path("paper/figures").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(f"out/{profile}/figures/04_image_quality/teaser.png", "paper/figures/teaser.png")
+    for name, source in PICTURES.items():  # of a stage that was not run, the earlier picture stays
+        if (path := Path("out") / profile / "figures" / source).is_file():
+            shutil.copyfile(path, Path("paper/figures") / name)
 
 
 if __name__ == "__main__":
