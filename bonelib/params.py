@@ -77,6 +77,8 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def _depths_agree(self):
+        if (self.superres.factor, self.superres.texture) != (4, 5):
+            raise ValueError("superres: accepted are factor 4 and texture 5, which models of train are drawn with")
         for name, how in self.train.items():
             if isinstance(how, Published):
                 continue

@@ -14,7 +14,8 @@ python -m bonelib.published out/laptop/conditional/grades hagan-grades --audit o
 python -m bonelib.published scratch/state/laptop/two_contrasts/slices slices
 python -m bonelib.published scratch/state/laptop/native/model native
 
-The last two, generator and encoder of S9 and the model of S13, learn of phantoms alone and need no audit.
+The last two, generator and encoder of S9 and the model of S13, need no audit: they learn of phantoms alone, and the
+super-resolution in that of S13 must be that of a published model.
 """
 
 import argparse
@@ -55,7 +56,7 @@ PARTS["native"] = PARTS["model"] | {"finer.safetensors", "finer-critic.safetenso
 PARTS["native"] |= {"direct.safetensors", "direct-record.json"}
 PLACES = {"grader": "grading", "slices": "two_contrasts", "native": "native"}
 PLACES |= {"conditional": "hagan_uses.conditional.CLASSES"}
-OF_PHANTOMS = {"slices", "native"}  # which learn of phantoms alone, whatever the cohort is
+OF_PHANTOMS = {"slices", "native"}  # which learn of phantoms alone, but for the super-resolution of the latter
 REMOTE = "published"  # in .dvc/config
 GRID = ("spacing_mm", "intensity", "shape")  # what a model and the stacks beside it must share
 
@@ -128,7 +129,8 @@ def _of_phantoms(folder: Path, config: dict) -> str:
     if config["data"].get("phantoms") is not True:
         raise InputError(f"{folder}: config.json: data: not of phantoms; only what learned from phantoms passes")
     if "superres" in config["sha256"]:  # of a model of the run, which learned from whatever scans the run has
-        files = [listed(path.stem).get("superres.safetensors") for path in Path("published").glob("*.dvc")]
+        models = [path.stem for path in Path("published").glob("*.dvc") if is_model(path.stem)]
+        files = [listed(name).get("superres.safetensors") for name in models]
         if config["sha256"]["superres"] not in {digest(path) for path in files if path}:
             says = "is that of no published model, and may have learned from people; publish such a model first"
             raise InputError(f"{folder / 'superres.safetensors'}: the network {says}")
@@ -246,7 +248,9 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("folder", type=Path)
     cli.add_argument("name", help="of the model, as in `models` of params.yaml")
-    cli.add_argument("--audit", type=Path, help="metrics/S5_privacy.json of these weights; slices need none")
+    cli.add_argument(
+        "--audit", type=Path, help="metrics/S5_privacy.json of the weights; slices and whole scans need none"
+    )
     args = cli.parse_args()
     found = publish(args.folder, args.name, args.audit)
     print(f"{args.folder} is published as {args.name}, {found}; commit dvc-store/, published/ and params.yaml")

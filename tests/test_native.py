@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bonelib import InputError
 from bonelib.core.config import read_params, section
 from bonelib.studies import native
 from bonelib.studies.hagan_config import Native
@@ -40,7 +41,18 @@ def test_bones_without_contours_are_counted_and_not_averaged():
     assert of[native.FOUND, native.DRAWN]["value"] == 0.5 and of["Tb.N", native.DRAWN]["N"] == 1
     assert of["Tb.N", native.REAL]["value"] == 3 and of["Tb.N", native.BY_HAGAN]["N"] == 0
     lines = {line["trait"]: line for line in native.readable(rows)}
-    assert lines["Tb.N"][native.BY_HAGAN] == "none" and lines["Tb.N"][native.DRAWN] == "2, N 1"
-    said = native.verdict(rows, {"seconds": 121.0, "MB": 100.0})
-    assert "at most 120 were asked: not met" in said[0] and "at most 4,096 were asked: met" in said[1]
-    assert "Tb.N: -33 % of that of scans." in said
+    assert lines["Tb.N"][f"{native.BY_HAGAN}, N 1"] == "none" and lines["Tb.N"][f"{native.DRAWN}, N 2"] == "2"
+    assert lines["Tb.N"][f"{native.REAL}, N 2"] == "3, SD 1.41"
+    said = native.verdict(rows, {"seconds": 121.0, "MB": 100.0, "threads": 2}, {})
+    assert "at most 120 were asked on two cores: not met" in said[0] and said[1].endswith("on two cores: met.")
+    assert "Tb.N: -33% beside scans." in said
+
+
+def test_a_model_whose_super_resolution_does_not_fit_is_refused_before_anything_is_trained(how, tmp_path):
+    with pytest.raises(InputError, match="superres.safetensors: no such file; native.middle must name"):
+        native.train_model(how, tmp_path, tmp_path / "model", state=tmp_path / "state", seed=1)
+    for name in native.MIDDLE:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "config.json").write_text('{"data": {"spacing_mm": [0.1, 0.1, 0.1], "intensity": [-500, 1500]}}')
+    with pytest.raises(InputError, match=r"config.json: spacing_mm is \[0.1, 0.1, 0.1\], but native needs \[0.24"):
+        native.train_model(how, tmp_path, tmp_path / "model", state=tmp_path / "state", seed=1)

@@ -70,7 +70,7 @@ def test_a_planted_wrong_kernel_is_replaced_by_float32_and_said_once(spoil, monk
 
 def test_a_kernel_that_ends_the_process_is_replaced_by_float32_and_said(monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
-    numerics._elsewhere.cache_clear()
+    numerics._close()
     ends = "print('ready', flush=True); input()"  # and that is all
     x = torch.randn(2, 4, 3, 5, 4, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(4, 4, 3, 3, 3).bfloat16().requires_grad_()

@@ -81,7 +81,7 @@ class Critic(nn.Module):
 
         def layer(conv, x):
             x = conv(x)
-            if self.shifts and condition is not None:
+            if condition is not None and condition.shape[1]:
                 x = x + self.shifts[self.shift_of[conv]](condition).to(x.dtype)[:, :, None, None, None]
             x = F.leaky_relu(x, SLOPE, inplace=True)
             seen(x)

@@ -8,10 +8,13 @@ gradients write beyond their memory, which ends the process (torch 2.13.0 on pro
 hundred voxels on grids few voxels deep): with gradients a signature is tried in another process first.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +28,7 @@ TOLERANCE = 0.03  # relative error in the Euclidean norm; that of right bfloat16
 GARBAGE = (float("inf"), 3e4)  # freed memory is filled with these, so that a kernel that reads it is found out
 LOW = (torch.bfloat16, torch.float16)
 TRIES = 3  # in another process: what was written beyond memory is found when it is freed
+READY, ALIVE, FAILED = "ready", "alive", "failed:"  # what it answers
 OTHER = (sys.executable, "-P", __file__)  # that process, which ends with its standard input
 
 log = logging.getLogger(__name__)
@@ -93,23 +97,41 @@ def trusted(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None
 def _elsewhere() -> subprocess.Popen:
     """The process in which signatures are tried, a line of JSON each; it answers each with a line."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    other = subprocess.Popen(OTHER, **pipes)
-    if not other.stdout.readline():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}  # it keeps no memory
+    other = subprocess.Popen(OTHER, env=env, **pipes)
+    if _answer(other) != READY:
         raise RuntimeError(f"{' '.join(OTHER)}: could not be started, to try kernels of low precision in")
     return other
+
+
+def _answer(other: subprocess.Popen) -> str:
+    """What it says next, without what a library may print; nothing where it has ended."""
+    return next((line.strip() for line in other.stdout if line.startswith((READY, ALIVE, FAILED))), "")
 
 
 def survived(operation: Operation, *operands: Tensor | None) -> bool:
     """Whether another process lives on when it computes the operation and its gradients, on operands like these."""
     like = [None if t is None else (t.shape, t.stride(), str(t.dtype).removeprefix("torch.")) for t in operands]
     with _one_at_a_time:
+        if _elsewhere().poll() is not None:  # it was ended from outside
+            _close()
         other = _elsewhere()
         print(json.dumps([operation, like, torch.get_num_threads()]), file=other.stdin, flush=True)
-        lives = bool(other.stdout.readline())
-        if not lives:
-            other.communicate()
-            _elsewhere.cache_clear()
-    return lives
+        answer = _answer(other)
+        if not answer:
+            _close()
+    if answer.startswith(FAILED):
+        raise RuntimeError(f"{operation.kind} in low precision, tried in another process: {answer}")
+    return answer == ALIVE
+
+
+def _close() -> None:
+    """End the other process, and forget it."""
+    with contextlib.suppress(OSError):
+        _elsewhere().stdin.close()
+    _elsewhere().wait()
+    _elsewhere().stdout.close()
+    _elsewhere.cache_clear()
 
 
 def _try(operation: list, like: list, threads: int) -> None:
@@ -162,7 +184,12 @@ def _relative(found: Tensor, exact: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    print("ready", flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which interrupts the process that asks
+    print(READY, flush=True)
     for line in sys.stdin:
-        _try(*json.loads(line))
-        print("alive", flush=True)
+        try:
+            _try(*json.loads(line))
+        except (RuntimeError, MemoryError) as error:
+            print(FAILED, " ".join(str(error).split()), flush=True)
+        else:
+            print(ALIVE, flush=True)

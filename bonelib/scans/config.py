@@ -75,8 +75,9 @@ class Preprocess(Section):
         z, y, x = (n // self.subsample for n in self.shape)
         if any(n % self.subsample for n in self.shape):
             raise ValueError(f"shape {self.shape} must be divisible by subsample {self.subsample}")
-        if y % 9 or x % 7 or y // 9 != x // 7 or (y // 9) & (y // 9 - 1) or self.stack_slices % min(8, y // 9):
-            says = "but must be 9 x 7 times a power of two in plane, and a multiple of 8 slices"
+        least = max(1, min(8, y // 9))
+        if y % 9 or x % 7 or y // 9 != x // 7 or (y // 9) & (y // 9 - 1) or self.stack_slices % least:
+            says = f"but must be 9 x 7 times a power of two in plane, and a multiple of {least} slices"
             raise ValueError(f"after subsampling, a stack is {(self.stack_slices, y, x)}, {says}")
         if self.stack_slices > z:
             raise ValueError(f"stack_slices {self.stack_slices} is more than the {z} slices of a subsampled scan")

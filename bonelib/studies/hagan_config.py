@@ -96,9 +96,10 @@ class Native(Section):
     """Whole scans at the scanner's own voxels, of `voxel_mm`, cut as `preprocess` says.
 
     A HA-GAN, trained as `train` says, draws them `2^halvings` times as coarse; it learns from two visits each of
-    `patients` phantoms. The super-resolution of the model `middle` of the run draws the next two halvings, and `finer`
-    the last one, from scans of `scanned` phantoms; or all three are the `published` ones. Beside it `direct`, a HA-GAN
-    that draws every voxel itself, learns from those scans for `seconds`; null leaves it out. So many samples are
+    `patients` phantoms, of which every eighth is held out. The super-resolution of the model `middle` of the run draws
+    the next two halvings, and `finer` the last one, from scans of `scanned` phantoms; or all three are the `published`
+    ones. Beside it `direct`, a HA-GAN that draws every voxel itself, learns from those scans; null leaves it out. So
+    many samples are
     `drawn`, and compared with `real` scans of other phantoms; `coarse` samples of the HA-GAN with those it did not
     learn from.
     """
@@ -113,8 +114,13 @@ class Native(Section):
     finer: SuperRes
     published: Hash | None = None
     direct: HierarchicalTrain | None = None
-    seconds: Positive = 600.0
     drawn: Count = 4
     real: Annotated[int, Field(ge=2)] = 4
     coarse: Annotated[int, Field(ge=8)] = 200
     draws: Annotated[int, Field(ge=2)] = 200
+
+    @model_validator(mode="after")
+    def _last_halving(self):
+        if self.finer.factor != 2 or self.finer.texture or not self.finer.samples:
+            raise ValueError("finer: accepted are factor 2, texture 0 and some samples")
+        return self

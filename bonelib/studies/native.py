@@ -40,6 +40,7 @@ TRAITS = ("Tt.Ar", "Tt.BMD", "Tb.BMD", "Ct.BMD", "BV/TV", "Tb.Th", "Tb.Sp", "Tb.
 ENDS = ("value", "low", "high")
 FOUND, CLOSED = "contours found", "closed slices"
 REAL, DRAWN, BY_HAGAN = "scans of phantoms", "samples", "samples, HA-GAN alone"
+MIDDLE = ("superres.safetensors", "superres-critic.safetensors", "superres-record.json")
 DIRECT = "direct.safetensors"  # of the HA-GAN that draws every voxel, in the model's folder
 SECONDS, MOST_MB = 120, 4096  # that a sample may take on two cores
 
@@ -87,9 +88,7 @@ def _fine_scan(patient: int, how: Preprocess, voxel_mm: float, seed: int) -> np.
 def train_model(how: Native, superres_of: str | Path, folder: str | Path, *, state: str | Path, seed: int, say=print):
     """Train the coarse generator and the last super-resolution network, and write the model of all three to `folder`;
     the network between them is that of the model folder `superres_of`. Raises `InputError` where that has none."""
-    if not (Path(superres_of) / "superres.safetensors").is_file():
-        says = "no superres.safetensors; native.middle must name a model with super-resolution"
-        raise InputError(f"{superres_of}: {says}")
+    _check_middle(how, Path(superres_of))
     state, own = Path(state), dict(seed=seed, say=say)
     loop.train(how.train, coarse_scans(how, seed), state / "coarse", state=state / "train", **own)
     scans = fine_scans(how, range(FIRST, FIRST + how.scanned), seed)
@@ -97,8 +96,19 @@ def train_model(how: Native, superres_of: str | Path, folder: str | Path, *, sta
     superres.train_superres(how.finer, scans, none, state / "finer", state=state / "train-finer", **own)
     assemble(how, state / "coarse", superres_of, state / "finer", folder)
     if how.direct:
-        loop.train(how.direct, scans, state / "direct", state=state / "train-direct", seconds=how.seconds, **own)
+        loop.train(how.direct, scans, state / "direct", state=state / "train-direct", **own)
         add_direct(state / "direct", folder)
+
+
+def _check_middle(how: Native, model: Path) -> None:
+    """Raise `InputError` where the super-resolution of a model folder does not fit between the other two networks."""
+    if missing := [name for name in MIDDLE if not (model / name).is_file()]:
+        raise InputError(f"{model / missing[0]}: no such file; native.middle must name a model with super-resolution")
+    data = read_config(model, "data")["data"]
+    wanted = {"spacing_mm": [2 * how.voxel_mm] * 3, "intensity": list(how.preprocess.intensity)}
+    for key, value in wanted.items():
+        if not np.allclose(data[key], value):
+            raise InputError(f"{model / 'config.json'}: {key} is {data[key]}, but native needs {value}")
 
 
 def add_direct(source: str | Path, folder: str | Path) -> None:
@@ -117,8 +127,7 @@ def assemble(how: Native, coarse: str | Path, superres_of: str | Path, finer: st
     coarse, middle, finer, folder = Path(coarse), Path(superres_of), Path(finer), Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(coarse, folder, ignore=shutil.ignore_patterns("candidates", "encoder*"))
-    copies = {f"{name}.safetensors": middle / f"{name}.safetensors" for name in ("superres", "superres-critic")}
-    copies |= {"superres-record.json": middle / "superres-record.json", "finer-record.json": finer / "record.json"}
+    copies = {name: middle / name for name in MIDDLE} | {"finer-record.json": finer / "record.json"}
     copies |= {f"finer{end}.safetensors": finer / f"superres{end}.safetensors" for end in ("", "-critic")}
     for name, source in copies.items():
         shutil.copyfile(source, folder / name)
@@ -250,26 +259,51 @@ def table(found: dict[str, list[dict | None]], *, seed: int, draws: int) -> list
 
 
 def readable(rows: list[dict]) -> list[dict]:
-    """The rows of `table`, a line a trait and a column a group."""
+    """The rows of `table`, a line a trait and a column a group: mean, interval, SD."""
     lines = {}
     for row in rows:
         value, low, high = (row[key] for key in ENDS)
         between = "" if low is None else f" ({low:.4g} to {high:.4g})"
-        cell = f"{value:.4g}{between}, N {row['N']}"
-        lines.setdefault(row["trait"], {"trait": row["trait"]})[row["group"]] = cell if row["N"] else "none"
+        spread = "" if row["SD"] is None or row["trait"] in (FOUND, CLOSED) else f", SD {row['SD']:.3g}"
+        cell = f"{value:.4g}{between}{spread}" if row["N"] else "none"
+        lines.setdefault(row["trait"], {"trait": row["trait"]})[f"{row['group']}, N {_bones(rows, row['group'])}"] = (
+            cell
+        )
     return list(lines.values())
 
 
-def verdict(rows: list[dict], spent: dict) -> list[str]:
-    """Sentences on what was asked: whether a sample keeps to `SECONDS` and `MOST_MB`, and which traits agree."""
+def _bones(rows: list[dict], group: str) -> int:
+    return next(row["N"] for row in rows if row["group"] == group)
+
+
+def trained_directly(folder: str | Path) -> dict:
+    """How long the HA-GAN that draws every voxel itself was trained, beside the coarse one; empty without it."""
+    files = {name: Path(folder) / f"{name}record.json" for name in ("", "direct-")}
+    if not files["direct-"].is_file():
+        return {}
+    coarse, own = (json.loads(file.read_text(encoding="utf-8")) for file in files.values())
+    keys = ("samples", "seconds")
+    return {key: own[key] for key in keys} | {f"{key} of the coarse one": coarse[key] for key in keys}
+
+
+def verdict(rows: list[dict], spent: dict, alone: dict) -> list[str]:
+    """Sentences on what was asked: whether a sample keeps to `SECONDS` and `MOST_MB`, which traits agree and how much
+    they vary, and what the HA-GAN alone (`trained_directly`) draws."""
     of = {(row["trait"], row["group"]): row for row in rows}
-    limits = {"seconds": SECONDS, "MB": MOST_MB}
-    said = []
+    limits, said = {"seconds": SECONDS, "MB": MOST_MB}, []
     for key, limit in limits.items():
         met = "met" if spent[key] <= limit else "not met"
-        said.append(f"A sample takes {spent[key]:,.0f} {key}; at most {limit:,} were asked: {met}.")
-    for trait in TRAITS:
+        how = f"A sample takes {spent[key]:,.0f} {key} with {spent['threads']} threads"
+        said.append(f"{how}; at most {limit:,} were asked on two cores: {met}.")
+    for trait in (CLOSED, *TRAITS):
         real, fake = of[trait, REAL], of[trait, DRAWN]
         if real["N"] and fake["N"]:
-            said.append(f"{trait}: {100 * (fake['value'] / real['value'] - 1):+.0f} % of that of scans.")
+            spread = f"; its SD is {fake['SD'] / real['SD']:.0%} of theirs" if real["SD"] and fake["SD"] else ""
+            said.append(f"{trait}: {fake['value'] / real['value'] - 1:+.0%} beside scans{spread}.")
+    if alone:
+        says = f"{alone['samples']:,} volumes in {alone['seconds']:,.0f} s"
+        coarse = "{samples of the coarse one:,} in {seconds of the coarse one:,.0f} s".format(**alone)
+        said.append(
+            f"The HA-GAN alone has seen {says}, the coarse one {coarse}: they are not compared at equal training."
+        )
     return said

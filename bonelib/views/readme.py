@@ -19,7 +19,8 @@ FURTHER = re.compile(r"(<!-- supplements[^>]*-->\n).*?(<!-- /supplements -->)", 
 QUALITY, NAMES = "04_image_quality", {"progan": "3D-ProGAN", "stylegan": "3D-StyleGAN"}
 TRAITS = ("contours found", "closed slices", "fixed pattern", "Tb.BMD", "Ct.BMD", "Tb.Th", "Tb.N", "Ct.Th")
 
-PICTURES = {"teaser.png": "04_image_quality/teaser.png", "native.png": "S13_native/coronal.png"}
+TEASER = "teaser.png"
+PICTURES = {TEASER: "04_image_quality/teaser.png", "native.png": "S13_native/coronal.png"}
 SUPPLEMENTS = (  # metrics file, key without ".value", what it is
     ("S8_hagan_uses", "conditional.BV/TV.samples.right",
      "samples asked for a fifth of the cohort by BV/TV in which morphometry finds it, share"),
@@ -97,8 +98,9 @@ def main() -> None:
     text = BLOCK.sub(lambda part: part[1] + table + part[2], text)
     readme.write_text(FURTHER.sub(lambda part: part[1] + more + part[2], text), encoding="utf-8")
     Path("paper/figures").mkdir(parents=True, exist_ok=True)
-    for name, source in PICTURES.items():  # of a stage that was not run, the earlier picture stays
-        if (path := Path("out") / profile / "figures" / source).is_file():
+    for name, source in PICTURES.items():
+        path = Path("out") / profile / "figures" / source
+        if path.is_file() or name == TEASER:  # of a supplement that was not run the earlier picture stays
             shutil.copyfile(path, Path("paper/figures") / name)
 
 
