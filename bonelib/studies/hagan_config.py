@@ -107,7 +107,7 @@ class Native(Section):
     voxel_mm: Positive = 0.0607
     preprocess: Preprocess = Preprocess(shape=(168, 576, 448), stack_slices=160, stacks_per_scan=1)
     halvings: Annotated[int, Field(ge=3, le=3)] = 3
-    patients: Annotated[int, Field(ge=8)] = 400
+    patients: Annotated[int, Field(ge=2)] = 400
     scanned: Annotated[int, Field(ge=2)] = 24
     train: HierarchicalTrain
     middle: str = "progan"
@@ -116,7 +116,7 @@ class Native(Section):
     direct: HierarchicalTrain | None = None
     drawn: Count = 4
     real: Annotated[int, Field(ge=2)] = 4
-    coarse: Annotated[int, Field(ge=8)] = 200
+    coarse: Annotated[int, Field(ge=4)] = 200
     draws: Annotated[int, Field(ge=2)] = 200
 
     @model_validator(mode="after")
