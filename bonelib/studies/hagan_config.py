@@ -1,6 +1,6 @@
 """The sections of params.yaml on HA-GAN's studies."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -95,7 +95,7 @@ class HAGANUses(Section):
 class Native(Section):
     """Whole scans at the scanner's own voxels, of `voxel_mm`, cut as `preprocess` says.
 
-    A HA-GAN, trained as `train` says, draws them `2^halvings` times as coarse; it learns from two visits each of
+    A HA-GAN, trained as `train` says, draws them eight times as coarse; it learns from two visits each of
     `patients` phantoms, of which every eighth is held out. The super-resolution of the model `middle` of the run draws
     the next two halvings, and `finer` the last one, from scans of `scanned` phantoms; or all three are the `published`
     ones. Beside it `direct`, a HA-GAN that draws every voxel itself, learns from those scans; null leaves it out. So
@@ -106,7 +106,7 @@ class Native(Section):
 
     voxel_mm: Positive = 0.0607
     preprocess: Preprocess = Preprocess(shape=(168, 576, 448), stack_slices=160, stacks_per_scan=1)
-    halvings: Annotated[int, Field(ge=3, le=3)] = 3
+    halvings: ClassVar[int] = 3  # two by super-resolution, one by the last network
     patients: Annotated[int, Field(ge=2)] = 400
     scanned: Annotated[int, Field(ge=2)] = 24
     train: HierarchicalTrain
